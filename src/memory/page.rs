@@ -1,0 +1,77 @@
+//! Pages of guest RAM as migration counts them: densely, from the first byte of RAM to the last, holes left out.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Size of a page in bytes: the unit of dirty tracking and of userfaultfd on x86-64.
+pub const PAGE_SIZE: usize = 4096;
+
+/// A page of guest RAM, counted from 0 without the hole below 4 GiB: not a guest frame number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct PageNumber(pub u64);
+
+impl PageNumber {
+    /// Offset of the page's first byte in RAM, in bytes.
+    pub const fn offset(self) -> u64 {
+        self.0 * PAGE_SIZE as u64
+    }
+
+    /// The page that holds the byte at `offset` of RAM.
+    pub const fn containing(offset: u64) -> Self {
+        PageNumber(offset / PAGE_SIZE as u64)
+    }
+}
+
+impl fmt::Display for PageNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "page {:#x}", self.0)
+    }
+}
+
+/// Neighbouring pages, all of them sent, placed or tracked alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct PageRun {
+    /// The first page.
+    pub first: PageNumber,
+    /// How many pages follow one another, the first included.
+    pub count: u64,
+}
+
+impl PageRun {
+    /// A run of `count` pages from page number `first` on.
+    pub const fn new(first: u64, count: u64) -> Self {
+        PageRun { first: PageNumber(first), count }
+    }
+
+    /// One page.
+    pub const fn single(page: PageNumber) -> Self {
+        PageRun { first: page, count: 1 }
+    }
+
+    /// The page number after the last page; saturates, so that runs from outside can be compared before they are checked.
+    pub const fn end(self) -> u64 {
+        self.first.0.saturating_add(self.count)
+    }
+
+    /// Length in bytes; saturates like [`PageRun::end`].
+    pub const fn bytes(self) -> u64 {
+        self.count.saturating_mul(PAGE_SIZE as u64)
+    }
+
+    /// Whether the run has at least one page and lies wholly within the first `pages` pages.
+    pub const fn is_within(self, pages: u64) -> bool {
+        self.count > 0 && self.count <= pages && self.first.0 <= pages - self.count
+    }
+
+    /// The page numbers of the run.
+    pub fn pages(self) -> impl Iterator<Item = PageNumber> {
+        (self.first.0..self.end()).map(PageNumber)
+    }
+}
+
+impl fmt::Display for PageRun {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "pages {:#x}+{}", self.first.0, self.count)
+    }
+}

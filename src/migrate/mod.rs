@@ -1,0 +1,3 @@
+//! Live migration: pure state machines for both sides, and the driver that connects them to sockets, KVM and userfaultfd.
+
+pub mod report;

@@ -1,0 +1,193 @@
+//! What a migration tells people and tools: where it stands, and in the end what it cost.
+
+use serde::{Deserialize, Serialize};
+
+/// How the guest's RAM is to move.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Precopy passes while they help, then postcopy.
+    #[default]
+    Auto,
+    /// Precopy to the end, never postcopy.
+    Precopy,
+    /// Postcopy at once.
+    Postcopy,
+}
+
+/// Where a migration stands, in the words of QEMU's `query-migrate` and MIGRATION event.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Status {
+    /// There has been no migration.
+    #[default]
+    None,
+    /// Connecting, negotiating; the destination builds the machine.
+    Setup,
+    /// Precopy; the guest runs at the source.
+    Active,
+    /// The switch: the guest runs nowhere.
+    Device,
+    /// The guest runs at the destination, pages are still to come.
+    PostcopyActive,
+    /// The link broke after the commit; missing pages stay missing until it is repaired.
+    PostcopyPaused,
+    /// The destination holds every page and every bitmap.
+    Completed,
+    /// It ended without moving the guest, or lost the rest of it.
+    Failed,
+    /// A person's cancel is being carried out.
+    Cancelling,
+    /// A person ended it before the commit.
+    Cancelled,
+}
+
+impl Status {
+    /// Whether a migration is under way.
+    pub fn is_active(self) -> bool {
+        matches!(self, Self::Setup | Self::Active | Self::Device | Self::PostcopyActive | Self::PostcopyPaused | Self::Cancelling)
+    }
+}
+
+/// Bytes on the wire by kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BytesByKind {
+    /// Page contents.
+    pub pages: u64,
+    /// Frame headers, zero runs, discards and other control.
+    pub control: u64,
+    /// Device, vCPU and VM state.
+    pub device_state: u64,
+    /// Dirty bitmaps of disks.
+    pub bitmaps: u64,
+}
+
+impl BytesByKind {
+    /// All of them together.
+    pub fn total(&self) -> u64 {
+        self.pages + self.control + self.device_state + self.bitmaps
+    }
+}
+
+/// How a source's migration stands now: the data behind `query-migrate` and the progress display.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Progress {
+    /// Where it stands.
+    pub status: Status,
+    /// Time since it began, in milliseconds.
+    pub total_time_ms: u64,
+    /// Time until the destination was ready for pages, in milliseconds.
+    pub setup_time_ms: u64,
+    /// RAM of the guest, in bytes.
+    pub ram_total: u64,
+    /// Bytes of pages still to be sent in this pass, or in postcopy.
+    pub ram_remaining: u64,
+    /// Pages sent with contents, all passes together.
+    pub normal_pages: u64,
+    /// Pages that were zero and not sent as data.
+    pub zero_pages: u64,
+    /// Pages the destination asked for.
+    pub postcopy_requests: u64,
+    /// Passes begun.
+    pub pass: u32,
+    /// Pages dirtied a second while the last pass ran.
+    pub dirty_pages_rate: u64,
+    /// Rate of the last second or pass, in bytes a second.
+    pub bandwidth: u64,
+    /// Bytes on the wire.
+    pub bytes: BytesByKind,
+    /// The blackout that switching now would cost, in milliseconds.
+    pub expected_downtime_ms: u64,
+    /// Why the migration failed.
+    pub error: Option<String>,
+}
+
+/// One precopy pass.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Pass {
+    /// Counted from 1.
+    pub number: u32,
+    /// How long it took, in microseconds.
+    pub duration_us: u64,
+    /// Pages sent with contents.
+    pub normal_pages: u64,
+    /// Pages found to be zero.
+    pub zero_pages: u64,
+    /// Pages dirtied meanwhile: what the next pass would send.
+    pub dirtied_pages: u64,
+    /// What was decided after it, and why, in words.
+    pub decision: String,
+}
+
+/// The blackout in its parts, in microseconds, in the order in which they come. Source's clock but for `load_us` and `resume_us`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Downtime {
+    /// From the decision until all vCPUs and devices stood still.
+    pub stop_us: u64,
+    /// Saving devices, vCPUs and VM.
+    pub device_state_us: u64,
+    /// The last harvest of dirty pages, after the state was saved.
+    pub last_sync_us: u64,
+    /// Sending what is left (precopy) and the package.
+    pub transfer_us: u64,
+    /// The destination loading the package, by its own clock.
+    pub load_us: u64,
+    /// From READY at the source until COMMIT was sent: giving up the right to run.
+    pub commit_us: u64,
+    /// The destination starting the vCPUs after COMMIT, by its own clock.
+    pub resume_us: u64,
+    /// From the pause at the source until the source heard RUNNING: an upper bound of the blackout.
+    pub total_us: u64,
+}
+
+/// Page faults of a postcopy as the destination measured them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Faults {
+    /// Pages asked for over the urgent connection.
+    pub requested: u64,
+    /// Faults answered without the source: zero pages, or pages that had arrived meanwhile.
+    pub local: u64,
+    /// Latency of the requested ones, from the fault until the page was placed, in microseconds: median.
+    pub p50_us: u64,
+    /// 99th percentile.
+    pub p99_us: u64,
+    /// Longest.
+    pub max_us: u64,
+}
+
+/// What a finished migration cost. The source has it; `ferry migrate --report` writes it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Report {
+    /// How it ended.
+    pub status: Status,
+    /// What was asked for.
+    pub mode: Mode,
+    /// Whether the rest went by postcopy.
+    pub postcopy: bool,
+    /// From the command until Done (or the failure), in microseconds.
+    pub total_us: u64,
+    /// The blackout.
+    pub downtime: Downtime,
+    /// The passes of precopy.
+    pub passes: Vec<Pass>,
+    /// Bytes on the wire.
+    pub bytes: BytesByKind,
+    /// Pages sent with contents.
+    pub normal_pages: u64,
+    /// Pages that were zero.
+    pub zero_pages: u64,
+    /// Page faults at the destination.
+    pub faults: Option<Faults>,
+    /// Why precopy ended when it did, or which limit was hit, in words.
+    pub reason: String,
+    /// Things that went wrong without harming the guest: bitmaps dropped, for example.
+    pub warnings: Vec<String>,
+    /// Why it failed.
+    pub error: Option<String>,
+}

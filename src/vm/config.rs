@@ -1,0 +1,35 @@
+//! What a guest is made of. It rides in the migration stream, so that `ferry receive` needs no copy of the command line.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A guest's configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestConfig {
+    /// The guest's name, for people (`--name`).
+    pub name: String,
+    /// Number of vCPUs.
+    pub cpus: u16,
+    /// RAM in bytes, a multiple of [`crate::memory::ram::GRANULE`].
+    pub memory: u64,
+    /// bzImage or ELF, as a path on the host that booted the guest.
+    pub kernel: PathBuf,
+    /// Initial RAM disk, if any.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Disks in slot order.
+    pub disks: Vec<DiskConfig>,
+}
+
+/// One virtio-blk disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskConfig {
+    /// Name of the disk on the command line, in QMP and in the stream; the guest reads it by GET_ID.
+    pub id: String,
+    /// Raw image or block device. The destination may map the id to another path.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    pub readonly: bool,
+}
