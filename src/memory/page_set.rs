@@ -95,7 +95,12 @@ impl PageSet {
 
     /// The maximal runs of the set in ascending order.
     pub fn runs(&self) -> Runs<'_> {
-        Runs { set: self, from: 0 }
+        self.runs_within(PageRun::new(0, self.pages))
+    }
+
+    /// The runs of the set that lie in `range`, cut at its borders, in ascending order.
+    pub fn runs_within(&self, range: PageRun) -> Runs<'_> {
+        Runs { set: self, from: range.first.0, end: range.end() }
     }
 
     /// The first page number at or after `from` whose bit differs from that of `flip` (all zeros: the next member; all ones: the next
@@ -139,17 +144,19 @@ impl PageSet {
     }
 }
 
-/// Iterator over the maximal runs of a [`PageSet`].
+/// Iterator over runs of a [`PageSet`].
 pub struct Runs<'a> {
     set: &'a PageSet,
     from: u64,
+    end: u64,
 }
 
 impl Iterator for Runs<'_> {
     type Item = PageRun;
 
     fn next(&mut self) -> Option<PageRun> {
-        let run = self.set.next_run(self.from, u64::MAX)?;
+        let first = self.set.next_run(self.from, 1)?.first.0;
+        let run = self.set.next_run(first, self.end.checked_sub(first).filter(|left| *left > 0)?)?;
         self.from = run.end();
         Some(run)
     }

@@ -1,3 +1,9 @@
 //! Live migration: pure state machines for both sides, and the driver that connects them to sockets, KVM and userfaultfd.
 
+pub mod bitmaps;
+pub mod destination;
+pub mod pages;
+pub mod policy;
 pub mod report;
+pub mod source;
+pub mod wire;

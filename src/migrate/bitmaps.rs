@@ -1,0 +1,89 @@
+//! Accounting for dirty bitmaps on their way: which words are next, and whether all have come.
+
+use super::wire::{BitmapInfo, MAX_BITMAP_WORDS};
+
+/// What the source sends next of its bitmaps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BitmapStep {
+    /// `count` words from `first` on.
+    Words {
+        /// Index of the bitmap in the package.
+        index: u32,
+        /// First word.
+        first: u64,
+        /// How many.
+        count: u64,
+    },
+    /// All words of this bitmap have been sent.
+    Complete(u32),
+}
+
+/// The source's place in its bitmaps.
+#[derive(Clone, Debug, Default)]
+pub struct OutgoingBitmaps {
+    words: Vec<u64>,
+    index: usize,
+    next: u64,
+}
+
+impl OutgoingBitmaps {
+    /// Begins with the first word of the first bitmap.
+    pub fn new(infos: &[BitmapInfo]) -> Self {
+        OutgoingBitmaps { words: infos.iter().map(BitmapInfo::words).collect(), index: 0, next: 0 }
+    }
+
+    /// Takes the next step; nothing when all bitmaps are complete.
+    pub fn take_next(&mut self) -> Option<BitmapStep> {
+        let words = *self.words.get(self.index)?;
+        let index = self.index as u32;
+        if self.next == words {
+            (self.index, self.next) = (self.index + 1, 0);
+            return Some(BitmapStep::Complete(index));
+        }
+        let (first, count) = (self.next, (words - self.next).min(MAX_BITMAP_WORDS));
+        self.next += count;
+        Some(BitmapStep::Words { index, first, count })
+    }
+}
+
+/// The destination's account of what has come: bitmaps in order, words in order, nothing left out.
+#[derive(Clone, Debug, Default)]
+pub struct IncomingBitmaps {
+    words: Vec<u64>,
+    index: usize,
+    next: u64,
+}
+
+impl IncomingBitmaps {
+    /// Expects all words of `infos`.
+    pub fn new(infos: &[BitmapInfo]) -> Self {
+        IncomingBitmaps { words: infos.iter().map(BitmapInfo::words).collect(), index: 0, next: 0 }
+    }
+
+    /// Accounts for `count` words of bitmap `index` from `first` on; an error means that something is missing or comes twice.
+    pub fn words(&mut self, index: u32, first: u64, count: u64) -> Result<(), String> {
+        let total = self.words.get(self.index).copied().unwrap_or(0);
+        if index as usize != self.index || first != self.next || count == 0 || count > total.saturating_sub(first) {
+            return Err(format!(
+                "bitmap {index} words {first}+{count} came where bitmap {} word {} of {total} was due",
+                self.index, self.next
+            ));
+        }
+        self.next += count;
+        Ok(())
+    }
+
+    /// Bitmap `index` is said to be complete; an error means that it is not.
+    pub fn complete(&mut self, index: u32) -> Result<(), String> {
+        if index as usize != self.index || self.words.get(self.index) != Some(&self.next) {
+            return Err(format!("bitmap {index} was called complete at word {} of bitmap {}", self.next, self.index));
+        }
+        (self.index, self.next) = (self.index + 1, 0);
+        Ok(())
+    }
+
+    /// Whether every bitmap is complete.
+    pub fn all_complete(&self) -> bool {
+        self.index == self.words.len()
+    }
+}

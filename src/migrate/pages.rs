@@ -1,0 +1,126 @@
+//! Which pages are still to go out, and which are still to come in.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use crate::memory::{PageNumber, PageRun, PageSet};
+
+/// Pages whose dirty bits are cleared by one call just before the first of them is sent: 16 MiB. Larger chunks make fewer calls; smaller
+/// ones leave less time in which a page is dirtied again before it is sent.
+pub const CLEAR_CHUNK: u64 = 4096;
+
+/// The source's pages that the destination does not hold in their last version.
+#[derive(Clone, Debug)]
+pub struct Outgoing {
+    unsent: PageSet,
+    cursor: u64,
+    cleared_to: u64,
+}
+
+impl Outgoing {
+    /// Nothing to send yet, of a RAM of `pages` pages.
+    pub fn new(pages: u64) -> Self {
+        Outgoing { unsent: PageSet::empty(pages), cursor: 0, cleared_to: 0 }
+    }
+
+    /// Adds freshly dirtied pages and starts from the first page again.
+    pub fn begin_pass(&mut self, dirty: &PageSet) {
+        self.unsent.union(dirty);
+        self.cursor = 0;
+        self.cleared_to = 0;
+    }
+
+    /// The pages still to go.
+    pub fn unsent(&self) -> &PageSet {
+        &self.unsent
+    }
+
+    /// Takes the next run in the background, at most `max` pages; after a request it goes on behind the requested pages.
+    pub fn take_next(&mut self, max: u64) -> Option<PageRun> {
+        let run = self.unsent.next_run(self.cursor, max).or_else(|| self.unsent.next_run(0, max))?;
+        self.unsent.remove(run);
+        self.cursor = run.end();
+        Some(run)
+    }
+
+    /// The chunk whose dirty bits must be cleared before the next run is read, if it was not done in this pass. The bits to clear are
+    /// those of [`Outgoing::unsent`] in the chunk: they were harvested, and none of them is sent yet.
+    pub fn take_chunk_to_clear(&mut self) -> Option<PageRun> {
+        let next = self.unsent.next_run(self.cursor, 1)?.first.0;
+        if next < self.cleared_to {
+            return None;
+        }
+        let first = next / CLEAR_CHUNK * CLEAR_CHUNK;
+        self.cleared_to = first + CLEAR_CHUNK;
+        Some(PageRun::new(first, CLEAR_CHUNK.min(self.unsent.universe() - first)))
+    }
+
+    /// Takes requested pages, which go out at once whether or not they went out before: a page sent in the background may still stand in
+    /// a socket's buffer behind many others. The background goes on behind them.
+    pub fn take_requested(&mut self, run: PageRun) {
+        self.unsent.remove(run);
+        self.cursor = run.end();
+    }
+}
+
+/// What to do about a page fault at the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultAnswer {
+    /// Ask the source for it.
+    Request(PageRun),
+    /// It was asked for before; it will come.
+    Wait,
+    /// The page is not missing: it is zero and was never sent, or it has been placed since the fault. Place a zero page; where that
+    /// finds a page, wake who waits.
+    Zero(PageRun),
+}
+
+/// The destination's pages that have not been placed.
+#[derive(Clone, Debug)]
+pub struct Incoming {
+    missing: PageSet,
+    requested: PageSet,
+    since: HashMap<PageNumber, Duration>,
+}
+
+impl Incoming {
+    /// The pages in `missing` are still to come.
+    pub fn new(missing: PageSet) -> Self {
+        Incoming { requested: PageSet::empty(missing.universe()), missing, since: HashMap::new() }
+    }
+
+    /// The pages that have not been placed.
+    pub fn missing(&self) -> &PageSet {
+        &self.missing
+    }
+
+    /// A thread of the guest or of a device touched `page` at `now` and waits.
+    pub fn fault(&mut self, page: PageNumber, now: Duration) -> FaultAnswer {
+        let run = PageRun::single(page);
+        if !self.missing.contains(page) {
+            return FaultAnswer::Zero(run);
+        }
+        if self.requested.insert(run) == 0 {
+            return FaultAnswer::Wait;
+        }
+        self.since.insert(page, now);
+        FaultAnswer::Request(run)
+    }
+
+    /// The pages of `run` have been placed. Only now are they no longer missing: a fault between arrival and placement must not be
+    /// answered with a zero page. Returns the latency of each fault that this ended.
+    pub fn placed(&mut self, run: PageRun, now: Duration) -> Vec<Duration> {
+        self.missing.remove(run);
+        if self.requested.remove(run) == 0 {
+            return Vec::new();
+        }
+        run.pages().filter_map(|page| self.since.remove(&page)).map(|since| now.saturating_sub(since)).collect()
+    }
+
+    /// The pages that somebody waits for, longest waiting first.
+    pub fn waiting(&self) -> Vec<PageNumber> {
+        let mut waiting: Vec<_> = self.since.iter().map(|(page, since)| (*since, *page)).collect();
+        waiting.sort();
+        waiting.into_iter().map(|(_, page)| page).collect()
+    }
+}

@@ -1,0 +1,657 @@
+//! The source's side of a migration as a state machine without sockets and without a clock.
+//!
+//! The driver calls [`Source::poll`] in a loop and does what it says, and reports what happens with [`Source::handle`]. Time comes in
+//! with every call, counted from the beginning of the migration.
+//!
+//! ```text
+//!  Hello --Welcome--> Preparing --Prepared--> Precopy <--> PassAck? --decide--> Stopping --stopped--> LastPass
+//!                                                ^                                  |  (postcopy: rest stays unsent)
+//!                                                +------- too much was left --------+
+//!  LastPass --all sent--> Switching --READY--> [GiveUp] COMMIT --> Committed --all sent--> Ending --Done--> Ended
+//! ```
+//!
+//! The commit point is in `Source::on_ready`: [`Action::GiveUp`] comes before the `Commit` frame is sent. Up to there every failure ends
+//! with the guest running here; from there on none does.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::bitmaps::{BitmapStep, OutgoingBitmaps};
+use super::pages::Outgoing;
+use super::policy::{self, Decision, Measured};
+use super::report::{BytesByKind, Downtime, Mode, Pass, Progress, Report, Status};
+use super::wire::{BitmapInfo, Channel, Frame, Hello, MAX_RUN, Package, Totals};
+use crate::memory::{PAGE_SIZE, PageRun, PageSet};
+
+/// How long the destination may take to answer a `Hello`.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the destination may take to check its host and allocate RAM, or to place what it was sent.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long the guest stands still for a destination that does not become ready; then it goes on here.
+const SWITCH_TIMEOUT: Duration = Duration::from_secs(10);
+/// Postcopy's background runs are short, so that the link is soon free for an urgent page.
+const POSTCOPY_RUN: u64 = 64;
+/// A pass that sent less than this says nothing about bandwidth.
+const MEASURABLE_BYTES: u64 = 1 << 20;
+
+/// What a migration is to do; fixed when it begins, but for the limits.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// How RAM moves.
+    pub mode: Mode,
+    /// Longest accepted blackout.
+    pub downtime_limit: Duration,
+    /// Size of the guest's RAM in pages.
+    pub ram_pages: u64,
+    /// Random number of this migration.
+    pub session: u128,
+    /// The machine's configuration and needs, for the destination to check.
+    pub machine: Vec<u8>,
+}
+
+/// What the driver tells the source.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// A frame came on the main connection.
+    Frame(Frame),
+    /// The answer to [`Action::StartTracking`] and [`Action::Harvest`]: pages dirtied since the last one.
+    Harvested(PageSet),
+    /// The guest stands still, and its state was saved: the answer to [`Action::Stop`].
+    Stopped(Stopped),
+    /// Something failed here: tracking, stopping, saving. Before the commit the guest goes on.
+    Failed(String),
+    /// A connection is gone.
+    Lost(Channel, String),
+    /// A person wants it ended.
+    Cancel,
+    /// A person wants postcopy now.
+    StartPostcopy,
+    /// A person changed the limit.
+    DowntimeLimit(Duration),
+}
+
+/// The stopped guest.
+#[derive(Clone, Debug)]
+pub struct Stopped {
+    /// Devices, vCPUs and VM, encoded.
+    pub machine: Vec<u8>,
+    /// Pages dirtied since the last harvest, harvested after the state was saved because saving can write guest RAM.
+    pub dirty: PageSet,
+    /// Dirty bitmaps that are to move.
+    pub bitmaps: Vec<BitmapInfo>,
+    /// Time until everything stood still, in microseconds.
+    pub stop_us: u64,
+    /// Time for saving, in microseconds.
+    pub device_state_us: u64,
+    /// Time for the last harvest, in microseconds.
+    pub last_sync_us: u64,
+}
+
+/// What the driver is to do next.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Poll {
+    /// Something that is not bulk data; in order.
+    Act(Action),
+    /// Send this in the background and report it with [`Source::sent`].
+    Bulk(Bulk),
+    /// Wait for an input, at most until this time, and poll again.
+    Wait(Option<Duration>),
+}
+
+/// Things to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Send on the main connection.
+    Send(Frame),
+    /// Begin to track dirty pages; answer with the pages that have ever been used as [`Input::Harvested`].
+    StartTracking,
+    /// Answer with [`Input::Harvested`].
+    Harvest,
+    /// Pause the guest, save its state, harvest last; answer with [`Input::Stopped`].
+    Stop,
+    /// The guest goes on here: the switch did not take place.
+    Resume,
+    /// The commit point: give up for good the right to run the guest, and its disks' locks. What comes next is the `Commit` frame.
+    GiveUp,
+    /// The migration is over; stop tracking, close the connections. Nothing follows.
+    End(Box<Outcome>),
+}
+
+/// Bulk data on the main connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bulk {
+    /// Pages, as contents or as zero runs. Where `clear` is set, first clear the dirty bits of [`Source::unsent`] and of `run` in it.
+    Pages {
+        /// The pages.
+        run: PageRun,
+        /// Pages about to be sent, whose dirty bits are cleared first.
+        clear: Option<PageRun>,
+    },
+    /// Words of a bitmap.
+    Bitmap {
+        /// Index in the package.
+        index: u32,
+        /// First word.
+        first: u64,
+        /// How many.
+        count: u64,
+    },
+}
+
+/// What the driver made of a [`Bulk`] or an urgent answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Pages that went as contents.
+    pub normal: u64,
+    /// Pages that went as zero runs.
+    pub zero: u64,
+    /// Bytes of everything on the wire.
+    pub bytes: u64,
+    /// Time spent in sending, without looking at pages or waiting for a bandwidth limit.
+    pub busy: Duration,
+}
+
+/// How it ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// The destination runs the guest and holds all of it.
+    Completed(Report),
+    /// The guest runs here as if nothing had been tried.
+    NotMoved(Report),
+    /// The commit was sent, or may have been, and then the destination was lost: the guest never runs here again.
+    LostAfterCommit(Report),
+}
+
+impl Outcome {
+    /// What it cost.
+    pub fn report(&self) -> &Report {
+        match self {
+            Outcome::Completed(report) | Outcome::NotMoved(report) | Outcome::LostAfterCommit(report) => report,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Hello,
+    Preparing,
+    /// Waiting for the first set of pages, or the pages dirtied in the pass that was acknowledged.
+    Harvesting,
+    Sending,
+    PassAck,
+    Stopping,
+    LastPass,
+    Switching,
+    Committed,
+    Ending,
+    Ended,
+}
+
+/// The source's state machine.
+#[derive(Debug)]
+pub struct Source {
+    config: Config,
+    state: State,
+    actions: VecDeque<Action>,
+    deadline: Option<Duration>,
+    outgoing: Outgoing,
+    bitmaps: OutgoingBitmaps,
+    package: Option<Stopped>,
+    switch_postcopy: bool,
+    postcopy_requested: bool,
+    /// The right to run the guest is gone: [`Action::GiveUp`] was handed to the driver.
+    given_up: bool,
+    /// What ends the migration as soon as the guest, about to be stopped, can be let go on.
+    failure: Option<Failure>,
+    pass: PassMeter,
+    bandwidth: Option<f64>,
+    totals: Totals,
+    stopped_at: Duration,
+    sent_package_at: Duration,
+    ready_at: Duration,
+    setup_time: Duration,
+    requests: u64,
+    report: Report,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Failure {
+    Cancelled,
+    Failed(String),
+}
+
+/// What is measured of the pass under way.
+#[derive(Clone, Copy, Debug, Default)]
+struct PassMeter {
+    number: u32,
+    began: Duration,
+    planned: u64,
+    sent: Sent,
+}
+
+impl Source {
+    /// A migration that begins now, with a `Hello` to be sent on the main connection. The urgent one says its own `Hello`, see
+    /// [`Source::hello`].
+    pub fn new(config: Config) -> Self {
+        let hello = Self::hello(config.session, Channel::Main);
+        let report = Report { mode: config.mode, ..Report::default() };
+        Source {
+            outgoing: Outgoing::new(config.ram_pages),
+            config,
+            state: State::Hello,
+            actions: VecDeque::from([Action::Send(hello)]),
+            deadline: Some(HELLO_TIMEOUT),
+            bitmaps: OutgoingBitmaps::default(),
+            package: None,
+            switch_postcopy: false,
+            postcopy_requested: false,
+            given_up: false,
+            failure: None,
+            pass: PassMeter::default(),
+            bandwidth: None,
+            totals: Totals::default(),
+            stopped_at: Duration::ZERO,
+            sent_package_at: Duration::ZERO,
+            ready_at: Duration::ZERO,
+            setup_time: Duration::ZERO,
+            requests: 0,
+            report,
+        }
+    }
+
+    /// The first frame on a connection of the migration `session`.
+    pub fn hello(session: u128, channel: Channel) -> Frame {
+        Frame::Hello(Hello { channel, session, program: concat!("ferry ", env!("CARGO_PKG_VERSION")).into() })
+    }
+
+    /// The pages that the destination does not hold in their last version.
+    pub fn unsent(&self) -> &PageSet {
+        self.outgoing.unsent()
+    }
+
+    /// Whether the guest is the destination's, come what may.
+    pub fn is_committed(&self) -> bool {
+        self.given_up
+    }
+
+    /// Whether background pages may be slowed down to a bandwidth limit: never while the guest stands still.
+    pub fn may_throttle(&self) -> bool {
+        matches!(self.state, State::Sending | State::Committed)
+    }
+
+    /// What to do next.
+    pub fn poll(&mut self, now: Duration) -> Poll {
+        if let Some(action) = self.actions.pop_front() {
+            match action {
+                Action::GiveUp => self.given_up = true,
+                Action::Send(Frame::Commit) => self.report.downtime.commit_us = (now - self.ready_at).as_micros() as u64,
+                _ => {}
+            }
+            return Poll::Act(action);
+        }
+        if self.deadline.is_some_and(|deadline| now >= deadline) {
+            let what = match self.state {
+                State::Hello => "did not answer the greeting",
+                State::Preparing => "did not get its machine ready",
+                State::Switching => "did not load the guest's state",
+                _ => "did not confirm what it was sent",
+            };
+            self.fail(Failure::Failed(format!("the destination {what} in time")), now);
+            return self.poll(now);
+        }
+        if self.state == State::Sending && self.postcopy_requested {
+            self.actions.push_back(Action::Harvest);
+            self.enter(State::Harvesting, None);
+            return self.poll(now);
+        }
+        match self.state {
+            State::Sending | State::LastPass | State::Committed => match self.next_bulk() {
+                Some(bulk) => Poll::Bulk(bulk),
+                None => {
+                    self.all_sent(now);
+                    self.poll(now)
+                }
+            },
+            _ => Poll::Wait(self.deadline),
+        }
+    }
+
+    /// Takes an input. What follows from it comes with the next [`Source::poll`].
+    pub fn handle(&mut self, input: Input, now: Duration) {
+        match (input, self.state) {
+            (_, State::Ended) => {}
+            (Input::Frame(frame), _) => self.on_frame(frame, now),
+            (Input::Harvested(dirty), State::Harvesting) => self.on_harvested(&dirty, now),
+            (Input::Stopped(stopped), State::Stopping) => self.on_stopped(stopped, now),
+            (Input::Harvested(_) | Input::Stopped(_), _) => {}
+            (Input::Failed(reason), _) => self.fail(Failure::Failed(reason), now),
+            (Input::Lost(_, reason), _) => {
+                self.fail(Failure::Failed(format!("the connection to the destination was lost: {reason}")), now);
+            }
+            (Input::Cancel, _) if self.is_committed() => {}
+            (Input::Cancel, _) => self.fail(Failure::Cancelled, now),
+            (Input::StartPostcopy, _) => self.postcopy_requested = self.config.mode != Mode::Precopy,
+            (Input::DowntimeLimit(limit), _) => self.config.downtime_limit = limit,
+        }
+    }
+
+    /// The driver has sent a [`Bulk`].
+    pub fn sent(&mut self, sent: Sent) {
+        self.count(sent);
+        let pass = &mut self.pass.sent;
+        *pass = Sent {
+            normal: pass.normal + sent.normal,
+            zero: pass.zero + sent.zero,
+            bytes: pass.bytes + sent.bytes,
+            busy: pass.busy + sent.busy,
+        };
+    }
+
+    /// The driver has sent words of a bitmap.
+    pub fn sent_bitmap(&mut self, bytes: u64) {
+        self.report.bytes.bitmaps += bytes;
+    }
+
+    /// The driver has sent control frames, or the package.
+    pub fn sent_frame(&mut self, frame: &Frame, bytes: u64) {
+        match frame {
+            Frame::Switchover(package) => {
+                self.report.bytes.device_state += package.machine.len() as u64;
+                self.report.bytes.control += bytes.saturating_sub(package.machine.len() as u64);
+            }
+            _ => self.report.bytes.control += bytes,
+        }
+    }
+
+    /// The destination asks for pages on the urgent connection: send them there, at once, and report it with
+    /// [`Source::sent_urgent`]. An error is the destination's fault and ends what can be ended.
+    pub fn request(&mut self, run: PageRun) -> Result<(), String> {
+        if !matches!(self.state, State::Switching | State::Committed | State::Ending) || !self.switch_postcopy {
+            return Err(format!("the destination asked for {run}, but there is no postcopy"));
+        }
+        if !run.is_within(self.config.ram_pages) || run.count > MAX_RUN {
+            return Err(format!("the destination asked for {run} of {} pages", self.config.ram_pages));
+        }
+        self.outgoing.take_requested(run);
+        self.requests += 1;
+        Ok(())
+    }
+
+    /// The driver has answered a request.
+    pub fn sent_urgent(&mut self, sent: Sent) {
+        self.count(sent);
+    }
+
+    /// Where the migration stands.
+    pub fn progress(&self, now: Duration) -> Progress {
+        let status = match self.state {
+            State::Hello | State::Preparing => Status::Setup,
+            State::Harvesting | State::Sending | State::PassAck => Status::Active,
+            State::Stopping | State::LastPass | State::Switching => Status::Device,
+            State::Committed | State::Ending => Status::PostcopyActive,
+            State::Ended => self.report.status,
+        };
+        let remaining = self.outgoing.unsent().len();
+        Progress {
+            status,
+            total_time_ms: if status.is_active() { now } else { Duration::from_micros(self.report.total_us) }.as_millis() as u64,
+            setup_time_ms: self.setup_time.as_millis() as u64,
+            ram_total: self.config.ram_pages * PAGE_SIZE as u64,
+            ram_remaining: remaining * PAGE_SIZE as u64,
+            normal_pages: self.report.normal_pages,
+            zero_pages: self.report.zero_pages,
+            postcopy_requests: self.requests,
+            pass: self.pass.number,
+            dirty_pages_rate: self.report.passes.last().map_or(0, |pass| pass.dirtied_pages * 1_000_000 / pass.duration_us.max(1)),
+            bandwidth: self.bandwidth.unwrap_or(0.0) as u64,
+            bytes: self.report.bytes,
+            expected_downtime_ms: policy::expected_downtime(remaining, self.bandwidth).as_millis() as u64,
+            error: self.report.error.clone(),
+        }
+    }
+
+    fn count(&mut self, sent: Sent) {
+        self.totals.normal += sent.normal;
+        self.totals.zero += sent.zero;
+        self.report.normal_pages += sent.normal;
+        self.report.zero_pages += sent.zero;
+        let contents = sent.normal * PAGE_SIZE as u64;
+        let bytes = &mut self.report.bytes;
+        *bytes = BytesByKind { pages: bytes.pages + contents, control: bytes.control + sent.bytes.saturating_sub(contents), ..*bytes };
+    }
+
+    fn send(&mut self, frame: Frame) {
+        self.actions.push_back(Action::Send(frame));
+    }
+
+    fn enter(&mut self, state: State, deadline: Option<Duration>) {
+        self.state = state;
+        self.deadline = deadline;
+    }
+
+    fn on_frame(&mut self, frame: Frame, now: Duration) {
+        match (frame, self.state) {
+            (Frame::Welcome(_), State::Hello) => {
+                let machine = std::mem::take(&mut self.config.machine);
+                let postcopy = self.config.mode != Mode::Precopy;
+                self.send(Frame::Setup { ram_pages: self.config.ram_pages, postcopy, machine });
+                self.enter(State::Preparing, Some(now + ANSWER_TIMEOUT));
+            }
+            (Frame::Prepared, State::Preparing) => {
+                self.setup_time = now;
+                self.actions.push_back(Action::StartTracking);
+                self.enter(State::Harvesting, None);
+            }
+            (Frame::PassAck, State::PassAck) => {
+                self.measure_bandwidth();
+                self.actions.push_back(Action::Harvest);
+                self.enter(State::Harvesting, None);
+            }
+            (Frame::Ready { load_us, warnings }, State::Switching) => self.on_ready(load_us, warnings, now),
+            (Frame::Running(resume_us), State::Committed | State::Ending) => {
+                self.report.downtime.resume_us = resume_us;
+                self.report.downtime.total_us = (now - self.stopped_at).as_micros() as u64;
+            }
+            (Frame::Done { faults, warnings }, State::Ending) => {
+                self.report.warnings.extend(warnings);
+                self.report.faults = self.switch_postcopy.then_some(faults);
+                self.finish(Status::Completed, now);
+            }
+            (Frame::Abort(reason), _) => self.fail(Failure::Failed(format!("the destination says: {reason}")), now),
+            (frame, state) => {
+                let kind = frame.kind();
+                self.fail(Failure::Failed(format!("the destination sent {kind:?} in state {state:?}, which makes no sense")), now);
+            }
+        }
+    }
+
+    fn on_harvested(&mut self, dirty: &PageSet, now: Duration) {
+        let dirtied = dirty.len();
+        self.outgoing.begin_pass(dirty);
+        let remaining_pages = self.unsent().len();
+        let first = self.pass.number == 0;
+        let decision = if first && self.config.mode != Mode::Postcopy && !self.postcopy_requested {
+            Decision::AnotherPass
+        } else {
+            let (decision, reason) = policy::decide(&Measured {
+                mode: self.config.mode,
+                downtime_limit: self.config.downtime_limit,
+                pass: self.pass.number,
+                sent_pages: self.pass.planned,
+                remaining_pages,
+                bandwidth: self.bandwidth,
+                postcopy_requested: self.postcopy_requested,
+            });
+            if !first {
+                self.report.passes.push(Pass {
+                    number: self.pass.number,
+                    duration_us: (now - self.pass.began).as_micros() as u64,
+                    normal_pages: self.pass.sent.normal,
+                    zero_pages: self.pass.sent.zero,
+                    dirtied_pages: dirtied,
+                    decision: reason.clone(),
+                });
+            }
+            self.report.reason = reason;
+            decision
+        };
+        match decision {
+            Decision::AnotherPass => {
+                self.pass = PassMeter { number: self.pass.number + 1, began: now, planned: remaining_pages, sent: Sent::default() };
+                self.enter(State::Sending, None);
+            }
+            Decision::SwitchPrecopy | Decision::SwitchPostcopy => {
+                self.switch_postcopy = decision == Decision::SwitchPostcopy;
+                self.stopped_at = now;
+                self.actions.push_back(Action::Stop);
+                self.enter(State::Stopping, None);
+            }
+        }
+    }
+
+    /// The guest stands still. In the time between the decision and the pause it may have dirtied more than was expected: then `auto`
+    /// leaves the rest to postcopy, and `precopy` lets the guest go on rather than break the limit.
+    fn on_stopped(&mut self, stopped: Stopped, now: Duration) {
+        self.outgoing.begin_pass(&stopped.dirty);
+        if let Some(failure) = self.failure.take() {
+            self.actions.push_back(Action::Resume);
+            return self.fail_here(failure, now);
+        }
+        let left = self.unsent().len();
+        let expected = policy::expected_downtime(left, self.bandwidth);
+        if !self.switch_postcopy && expected > self.config.downtime_limit * 2 {
+            if self.config.mode == Mode::Auto {
+                self.switch_postcopy = true;
+                self.report.reason = format!("{left} pages were dirtied until the guest stood still: postcopy");
+            } else {
+                self.actions.push_back(Action::Resume);
+                self.pass = PassMeter { number: self.pass.number + 1, began: now, planned: left, sent: Sent::default() };
+                self.enter(State::Sending, None);
+                return;
+            }
+        }
+        self.report.downtime = Downtime {
+            stop_us: stopped.stop_us,
+            device_state_us: stopped.device_state_us,
+            last_sync_us: stopped.last_sync_us,
+            ..Downtime::default()
+        };
+        self.bitmaps = OutgoingBitmaps::new(&stopped.bitmaps);
+        self.sent_package_at = now;
+        self.package = Some(stopped);
+        self.enter(State::LastPass, None);
+    }
+
+    fn next_bulk(&mut self) -> Option<Bulk> {
+        match self.state {
+            State::Sending => {
+                let clear = self.outgoing.take_chunk_to_clear();
+                self.outgoing.take_next(MAX_RUN).map(|run| Bulk::Pages { run, clear })
+            }
+            State::LastPass if !self.switch_postcopy => self.outgoing.take_next(MAX_RUN).map(|run| Bulk::Pages { run, clear: None }),
+            State::Committed => loop {
+                match self.bitmaps.take_next() {
+                    Some(BitmapStep::Words { index, first, count }) => return Some(Bulk::Bitmap { index, first, count }),
+                    Some(BitmapStep::Complete(index)) => self.send(Frame::BitmapComplete(index)),
+                    None => return self.outgoing.take_next(POSTCOPY_RUN).map(|run| Bulk::Pages { run, clear: None }),
+                }
+            },
+            _ => None,
+        }
+    }
+
+    fn all_sent(&mut self, now: Duration) {
+        match self.state {
+            State::Sending => {
+                self.send(Frame::PassEnd(self.totals));
+                self.enter(State::PassAck, Some(now + ANSWER_TIMEOUT));
+            }
+            State::LastPass => {
+                let Some(stopped) = self.package.take() else {
+                    return self.fail(Failure::Failed("the guest's state is missing".into()), now);
+                };
+                self.send(Frame::Switchover(Package {
+                    sent: self.totals,
+                    postcopy: self.switch_postcopy,
+                    missing: self.unsent().runs().collect(),
+                    bitmaps: stopped.bitmaps,
+                    machine: stopped.machine,
+                }));
+                self.report.postcopy = self.switch_postcopy;
+                self.enter(State::Switching, Some(now + SWITCH_TIMEOUT));
+            }
+            State::Committed => {
+                self.send(Frame::End);
+                self.enter(State::Ending, None);
+            }
+            _ => {}
+        }
+    }
+
+    /// The commit point. The guest is given up here *before* the destination is told to run it: if anything breaks in between, nobody
+    /// runs it until the two meet again, but never do two.
+    fn on_ready(&mut self, load_us: u64, warnings: Vec<String>, now: Duration) {
+        self.report.warnings.extend(warnings);
+        self.report.downtime.load_us = load_us;
+        self.report.downtime.transfer_us = ((now - self.sent_package_at).as_micros() as u64).saturating_sub(load_us);
+        self.ready_at = now;
+        self.actions.push_back(Action::GiveUp);
+        self.send(Frame::Commit);
+        self.enter(State::Committed, None);
+    }
+
+    fn measure_bandwidth(&mut self) {
+        let Sent { bytes, busy, .. } = self.pass.sent;
+        if bytes >= MEASURABLE_BYTES && !busy.is_zero() {
+            self.bandwidth = Some(bytes as f64 / busy.as_secs_f64());
+        }
+    }
+
+    /// Ends the migration. Before the commit the guest goes on here, after it the rest of the guest is out of reach.
+    fn fail(&mut self, failure: Failure, now: Duration) {
+        if self.is_committed() {
+            let reason = match failure {
+                Failure::Failed(reason) => reason,
+                Failure::Cancelled => return,
+            };
+            self.report.error =
+                Some(format!("{reason}; this came after the commit, so the guest belongs to the destination and does not run here again"));
+            return self.finish(Status::PostcopyPaused, now);
+        }
+        if self.state == State::Stopping && !self.actions.contains(&Action::Stop) {
+            // The driver is stopping the guest; it can go on only when it stands still.
+            self.failure = Some(failure);
+            return;
+        }
+        // What was still to be done is about a migration that is over, `GiveUp` and `Commit` included.
+        self.actions.clear();
+        if matches!(self.state, State::LastPass | State::Switching | State::Committed) {
+            self.actions.push_back(Action::Resume);
+        }
+        self.fail_here(failure, now);
+    }
+
+    fn fail_here(&mut self, failure: Failure, now: Duration) {
+        let (text, error, status) = match failure {
+            Failure::Cancelled => {
+                ("the migration was cancelled at the source".into(), "the migration was cancelled".into(), Status::Cancelled)
+            }
+            Failure::Failed(reason) => (format!("the source gave up: {reason}"), reason, Status::Failed),
+        };
+        self.send(Frame::Abort(text));
+        self.report.error = Some(format!("{error}; the guest goes on at the source"));
+        self.finish(status, now);
+    }
+
+    fn finish(&mut self, status: Status, now: Duration) {
+        self.report.status = status;
+        self.report.total_us = now.as_micros() as u64;
+        let report = self.report.clone();
+        self.actions.push_back(Action::End(Box::new(match status {
+            Status::Completed => Outcome::Completed(report),
+            Status::PostcopyPaused => Outcome::LostAfterCommit(report),
+            _ => Outcome::NotMoved(report),
+        })));
+        self.enter(State::Ended, None);
+    }
+}

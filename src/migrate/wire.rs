@@ -1,0 +1,450 @@
+//! Frames: what the two sides say to each other, and the bounds every one of them is held to before a byte of it is used.
+//!
+//! A frame is a header of 16 bytes, little endian, and a body:
+//!
+//! | bytes | meaning |
+//! |---|---|
+//! | 0 | kind ([`Kind`]) |
+//! | 1..4 | zero |
+//! | 4..8 | length of the body in bytes |
+//! | 8..16 | first page of the run for `Pages` and `Request`, else zero |
+//!
+//! The body of `Pages` is the contents of the pages; that of `Request` is a count (u64); all others are postcard. `Hello` begins with a
+//! magic and a range of protocol versions, which every version of Ferry must keep, so that strangers are told in words.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::report::Faults;
+use crate::memory::{PAGE_SIZE, PageNumber, PageRun};
+
+/// Size of a frame's header in bytes.
+pub const HEADER_SIZE: usize = 16;
+/// First bytes of the first frame on every connection.
+pub const MAGIC: [u8; 8] = *b"FERRYMIG";
+/// The protocol this Ferry speaks. Raised when a frame changes its meaning.
+pub const VERSION: u16 = 1;
+/// Longest run in one `Pages` frame, in pages: 1 MiB, so that a reader's buffer is small and an abort is heard soon.
+pub const MAX_RUN: u64 = 256;
+/// Longest list of zero runs in one frame.
+pub const MAX_ZERO_RUNS: usize = 1024;
+/// Words of a dirty bitmap in one frame, at most: 8 KiB.
+pub const MAX_BITMAP_WORDS: u64 = 1024;
+/// Longest text that one side shows to the other's user, in bytes.
+pub const MAX_TEXT: usize = 4096;
+
+/// A frame cannot be understood, or must not be believed.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum WireError {
+    /// The first frame is not a `Hello` with our magic.
+    #[error("the other end does not speak Ferry's migration protocol")]
+    NotFerry,
+    /// No frame of this kind exists in this version.
+    #[error("unknown frame kind {0:#04x}")]
+    UnknownKind(u8),
+    /// A byte that must be zero is not.
+    #[error("frame header has bits set that must be zero")]
+    Reserved,
+    /// The body is longer than its kind allows, or shorter than it needs.
+    #[error("{kind:?} frame with a body of {length} bytes")]
+    Length {
+        /// The frame's kind.
+        kind: Kind,
+        /// The length it announced.
+        length: u64,
+    },
+    /// The body does not decode.
+    #[error("{kind:?} frame with a malformed body")]
+    Body {
+        /// The frame's kind.
+        kind: Kind,
+    },
+}
+
+/// The kinds of frames; the number is the one on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+#[expect(missing_docs, reason = "each is described at the variant of `Frame` with its name")]
+pub enum Kind {
+    Hello = 1,
+    Welcome = 2,
+    Abort = 3,
+    Setup = 4,
+    Prepared = 5,
+    Pages = 6,
+    Zero = 7,
+    PassEnd = 8,
+    PassAck = 9,
+    Switchover = 10,
+    Ready = 11,
+    Commit = 12,
+    Running = 13,
+    Request = 14,
+    Bitmap = 15,
+    BitmapComplete = 16,
+    End = 17,
+    Done = 18,
+}
+
+impl Kind {
+    const ALL: [Kind; 18] = {
+        use Kind::*;
+        [
+            Hello,
+            Welcome,
+            Abort,
+            Setup,
+            Prepared,
+            Pages,
+            Zero,
+            PassEnd,
+            PassAck,
+            Switchover,
+            Ready,
+            Commit,
+            Running,
+            Request,
+            Bitmap,
+            BitmapComplete,
+            End,
+            Done,
+        ]
+    };
+
+    /// Longest body of the kind, in bytes: what a peer can make us allocate.
+    pub const fn max_length(self) -> usize {
+        match self {
+            Kind::Hello | Kind::Welcome => 512,
+            Kind::Abort => MAX_TEXT + 16,
+            Kind::Setup => 4 << 20,
+            Kind::Pages => MAX_RUN as usize * PAGE_SIZE,
+            Kind::Zero => MAX_ZERO_RUNS * 20 + 8,
+            Kind::Switchover => 256 << 20,
+            Kind::Bitmap => MAX_BITMAP_WORDS as usize * 10 + 64,
+            Kind::Ready | Kind::Done => 1 << 20,
+            Kind::Request => 8,
+            Kind::Prepared | Kind::PassEnd | Kind::PassAck | Kind::Commit | Kind::Running | Kind::BitmapComplete | Kind::End => 64,
+        }
+    }
+}
+
+/// A frame's first 16 bytes, already held to the bounds of its kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// What follows.
+    pub kind: Kind,
+    /// Length of the body in bytes, within [`Kind::max_length`].
+    pub length: usize,
+    /// First page of a run.
+    pub page: u64,
+}
+
+impl Header {
+    /// The header of the contents of `run`, which must be at most [`MAX_RUN`] pages.
+    pub const fn pages(run: PageRun) -> Self {
+        Header { kind: Kind::Pages, length: run.count as usize * PAGE_SIZE, page: run.first.0 }
+    }
+
+    /// The bytes on the wire.
+    pub fn encode(self) -> [u8; HEADER_SIZE] {
+        let mut bytes = [0; HEADER_SIZE];
+        bytes[0] = self.kind as u8;
+        bytes[4..8].copy_from_slice(&(self.length as u32).to_le_bytes());
+        bytes[8..].copy_from_slice(&self.page.to_le_bytes());
+        bytes
+    }
+
+    /// Reads a header and bounds it. Whether a run lies within the guest's RAM is checked by who knows its size.
+    pub fn decode(bytes: [u8; HEADER_SIZE]) -> Result<Self, WireError> {
+        let [kind, a, b, c, l0, l1, l2, l3, page @ ..] = bytes;
+        let kind = Kind::ALL.into_iter().find(|known| *known as u8 == kind).ok_or(WireError::UnknownKind(kind))?;
+        let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
+        let header = Header { kind, length, page: u64::from_le_bytes(page) };
+        if [a, b, c] != [0; 3] || (header.page != 0 && !matches!(kind, Kind::Pages | Kind::Request)) {
+            return Err(WireError::Reserved);
+        }
+        let whole_pages = length > 0 && length.is_multiple_of(PAGE_SIZE);
+        if length > kind.max_length() || (kind == Kind::Pages && !whole_pages) || (kind == Kind::Request && length != 8) {
+            return Err(WireError::Length { kind, length: length as u64 });
+        }
+        Ok(header)
+    }
+
+    /// The run whose contents follow a `Pages` header.
+    pub const fn run(self) -> PageRun {
+        PageRun::new(self.page, (self.length / PAGE_SIZE) as u64)
+    }
+}
+
+/// Which of the two connections of a migration this is. Both are opened by the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Channel {
+    /// Control, and pages in the background.
+    Main,
+    /// Page requests and their answers, so that they never wait behind background pages.
+    Urgent,
+}
+
+/// The first frame on each connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Which connection this is.
+    pub channel: Channel,
+    /// Random number that ties the connections of one migration together, also across a recovery.
+    pub session: u128,
+    /// Version of the program, for messages.
+    pub program: String,
+}
+
+/// Pages sent since the beginning, for the destination to compare with what it received.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    /// Pages sent with contents.
+    pub normal: u64,
+    /// Pages named as zero.
+    pub zero: u64,
+}
+
+/// A dirty bitmap of a disk that moves with the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BitmapInfo {
+    /// The disk's id.
+    pub disk: String,
+    /// The bitmap's name.
+    pub name: String,
+    /// Bytes of disk per bit.
+    pub granularity: u32,
+    /// Number of bits.
+    pub bits: u64,
+    /// Whether it records writes.
+    pub enabled: bool,
+}
+
+impl BitmapInfo {
+    /// Number of 64-bit words its bits take.
+    pub const fn words(&self) -> u64 {
+        self.bits.div_ceil(64)
+    }
+}
+
+/// Everything the destination needs to become able to run the guest: read whole before any of it is loaded, because loading it can
+/// fault on guest RAM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Package {
+    /// Pages sent before the package.
+    pub sent: Totals,
+    /// Whether `missing` pages come after the commit. Without it nothing may be missing.
+    pub postcopy: bool,
+    /// Runs of pages that the destination does not hold yet or holds in an old version, ascending.
+    pub missing: Vec<PageRun>,
+    /// Dirty bitmaps whose bits follow after the commit.
+    pub bitmaps: Vec<BitmapInfo>,
+    /// Devices, vCPUs and VM, encoded by the machine.
+    pub machine: Vec<u8>,
+}
+
+/// What one side says to the other. S: sent by the source, D: by the destination.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Frame {
+    /// S: first frame of a connection.
+    Hello(Hello),
+    /// D: the answer to a `Hello` on the main connection, with the program's version.
+    Welcome(String),
+    /// S, D: the sender ends the migration before the commit; the text is for the person at the other side.
+    Abort(String),
+    /// S: RAM size in pages, whether postcopy may come, and the guest's configuration and host facts, encoded by the machine.
+    Setup {
+        /// Size of the guest's RAM in pages.
+        ram_pages: u64,
+        /// Whether the destination must be able to do postcopy.
+        postcopy: bool,
+        /// The machine's configuration and needs.
+        machine: Vec<u8>,
+    },
+    /// D: host and disks were checked, RAM is there; pages may come. The machine is built meanwhile.
+    Prepared,
+    /// S: contents of a run of pages; they stand behind the header in place of a body.
+    Pages(PageRun),
+    /// S: pages whose contents are zero.
+    Zero(Vec<PageRun>),
+    /// S: a precopy pass ends here; all of it together with those before amounts to the totals.
+    PassEnd(Totals),
+    /// D: everything before the `PassEnd` is in place.
+    PassAck,
+    /// S: the guest stands still; here is its state.
+    Switchover(Package),
+    /// D: the state is loaded, only the commit is missing. With the time it took in microseconds, and warnings (bitmaps dropped).
+    Ready {
+        /// Time from the whole package in hand to everything loaded.
+        load_us: u64,
+        /// What went wrong without harming the guest.
+        warnings: Vec<String>,
+    },
+    /// S: the source will never run the guest again; the destination must.
+    Commit,
+    /// D: the vCPUs run. With the time from the commit, in microseconds.
+    Running(u64),
+    /// D, urgent connection: a guest waits for these pages.
+    Request(PageRun),
+    /// S: words of a dirty bitmap from `first` on; where `words` is empty, `zero` words without a set bit.
+    Bitmap {
+        /// Index in [`Package::bitmaps`].
+        index: u32,
+        /// First word.
+        first: u64,
+        /// So many words are zero, if `words` is empty.
+        zero: u64,
+        /// The words.
+        words: Vec<u64>,
+    },
+    /// S: all words of the bitmap with this index have been sent.
+    BitmapComplete(u32),
+    /// S: every missing page and every bitmap has been sent.
+    End,
+    /// D: every page and every bitmap is in place; the source may forget the guest. With the page faults as measured here, and warnings.
+    Done {
+        /// Page faults served.
+        faults: Faults,
+        /// Warnings since `Ready`.
+        warnings: Vec<String>,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+struct HelloBody(MagicAndVersions, Hello);
+
+#[derive(Serialize, Deserialize)]
+struct MagicAndVersions([u8; 8], [u8; 2], [u8; 2]);
+
+impl Frame {
+    /// The frame's kind.
+    pub const fn kind(&self) -> Kind {
+        match self {
+            Frame::Hello(_) => Kind::Hello,
+            Frame::Welcome(_) => Kind::Welcome,
+            Frame::Abort(_) => Kind::Abort,
+            Frame::Setup { .. } => Kind::Setup,
+            Frame::Prepared => Kind::Prepared,
+            Frame::Pages(_) => Kind::Pages,
+            Frame::Zero(_) => Kind::Zero,
+            Frame::PassEnd(_) => Kind::PassEnd,
+            Frame::PassAck => Kind::PassAck,
+            Frame::Switchover(_) => Kind::Switchover,
+            Frame::Ready { .. } => Kind::Ready,
+            Frame::Commit => Kind::Commit,
+            Frame::Running(_) => Kind::Running,
+            Frame::Request(_) => Kind::Request,
+            Frame::Bitmap { .. } => Kind::Bitmap,
+            Frame::BitmapComplete(_) => Kind::BitmapComplete,
+            Frame::End => Kind::End,
+            Frame::Done { .. } => Kind::Done,
+        }
+    }
+
+    /// The bytes on the wire; of a `Pages` frame only the header. An error means that the body is longer than its kind may be.
+    pub fn encode(&self) -> Result<Vec<u8>, WireError> {
+        let kind = self.kind();
+        let mut bytes = vec![0; HEADER_SIZE];
+        let mut page = 0;
+        match self {
+            Frame::Pages(run) => return Ok(Header::pages(*run).encode().to_vec()),
+            Frame::Request(run) => {
+                page = run.first.0;
+                bytes.extend(run.count.to_le_bytes());
+            }
+            Frame::Hello(hello) => {
+                let versions = MagicAndVersions(MAGIC, VERSION.to_le_bytes(), VERSION.to_le_bytes());
+                bytes = extend(bytes, kind, &HelloBody(versions, hello.clone()))?;
+            }
+            Frame::Welcome(text) | Frame::Abort(text) => bytes = extend(bytes, kind, &clipped(text, kind.max_length() - 16))?,
+            Frame::Setup { ram_pages, postcopy, machine } => bytes = extend(bytes, kind, &(ram_pages, postcopy, machine))?,
+            Frame::Zero(runs) => bytes = extend(bytes, kind, runs)?,
+            Frame::PassEnd(totals) => bytes = extend(bytes, kind, totals)?,
+            Frame::Switchover(package) => bytes = extend(bytes, kind, package)?,
+            Frame::Ready { load_us, warnings } => bytes = extend(bytes, kind, &(load_us, warnings))?,
+            Frame::Running(resume_us) => bytes = extend(bytes, kind, resume_us)?,
+            Frame::Bitmap { index, first, zero, words } => bytes = extend(bytes, kind, &(index, first, zero, words))?,
+            Frame::BitmapComplete(index) => bytes = extend(bytes, kind, index)?,
+            Frame::Done { faults, warnings } => bytes = extend(bytes, kind, &(faults, warnings))?,
+            Frame::Prepared | Frame::PassAck | Frame::Commit | Frame::End => {}
+        }
+        let length = bytes.len() - HEADER_SIZE;
+        if length > kind.max_length() {
+            return Err(WireError::Length { kind, length: length as u64 });
+        }
+        bytes[..HEADER_SIZE].copy_from_slice(&Header { kind, length, page }.encode());
+        Ok(bytes)
+    }
+
+    /// Reads the body that follows `header`; of a `Pages` frame the body is not looked at.
+    pub fn decode(header: Header, body: &[u8]) -> Result<Self, WireError> {
+        let kind = header.kind;
+        Ok(match kind {
+            Kind::Hello => {
+                let (MagicAndVersions(magic, oldest, newest), rest) = postcard::take_from_bytes(body).map_err(|_| WireError::NotFerry)?;
+                let spoken = u16::from_le_bytes(oldest)..=u16::from_le_bytes(newest);
+                if magic != MAGIC || !spoken.contains(&VERSION) {
+                    return Err(WireError::NotFerry);
+                }
+                Frame::Hello(whole(rest, kind)?)
+            }
+            Kind::Welcome => Frame::Welcome(whole(body, kind)?),
+            Kind::Abort => Frame::Abort(whole(body, kind)?),
+            Kind::Setup => {
+                let (ram_pages, postcopy, machine) = whole(body, kind)?;
+                Frame::Setup { ram_pages, postcopy, machine }
+            }
+            Kind::Prepared => whole(body, kind).map(|()| Frame::Prepared)?,
+            Kind::Pages => Frame::Pages(header.run()),
+            Kind::Zero => Frame::Zero(whole(body, kind)?),
+            Kind::PassEnd => Frame::PassEnd(whole(body, kind)?),
+            Kind::PassAck => whole(body, kind).map(|()| Frame::PassAck)?,
+            Kind::Switchover => Frame::Switchover(whole(body, kind)?),
+            Kind::Ready => {
+                let (load_us, warnings) = whole(body, kind)?;
+                Frame::Ready { load_us, warnings }
+            }
+            Kind::Commit => whole(body, kind).map(|()| Frame::Commit)?,
+            Kind::Running => Frame::Running(whole(body, kind)?),
+            Kind::Request => {
+                let count = body.try_into().map(u64::from_le_bytes).map_err(|_| WireError::Body { kind })?;
+                Frame::Request(PageRun { first: PageNumber(header.page), count })
+            }
+            Kind::Bitmap => {
+                let (index, first, zero, words) = whole(body, kind)?;
+                Frame::Bitmap { index, first, zero, words }
+            }
+            Kind::BitmapComplete => Frame::BitmapComplete(whole(body, kind)?),
+            Kind::End => whole(body, kind).map(|()| Frame::End)?,
+            Kind::Done => {
+                let (faults, warnings) = whole(body, kind)?;
+                Frame::Done { faults, warnings }
+            }
+        })
+    }
+}
+
+fn extend<T: Serialize>(bytes: Vec<u8>, kind: Kind, value: &T) -> Result<Vec<u8>, WireError> {
+    postcard::to_extend(value, bytes).map_err(|_| WireError::Body { kind })
+}
+
+/// Decodes `body` and refuses bytes left over.
+fn whole<T: DeserializeOwned>(body: &[u8], kind: Kind) -> Result<T, WireError> {
+    match postcard::take_from_bytes(body) {
+        Ok((value, [])) => Ok(value),
+        _ => Err(WireError::Body { kind }),
+    }
+}
+
+/// The longest beginning of `text` that takes at most `limit` bytes.
+fn clipped(text: &str, limit: usize) -> &str {
+    let mut end = text.len().min(limit);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+#[cfg(test)]
+mod tests;
