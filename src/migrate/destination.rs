@@ -145,6 +145,7 @@ pub struct Destination {
     deadline: Option<Duration>,
     session: Option<u128>,
     urgent: bool,
+    prepared: bool,
     ram_pages: u64,
     /// Pages whose contents were written into RAM during precopy.
     written: PageSet,
@@ -174,6 +175,7 @@ impl Destination {
             deadline: None,
             session: None,
             urgent: false,
+            prepared: false,
             ram_pages: 0,
             written: PageSet::empty(0),
             received: Totals::default(),
@@ -201,6 +203,7 @@ impl Destination {
             (Channel::Main, Some(_)) => Err("another migration to here is under way".into()),
             (Channel::Urgent, Some(session)) if session == hello.session && !self.urgent => {
                 self.urgent = true;
+                self.check_prepared();
                 Ok(())
             }
             (Channel::Urgent, _) => Err("this urgent connection belongs to no migration to here".into()),
@@ -255,8 +258,8 @@ impl Destination {
                 self.fail(&format!("the source sent {:?} on the urgent connection", frame.kind()));
             }
             (Input::Prepared, State::Preparing) => {
-                self.send(Channel::Main, Frame::Prepared);
-                self.enter(State::Receiving, None);
+                self.prepared = true;
+                self.check_prepared();
             }
             (Input::Loaded { load_us, warnings }, State::Loading) => {
                 self.send(Channel::Main, Frame::Ready { load_us, warnings });
@@ -312,6 +315,14 @@ impl Destination {
         answer
     }
 
+    /// Pages may come when the host is ready and the urgent connection stands: postcopy must not begin before it.
+    fn check_prepared(&mut self) {
+        if self.state == State::Preparing && self.prepared && self.urgent {
+            self.send(Channel::Main, Frame::Prepared);
+            self.enter(State::Receiving, None);
+        }
+    }
+
     fn send(&mut self, channel: Channel, frame: Frame) {
         self.actions.push_back(Action::Send(channel, frame));
     }
@@ -353,6 +364,7 @@ impl Destination {
             return Err(format!("a guest of {ram_pages} pages of RAM cannot be received"));
         }
         self.ram_pages = ram_pages;
+        self.written = PageSet::empty(ram_pages);
         self.actions.push_back(Action::Prepare { ram_pages, postcopy, machine });
         self.enter(State::Preparing, None);
         Ok(())
@@ -387,9 +399,6 @@ impl Destination {
 
     fn on_switchover(&mut self, package: Package) -> Result<(), String> {
         self.check_totals(package.sent)?;
-        if package.postcopy && !self.urgent {
-            return Err("postcopy needs an urgent connection, and the source opened none".into());
-        }
         if !package.postcopy && !package.missing.is_empty() {
             return Err("pages are missing at the end of precopy".into());
         }

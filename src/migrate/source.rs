@@ -58,7 +58,9 @@ pub enum Input {
     Harvested(PageSet),
     /// The guest stands still, and its state was saved: the answer to [`Action::Stop`].
     Stopped(Stopped),
-    /// Something failed here: tracking, stopping, saving. Before the commit the guest goes on.
+    /// The guest could not be stopped or saved: the answer to [`Action::Stop`] otherwise.
+    StopFailed(String),
+    /// Something else failed here. Before the commit the guest goes on.
     Failed(String),
     /// A connection is gone.
     Lost(Channel, String),
@@ -103,13 +105,15 @@ pub enum Poll {
 pub enum Action {
     /// Send on the main connection.
     Send(Frame),
+    /// Open the urgent connection and say [`Source::hello`] on it.
+    OpenUrgent,
     /// Begin to track dirty pages; answer with the pages that have ever been used as [`Input::Harvested`].
     StartTracking,
     /// Answer with [`Input::Harvested`].
     Harvest,
     /// Pause the guest, save its state, harvest last; answer with [`Input::Stopped`].
     Stop,
-    /// The guest goes on here: the switch did not take place.
+    /// The guest goes on here, if it stands still: the switch did not take place.
     Resume,
     /// The commit point: give up for good the right to run the guest, and its disks' locks. What comes next is the `Commit` frame.
     GiveUp,
@@ -230,8 +234,7 @@ struct PassMeter {
 }
 
 impl Source {
-    /// A migration that begins now, with a `Hello` to be sent on the main connection. The urgent one says its own `Hello`, see
-    /// [`Source::hello`].
+    /// A migration that begins now, with a `Hello` to be sent on the main connection.
     pub fn new(config: Config) -> Self {
         let hello = Self::hello(config.session, Channel::Main);
         let report = Report { mode: config.mode, ..Report::default() };
@@ -323,7 +326,11 @@ impl Source {
             (Input::Frame(frame), _) => self.on_frame(frame, now),
             (Input::Harvested(dirty), State::Harvesting) => self.on_harvested(&dirty, now),
             (Input::Stopped(stopped), State::Stopping) => self.on_stopped(stopped, now),
-            (Input::Harvested(_) | Input::Stopped(_), _) => {}
+            (Input::StopFailed(reason), State::Stopping) => {
+                self.actions.push_back(Action::Resume);
+                self.fail_here(Failure::Failed(reason), now);
+            }
+            (Input::Harvested(_) | Input::Stopped(_) | Input::StopFailed(_), _) => {}
             (Input::Failed(reason), _) => self.fail(Failure::Failed(reason), now),
             (Input::Lost(_, reason), _) => {
                 self.fail(Failure::Failed(format!("the connection to the destination was lost: {reason}")), now);
@@ -432,6 +439,7 @@ impl Source {
     fn on_frame(&mut self, frame: Frame, now: Duration) {
         match (frame, self.state) {
             (Frame::Welcome(_), State::Hello) => {
+                self.actions.push_back(Action::OpenUrgent);
                 let machine = std::mem::take(&mut self.config.machine);
                 let postcopy = self.config.mode != Mode::Precopy;
                 self.send(Frame::Setup { ram_pages: self.config.ram_pages, postcopy, machine });

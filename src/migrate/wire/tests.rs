@@ -1,1 +1,113 @@
+use proptest::prelude::*;
 
+use super::*;
+
+fn run() -> impl Strategy<Value = PageRun> {
+    (any::<u64>(), any::<u64>()).prop_map(|(first, count)| PageRun::new(first, count))
+}
+
+fn text() -> impl Strategy<Value = String> {
+    ".{0,40}"
+}
+
+fn frame() -> impl Strategy<Value = Frame> {
+    let bytes = || prop::collection::vec(any::<u8>(), 0..300);
+    let words = || prop::collection::vec(any::<u64>(), 0..MAX_BITMAP_WORDS as usize);
+    let totals = || (any::<u64>(), any::<u64>()).prop_map(|(normal, zero)| Totals { normal, zero });
+    let channel = prop_oneof![Just(Channel::Main), Just(Channel::Urgent)];
+    let bitmap = (text(), text(), any::<u32>(), any::<u64>(), any::<bool>())
+        .prop_map(|(disk, name, granularity, bits, enabled)| BitmapInfo { disk, name, granularity, bits, enabled });
+    let package = (totals(), any::<bool>(), prop::collection::vec(run(), 0..20), prop::collection::vec(bitmap, 0..4), bytes())
+        .prop_map(|(sent, postcopy, missing, bitmaps, machine)| Package { sent, postcopy, missing, bitmaps, machine });
+    prop_oneof![
+        (channel, any::<u128>(), text()).prop_map(|(channel, session, program)| Frame::Hello(Hello { channel, session, program })),
+        text().prop_map(Frame::Welcome),
+        text().prop_map(Frame::Abort),
+        (any::<u64>(), any::<bool>(), bytes()).prop_map(|(ram_pages, postcopy, machine)| Frame::Setup { ram_pages, postcopy, machine }),
+        (any::<u64>(), 1..=MAX_RUN).prop_map(|(first, count)| Frame::Pages(PageRun::new(first, count))),
+        prop::collection::vec(run(), 0..20).prop_map(Frame::Zero),
+        totals().prop_map(Frame::PassEnd),
+        package.prop_map(Frame::Switchover),
+        (any::<u64>(), prop::collection::vec(text(), 0..4)).prop_map(|(load_us, warnings)| Frame::Ready { load_us, warnings }),
+        any::<u64>().prop_map(Frame::Running),
+        run().prop_map(Frame::Request),
+        (any::<u32>(), any::<u64>(), any::<u64>(), words()).prop_map(|(index, first, zero, words)| Frame::Bitmap {
+            index,
+            first,
+            zero,
+            words
+        }),
+        any::<u32>().prop_map(Frame::BitmapComplete),
+        prop::sample::select(vec![Frame::Prepared, Frame::PassAck, Frame::Commit, Frame::End]),
+        (any::<u64>(), prop::collection::vec(text(), 0..4))
+            .prop_map(|(requested, warnings)| Frame::Done { faults: Faults { requested, ..Faults::default() }, warnings }),
+    ]
+}
+
+fn decode(bytes: &[u8]) -> Result<Frame, WireError> {
+    let (header, body) = bytes.split_at(HEADER_SIZE);
+    let header = Header::decode(header.try_into().unwrap())?;
+    Frame::decode(header, body)
+}
+
+proptest! {
+    #[test]
+    fn every_frame_survives_its_encoding(frame in frame()) {
+        let bytes = frame.encode().unwrap();
+        prop_assert_eq!(decode(&bytes), Ok(frame));
+    }
+
+    #[test]
+    fn a_cut_or_lengthened_body_is_refused(frame in frame(), cut in any::<prop::sample::Index>()) {
+        prop_assume!(!matches!(frame, Frame::Pages(_)));
+        let mut bytes = frame.encode().unwrap();
+        if bytes.len() > HEADER_SIZE {
+            let cut = HEADER_SIZE + cut.index(bytes.len() - HEADER_SIZE);
+            prop_assert!(decode(&bytes[..cut]).is_err());
+        }
+        bytes.push(0);
+        prop_assert!(decode(&bytes).is_err());
+    }
+
+    #[test]
+    fn any_bytes_are_a_frame_or_an_error(bytes in prop::collection::vec(any::<u8>(), HEADER_SIZE..2000)) {
+        if let Ok(frame) = decode(&bytes) {
+            prop_assert!(bytes.len() - HEADER_SIZE <= frame.kind().max_length());
+        }
+    }
+
+    #[test]
+    fn any_body_of_a_known_kind_is_a_frame_or_an_error(kind in prop::sample::select(&Kind::ALL[..]), body in prop::collection::vec(any::<u8>(), 0..2000)) {
+        let _ = Frame::decode(Header { kind, length: body.len(), page: 0 }, &body);
+    }
+}
+
+#[test]
+fn strangers_and_other_versions_are_told_so() {
+    let hello = Frame::Hello(Hello { channel: Channel::Main, session: 1, program: "ferry".into() }).encode().unwrap();
+    for (at, byte) in [(HEADER_SIZE, b'X'), (HEADER_SIZE + 8, 2), (HEADER_SIZE + 10, 0)] {
+        let mut other = hello.clone();
+        other[at] = byte;
+        assert_eq!(decode(&other), Err(WireError::NotFerry), "byte {at}");
+    }
+    let http = *b"GET / HTTP/1.1\r\n";
+    assert!(Header::decode(http).is_err());
+}
+
+#[test]
+fn lengths_are_bounded_before_anything_is_read() {
+    for kind in Kind::ALL {
+        let mut header = Header { kind, length: kind.max_length() + 1, page: 0 }.encode();
+        assert!(Header::decode(header).is_err(), "{kind:?}");
+        header[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert_eq!(Header::decode(header), Err(WireError::Length { kind, length: u64::from(u32::MAX) }));
+    }
+    assert!(Header::decode(Header { kind: Kind::Pages, length: 4095, page: 0 }.encode()).is_err());
+    assert!(Header::decode(Header { kind: Kind::Pages, length: 0, page: 0 }.encode()).is_err());
+}
+
+#[test]
+fn long_texts_are_clipped_to_what_the_other_side_accepts() {
+    let bytes = Frame::Abort("é".repeat(MAX_TEXT)).encode().unwrap();
+    assert!(matches!(decode(&bytes), Ok(Frame::Abort(text)) if text.len() > MAX_TEXT - 8));
+}

@@ -1,0 +1,65 @@
+//! Guest RAM of the model: each page is the number of the last write to it. Version 0 is a page of zeros.
+
+use ferry::memory::{PageNumber, PageRun, PageSet};
+
+/// Contents of a page.
+pub type Version = u32;
+
+/// One host's copy of RAM, with the kernel's dirty log under manual protection.
+pub struct Ram {
+    pages: Vec<Option<Version>>,
+    log: PageSet,
+    touched: PageSet,
+}
+
+impl Ram {
+    /// RAM in which no page is populated.
+    pub fn new(pages: u64) -> Self {
+        Ram { pages: vec![None; pages as usize], log: PageSet::empty(pages), touched: PageSet::empty(pages) }
+    }
+
+    /// What a reader finds, a page that is not populated being zero.
+    pub fn read(&self, page: PageNumber) -> Version {
+        self.pages[page.0 as usize].unwrap_or(0)
+    }
+
+    pub fn is_populated(&self, page: PageNumber) -> bool {
+        self.pages[page.0 as usize].is_some()
+    }
+
+    pub fn write(&mut self, page: PageNumber, version: Version) {
+        self.pages[page.0 as usize] = Some(version);
+        self.log.insert(PageRun::single(page));
+        self.touched.insert(PageRun::single(page));
+    }
+
+    /// Places contents without a trace in the log, as a receiver does.
+    pub fn place(&mut self, page: PageNumber, version: Version) {
+        self.pages[page.0 as usize] = Some(version);
+        self.touched.insert(PageRun::single(page));
+    }
+
+    pub fn discard(&mut self, run: PageRun) {
+        for page in run.pages() {
+            self.pages[page.0 as usize] = None;
+        }
+    }
+
+    /// Starts the log; returns the pages that have ever been touched.
+    pub fn start_log(&mut self) -> PageSet {
+        self.log = PageSet::empty(self.log.universe());
+        self.touched.clone()
+    }
+
+    /// The log; reading it clears nothing.
+    pub fn harvest(&self) -> PageSet {
+        self.log.clone()
+    }
+
+    /// Clears what was harvested of `range`.
+    pub fn clear(&mut self, harvested: &PageSet, range: PageRun) {
+        for run in harvested.runs_within(range) {
+            self.log.remove(run);
+        }
+    }
+}
