@@ -8,9 +8,11 @@ use core::fmt;
 use core::sync::atomic::Ordering::*;
 
 use kernel::console::{self, line};
+use kernel::disk::{self, Disk};
 use kernel::reporter::Reporter;
 use kernel::start_info::Loaded;
 use kernel::time::rdtsc;
+use kernel::virtio_blk::{Device, SLOTS};
 use kernel::worker::{self, Worker};
 use kernel::world::{self, RECORDS, World, stage};
 use kernel::{boot, cpus, exceptions, lapic, paging, port, power, time, verdict};
@@ -36,10 +38,20 @@ extern "C" fn boot_cpu_main(start_info: u32) -> ! {
     let Some(tsc_hz) = tsc_hz else {
         refuse(format_args!("unknown_tsc_frequency give=tsc_khz=N"))
     };
-    let layout = Layout::plan(loaded.ram(), boot::end_of_kernel(), config.fill, 0);
+    let device = config
+        .disk
+        .then(|| Device::find().unwrap_or_else(|problem| refuse(problem)));
+    let blocks = device
+        .as_ref()
+        .map_or(0, |device| device.blocks().min(disk::MAX_BLOCKS));
+    if device.is_some() && blocks <= SLOTS as u64 {
+        refuse(format_args!("disk_too_small blocks={blocks}"));
+    }
+    let layout = Layout::plan(loaded.ram(), boot::end_of_kernel(), config.fill, blocks);
     let layout = layout.unwrap_or_else(|problem| refuse(problem));
     paging::map_high_memory(&layout);
     clear(layout.generations, layout.pages * 4);
+    clear(layout.blocks, blocks * 4);
 
     let ram: u64 = loaded
         .ram()
@@ -61,10 +73,10 @@ extern "C" fn boot_cpu_main(start_info: u32) -> ! {
         timer,
         cpus,
     };
-    run(&world)
+    run(&world, device)
 }
 
-fn run(world: &World) -> ! {
+fn run(world: &World, device: Option<Device>) -> ! {
     // SAFETY: this function does not return, so its caller's world lives for ever.
     let world: &'static World = unsafe { &*(&raw const *world) };
     world::publish(world);
@@ -77,6 +89,7 @@ fn run(world: &World) -> ! {
     let end = (world.config.run > 0).then(|| start + world.config.run * world.tsc_hz);
     let mut corrupt = world.config.corrupt;
     let mut worker = Worker::new(world, 0);
+    let mut disk = device.map(|device| Disk::new(world, device));
     let mut reporter = Reporter::new(world, start);
     loop {
         let now = rdtsc();
@@ -90,12 +103,18 @@ fn run(world: &World) -> ! {
         {
             corrupt_page(world, page);
         }
-        if !worker.step(now) {
-            worker.wait(now, Some(end.unwrap_or(u64::MAX).min(reporter.next())));
+        let disk_busy = disk.as_mut().is_some_and(|disk| disk.step(now));
+        let busy = worker.step(now) || disk_busy;
+        if !busy {
+            let disk = disk.as_ref().map_or(u64::MAX, |disk| disk.next(now));
+            worker.wait(now, reporter.next().min(end.unwrap_or(u64::MAX)).min(disk));
         }
     }
     world::set_stage(stage::FINAL);
     worker.finish();
+    if let Some(disk) = &mut disk {
+        disk.finish();
+    }
     wait_for_all(world, worker::FINISHED);
     reporter.print_stat();
     line!("verdict ok passes={} final=1", reporter.finished_passes());
@@ -117,7 +136,7 @@ extern "C" fn application_cpu_main(cpu: u32) -> ! {
     while world::current_stage() == stage::RUN {
         let now = rdtsc();
         if !worker.step(now) {
-            worker.wait(now, None);
+            worker.wait(now, u64::MAX);
         }
     }
     worker.finish();

@@ -3,6 +3,7 @@
 pub mod boot;
 pub mod console;
 pub mod cpus;
+pub mod disk;
 pub mod exceptions;
 pub mod lapic;
 pub mod mem;
@@ -13,5 +14,6 @@ pub mod reporter;
 pub mod start_info;
 pub mod time;
 pub mod verdict;
+pub mod virtio_blk;
 pub mod worker;
 pub mod world;

@@ -7,6 +7,7 @@ use core::sync::atomic::{AtomicU32, Ordering::*};
 use pagestorm::page::Damage;
 
 use super::console::line;
+use super::virtio_blk::Request;
 use super::{lapic, power};
 
 /// What was found wrong.
@@ -21,6 +22,22 @@ pub enum Failure {
     },
     /// The generations of a vCPU's pages do not add up to its writes: a page of the table or the record is stale.
     GenerationSum { expected: u64, found: u64 },
+    /// A block on the disk.
+    Disk {
+        block: u64,
+        expected: u32,
+        damage: Damage,
+    },
+    /// The disk failed a request.
+    DiskRequest {
+        block: u64,
+        request: Request,
+        status: u8,
+    },
+    /// The disk did not answer.
+    DiskTimeout { block: u64 },
+    /// The disk answered what it had not been asked.
+    DiskQueue { descriptor: u32 },
     /// The TSC went backwards.
     Tsc { before: u64, after: u64 },
     /// An exception on some vCPU.
@@ -52,6 +69,32 @@ impl fmt::Display for Failure {
             }
             Failure::GenerationSum { expected, found } => {
                 write!(f, "reason=generation_sum expected={expected} found={found}")
+            }
+            Failure::Disk {
+                block,
+                expected,
+                damage,
+            } => {
+                write!(
+                    f,
+                    "reason=disk_{} block={block} expected_gen={expected}",
+                    damage.reason()
+                )?;
+                describe(f, damage)
+            }
+            Failure::DiskRequest {
+                block,
+                request,
+                status,
+            } => {
+                write!(
+                    f,
+                    "reason=disk_request request={request:?} block={block} status={status}"
+                )
+            }
+            Failure::DiskTimeout { block } => write!(f, "reason=disk_timeout block={block}"),
+            Failure::DiskQueue { descriptor } => {
+                write!(f, "reason=disk_queue descriptor={descriptor}")
             }
             Failure::Tsc { before, after } => {
                 write!(f, "reason=tsc_backwards before={before} after={after}")

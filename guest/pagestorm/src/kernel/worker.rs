@@ -186,8 +186,8 @@ impl Worker {
         true
     }
 
-    /// Waits until there is something to do, or `until` if that comes first.
-    pub fn wait(&self, now: u64, until: Option<u64>) {
+    /// Waits until there is something to do, but not past `until`.
+    pub fn wait(&self, now: u64, until: u64) {
         if self.world.config.idle == Idle::Spin {
             return core::hint::spin_loop();
         }
@@ -200,7 +200,7 @@ impl Worker {
         let wake = work
             .unwrap_or(u64::MAX)
             .max(tick)
-            .min(until.unwrap_or(u64::MAX))
+            .min(until)
             .min(now + hz / WAITS_PER_SECOND);
         let cycles = wake.saturating_sub(rdtsc());
         if cycles > 0 {
