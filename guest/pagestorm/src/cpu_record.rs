@@ -32,4 +32,28 @@ pub struct CpuRecord {
     pub phase: AtomicU64,
 }
 
+impl CpuRecord {
+    /// Of a vCPU that has not started.
+    pub const fn new() -> Self {
+        CpuRecord {
+            first_page: AtomicU64::new(0),
+            pages: AtomicU64::new(0),
+            writes: AtomicU64::new(0),
+            reads: AtomicU64::new(0),
+            passes: AtomicU64::new(0),
+            writing: AtomicU64::new(NOT_WRITING),
+            filled: AtomicU64::new(0),
+            disk_writes: AtomicU64::new(0),
+            disk_reads: AtomicU64::new(0),
+            phase: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Default for CpuRecord {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 const _: () = assert!(size_of::<CpuRecord>() == crate::page::PAGE_SIZE);

@@ -1,4 +1,73 @@
-//! pagestorm.
+//! pagestorm: a bare-metal x86-64 test kernel that fills RAM, keeps dirtying it at a given rate, writes to a
+//! disk, and checks all of it all the time. It tells whether a virtual machine monitor, above all one
+//! that migrates the guest while it runs, has lost or mixed up anything.
+//!
+//! It starts through its PVH note, so `qemu-system-x86_64 -kernel` (microvm, pc, q35) and Ferry boot the same
+//! file. Ring 0 is a few instructions of assembler (`kernel/boot.s`); all Rust runs in ring 3 with
+//! interrupts disabled and with access to all memory and ports, because some KVMs emulate ring 0.
+//!
+//! # Command line
+//! `key=value` words; sizes take K, M and G. Anything else is refused with a line that says so.
+//!
+//! | key | default | meaning |
+//! |---|---|---|
+//! | `fill` | 16M | bytes of RAM used as pages, or `all` |
+//! | `pattern` | random | `random`, `compressible`, or `zero`: pages stay zero until first dirtied, then are random |
+//! | `rate` | 1000 | pages dirtied a second over all vCPUs, or `max`; what falls behind by over 10 ms is dropped |
+//! | `order` | sequential | `sequential`, `random`, or `hotcold`: 90 % of the writes to the first 10 % of a vCPU's pages |
+//! | `verify` | 1 | pages checked for each page dirtied; 0 is no checking but at the end. Else all pages are also checked every 10 s (at most 100000 a second) |
+//! | `cpus` | 1 | vCPUs used, up to 32 (APIC identifiers 0, 1, 2...); fewer if one does not answer within a second |
+//! | `disk` | off | `on`: write and check the first virtio-blk disk on virtio-mmio (version 2), destroying what is on it |
+//! | `disk_rate` | 100 | operations a second, or `max` |
+//! | `disk_discard` | off | `on`: discard and write-zeroes requests too, where the disk has them |
+//! | `heartbeat` | 100 | milliseconds between heartbeats, 0 for none; missed ones are not made up for |
+//! | `heartbeat_byte` | off | `on`: a heartbeat is the byte `.` and nothing else, between other lines |
+//! | `idle` | hlt | waiting: `hlt` (wakes for work at most every millisecond, for heartbeats exactly), or `spin` |
+//! | `run` | 0 | seconds until a last check of everything and power-off; 0 is for ever |
+//! | `tsc_khz` | | TSC frequency, where neither kvmclock nor a PIT tells it |
+//! | `corrupt` | | number of a page of which a bit is flipped after a second, to see the verdict (with `rate=0`, or it may be overwritten unseen) |
+//!
+//! # Output
+//! Lines on COM1, all from the boot vCPU, so they never mix:
+//!
+//! - `pagestorm: boot cpus=N cpus_wanted=N ram=BYTES tsc_khz=N cmdline="..."`
+//! - `pagestorm: segment first_page=N gpa=0xN pages=N`, for each run of pages
+//! - `pagestorm: filled pages=N first_gpa=0xN generations=0xN cpu_records=0xN`: all pages have their first contents
+//! - `pagestorm: disk blocks=N magic=0xN table=0xN flush=0|1 discard=0|1 write_zeroes=0|1`, and at the end of a
+//!   run `pagestorm: disk data_blocks=N zero_blocks=N magic=0xN digest=0xN`
+//! - `hb seq=N tsc=N`
+//! - each second, for each vCPU, `stat cpu=N seq=N writes=N reads=N passes=N disk_writes=N disk_reads=N`: pages
+//!   dirtied and checked, whole passes over the vCPU's pages, disk blocks written, read back and checked
+//! - `verdict ok passes=N` after the counters when every vCPU has come through more passes than it said last, and
+//!   with ` final=1` at the end of a run. A page that was damaged at some moment has been checked when
+//!   `passes` has grown by two since.
+//! - `verdict bad reason=R ... apic=N`: what is wrong, found by the vCPU with this APIC identifier. The guest ends.
+//! - `pagestorm: error ...`: the command line, RAM or disk does not do. The guest ends.
+//!
+//! | reason | further words |
+//! |---|---|
+//! | `stale` (lost write, older generation), `ahead` (the table is older than the page), `torn` (parts of two generations, or damaged), `zeroed`, `not_zero`, `number` (another page), `magic` | `page`, `gpa`, `expected_gen`, `offset` in the page, and `found_gen`, `found_number` or `found_magic` |
+//! | `disk_` and one of these | `block`, `expected_gen`, `offset`, and so on |
+//! | `disk_request`, `disk_timeout`, `disk_queue` | a request failed with `status`, took over 30 s, was never sent |
+//! | `generation_sum` | `expected` (writes counted), `found` (sum of the table): a table or counter is stale |
+//! | `tsc_backwards` | `before`, `after` |
+//! | `exception`, `panic` | `vec`, `err`, `rip`, `cr2`; `line` |
+//!
+//! At the end the guest writes to isa-debug-exit (0xf4: 0x10 all was well, 0x11 not), then powers off.
+//!
+//! # Checking from outside
+//! A test that has stopped the guest finds everything at the addresses printed:
+//!
+//! - Page `first_page + i` of a segment is at `gpa + 4096 * i`; its format is described in `page.rs`.
+//! - `generations` has a little-endian 32-bit word for each page, in order: its expected generation. 0 means
+//!   never written (all zero). A page is written before its entry is.
+//! - `cpu_records` has a page for each vCPU, described in `cpu_record.rs`: which pages it owns, and which one it is
+//!   writing, whose contents and entry may be halfway. All others must agree with their entries, and the sum of a
+//!   vCPU's entries must be its `filled` + `writes`, plus one if it was stopped between an entry and the count.
+//! - A disk block is at byte 4096 * number, in the same format with the magic of the `disk` line. `table` has
+//!   a 32-bit word for each: what it holds and its generation, described in `blocks.rs`. Up to 4
+//!   requests may be in flight unless the run has ended; then `digest` is the wrapping sum, over the blocks that hold
+//!   data, of `mix(mix(number) ^ generation)` (`page.rs`).
 #![no_std]
 #![no_main]
 
@@ -78,7 +147,7 @@ extern "C" fn boot_cpu_main(start_info: u32) -> ! {
 
 fn run(world: &World, device: Option<Device>) -> ! {
     // SAFETY: this function does not return, so its caller's world lives for ever.
-    let world: &'static World = unsafe { &*(&raw const *world) };
+    let world: &'static World = unsafe { &*core::ptr::from_ref(world) };
     world::publish(world);
     Worker::new(world, 0).fill();
     wait_for_all(world, worker::FILLED);

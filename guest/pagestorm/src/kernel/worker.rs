@@ -4,7 +4,7 @@ use core::sync::atomic::Ordering::*;
 
 use pagestorm::cmdline::{Idle, Pattern, Rate};
 use pagestorm::cpu_record::{CpuRecord, NOT_WRITING};
-use pagestorm::page::{self, Body, Damage, PAGE_MAGIC, Stamp};
+use pagestorm::page::{self, Body, PAGE_MAGIC, Stamp, Words};
 use pagestorm::workload::{Pacer, Picker};
 
 use super::boot::halt_until_interrupt;
@@ -41,6 +41,14 @@ pub struct Worker {
     /// Next page to check, counted from the first.
     cursor: u64,
     last_tsc: u64,
+}
+
+fn stamp(number: u64, generation: u32) -> Stamp {
+    Stamp {
+        magic: PAGE_MAGIC,
+        number,
+        generation,
+    }
 }
 
 impl Worker {
@@ -82,20 +90,24 @@ impl Worker {
         }
     }
 
-    fn stamp(&self, number: u64, generation: u32) -> Stamp {
-        Stamp {
-            magic: PAGE_MAGIC,
-            number,
-            generation,
-        }
+    /// The address and contents of a page that this vCPU owns.
+    fn page(&mut self, page: u64) -> (u64, &mut Words) {
+        let owned = page.wrapping_sub(self.first_page) < self.pages;
+        let Some(gpa) = self.world.layout.gpa(page).filter(|_| owned) else {
+            panic!("not one of this vCPU's pages: {page}")
+        };
+        // The compiler must not assume that memory still holds what was written there.
+        let words = core::hint::black_box(gpa as *mut Words);
+        // SAFETY: the layout gives this page of mapped RAM to nothing else, no other vCPU owns it, and a
+        // vCPU has one worker at a time.
+        (gpa, unsafe { &mut *words })
     }
 
     /// Brings all pages of this vCPU into their first state.
     pub fn fill(&mut self) {
         for page in self.first_page..self.first_page + self.pages {
             if self.world.config.pattern == Pattern::Zero {
-                // SAFETY: this vCPU owns the page.
-                let (_, words) = unsafe { self.world.page(page) };
+                let (_, words) = self.page(page);
                 // Most RAM is zero from the start; reading it does not make the host allocate it.
                 if page::check_zero(words).is_err() {
                     words.fill(0);
@@ -110,11 +122,11 @@ impl Worker {
 
     fn write_page(&mut self, page: u64) {
         let generation = self.world.generation(page).load(Relaxed) + 1;
-        // Release keeps these three in order: what is being written is said before, and no longer after.
+        let body = self.body;
+        // Whoever stops the guest and looks must not see a half-written page that is not announced here.
         self.record.writing.store(page, SeqCst);
-        // SAFETY: this vCPU owns the page.
-        let (_, words) = unsafe { self.world.page(page) };
-        page::write(words, self.stamp(page, generation), self.body);
+        let (_, words) = self.page(page);
+        page::write(words, stamp(page, generation), body);
         self.world.generation(page).store(generation, Release);
         self.record.writing.store(NOT_WRITING, Release);
     }
@@ -122,14 +134,19 @@ impl Worker {
     fn check_next(&mut self) {
         let page = self.first_page + self.cursor;
         let generation = self.world.generation(page).load(Relaxed);
-        // SAFETY: this vCPU owns the page.
-        let (gpa, words) = unsafe { self.world.page(page) };
+        let body = self.body;
+        let (gpa, words) = self.page(page);
         let result = match generation {
             0 => page::check_zero(words),
-            _ => page::check(words, self.stamp(page, generation), self.body),
+            _ => page::check(words, stamp(page, generation), body),
         };
         if let Err(damage) = result {
-            self.report(page, gpa, generation, damage);
+            fail(Failure::Page {
+                page,
+                gpa,
+                expected: generation,
+                damage,
+            });
         }
         self.record.reads.fetch_add(1, Relaxed);
         self.cursor += 1;
@@ -138,16 +155,6 @@ impl Worker {
             self.check_generation_sum();
             self.record.passes.fetch_add(1, Relaxed);
         }
-    }
-
-    #[cold]
-    fn report(&self, page: u64, gpa: u64, expected: u32, damage: Damage) -> ! {
-        fail(Failure::Page {
-            page,
-            gpa,
-            expected,
-            damage,
-        })
     }
 
     fn check_generation_sum(&self) {

@@ -3,9 +3,8 @@
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
 
 use pagestorm::cmdline::{Config, MAX_CPUS};
-use pagestorm::cpu_record::{CpuRecord, NOT_WRITING};
+use pagestorm::cpu_record::CpuRecord;
 use pagestorm::layout::Layout;
-use pagestorm::page::Words;
 
 use super::lapic::Timer;
 
@@ -30,21 +29,6 @@ impl World {
         // SAFETY: inside the table, which the layout gives to this alone and which is always used as atomics.
         unsafe { &*(self.layout.generations as *const AtomicU32).add(page as usize) }
     }
-
-    /// A page's address and contents.
-    ///
-    /// # Safety
-    /// Only the vCPU that owns the page may call this, and have one such reference at a time.
-    #[inline]
-    pub unsafe fn page(&self, page: u64) -> (u64, &mut Words) {
-        let Some(gpa) = self.layout.gpa(page) else {
-            panic!("page {page} does not exist")
-        };
-        // The compiler must not assume that memory still holds what was written there.
-        let words = core::hint::black_box(gpa as *mut Words);
-        // SAFETY: the layout gives this page of mapped RAM to nothing else; the caller is its only user.
-        (gpa, unsafe { &mut *words })
-    }
 }
 
 /// What vCPUs work at.
@@ -62,21 +46,9 @@ pub mod stage {
 static WORLD: AtomicPtr<World> = AtomicPtr::new(core::ptr::null_mut());
 static STAGE: AtomicU64 = AtomicU64::new(stage::BOOT);
 
-const EMPTY: CpuRecord = CpuRecord {
-    first_page: AtomicU64::new(0),
-    pages: AtomicU64::new(0),
-    writes: AtomicU64::new(0),
-    reads: AtomicU64::new(0),
-    passes: AtomicU64::new(0),
-    writing: AtomicU64::new(0),
-    filled: AtomicU64::new(0),
-    disk_writes: AtomicU64::new(0),
-    disk_reads: AtomicU64::new(0),
-    phase: AtomicU64::new(0),
-};
-
 /// One for each vCPU.
-pub static RECORDS: [CpuRecord; MAX_CPUS as usize] = [EMPTY; MAX_CPUS as usize];
+pub static RECORDS: [CpuRecord; MAX_CPUS as usize] =
+    [const { CpuRecord::new() }; MAX_CPUS as usize];
 
 /// Makes the world known to the other vCPUs and has them fill pages.
 pub fn publish(world: &'static World) {
@@ -84,7 +56,6 @@ pub fn publish(world: &'static World) {
         let (first, pages) = pagestorm::workload::share(world.layout.pages, world.cpus, cpu);
         record.first_page.store(first, Relaxed);
         record.pages.store(pages, Relaxed);
-        record.writing.store(NOT_WRITING, Relaxed);
     }
     WORLD.store((&raw const *world).cast_mut(), Release);
     set_stage(stage::FILL);
