@@ -15,13 +15,13 @@
 //! | `pattern` | random | `random`, `compressible`, or `zero`: pages stay zero until first dirtied, then are random |
 //! | `rate` | 1000 | pages dirtied a second over all vCPUs, or `max`; what falls behind by over 10 ms is dropped |
 //! | `order` | sequential | `sequential`, `random`, or `hotcold`: 90 % of the writes to the first 10 % of a vCPU's pages |
-//! | `verify` | 1 | pages checked for each page dirtied; 0 is no checking but at the end. Else all pages are also checked every 10 s (at most 100000 a second) |
+//! | `verify` | 1 | pages checked for each page dirtied; 0 is no checking but at the end. Else all pages are also checked every 10 s or sooner (by 10000 to 100000 checks a second), but not more than once a second |
 //! | `cpus` | 1 | vCPUs used, up to 32 (APIC identifiers 0, 1, 2...); fewer if one does not answer within a second |
 //! | `disk` | off | `on`: write and check the first virtio-blk disk on virtio-mmio (version 2), destroying what is on it |
 //! | `disk_rate` | 100 | operations a second, or `max` |
 //! | `disk_discard` | off | `on`: discard and write-zeroes requests too, where the disk has them |
 //! | `heartbeat` | 100 | milliseconds between heartbeats, 0 for none; missed ones are not made up for |
-//! | `heartbeat_byte` | off | `on`: a heartbeat is the byte `.` and nothing else, between other lines |
+//! | `heartbeat_byte` | off | `on`: a heartbeat is the byte `.` and nothing else; such bytes stand before the next line's first word |
 //! | `idle` | hlt | waiting: `hlt` (wakes for work at most every millisecond, for heartbeats exactly), or `spin` |
 //! | `run` | 0 | seconds until a last check of everything and power-off; 0 is for ever |
 //! | `tsc_khz` | | TSC frequency, where neither kvmclock nor a PIT tells it |

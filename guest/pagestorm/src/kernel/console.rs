@@ -1,7 +1,7 @@
 //! Serial port COM1. Only the boot vCPU prints, so lines never mix.
 
 use core::fmt;
-use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
 use super::port::{in8, out8};
 
@@ -15,6 +15,8 @@ const PATIENCE: u32 = 100_000;
 
 /// Bytes that the FIFO takes before the line status must be looked at again: each look costs a VM exit.
 static ROOM: AtomicU32 = AtomicU32::new(0);
+
+static AT_LINE_START: AtomicBool = AtomicBool::new(true);
 
 /// Prints a line on the serial port.
 macro_rules! line {
@@ -41,7 +43,15 @@ pub fn byte(byte: u8) {
         room = FIFO_SIZE;
     }
     ROOM.store(room - 1, Relaxed);
+    AT_LINE_START.store(byte == b'\n', Relaxed);
     out8(COM1, byte);
+}
+
+/// Ends a line that something unexpected has cut off, or heartbeat bytes.
+pub fn end_line() {
+    if !AT_LINE_START.load(Relaxed) {
+        byte(b'\n');
+    }
 }
 
 /// Where [`line!`] writes to.

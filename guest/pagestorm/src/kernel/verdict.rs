@@ -6,7 +6,7 @@ use core::sync::atomic::{AtomicU32, Ordering::*};
 
 use pagestorm::page::Damage;
 
-use super::console::line;
+use super::console::{self, line};
 use super::virtio_blk::Request;
 use super::{lapic, power};
 
@@ -172,8 +172,8 @@ pub fn end_if_failed() {
 }
 
 fn print_and_end(apic: u32, failure: Failure) -> ! {
-    // The failure may have come in the middle of a line.
-    line!("\nverdict bad {failure} apic={apic}");
+    console::end_line();
+    line!("verdict bad {failure} apic={apic}");
     power::off(power::Outcome::Bad)
 }
 

@@ -19,8 +19,10 @@ pub const FINISHED: u64 = 3;
 
 /// Even a guest that writes little checks every page in this many seconds...
 const PASS_SECONDS: u64 = 10;
-/// ...unless that takes more than so many pages a second over all vCPUs.
-const BACKGROUND_CHECKS: u64 = 100_000;
+/// ...or sooner, if it can with so many pages a second over all vCPUs, which costs next to nothing...
+const LEAST_BACKGROUND_CHECKS: u64 = 10_000;
+/// ...but never with more than so many.
+const MOST_BACKGROUND_CHECKS: u64 = 100_000;
 /// No wait is longer than this part of a second, so that vCPUs notice what others do.
 const WAITS_PER_SECOND: u64 = 10;
 /// A vCPU that waits in `hlt` wakes up for work at most so often.
@@ -66,7 +68,13 @@ impl Worker {
         };
         let background = match config.verify {
             0 => 0,
-            _ => pages.div_ceil(PASS_SECONDS).min(BACKGROUND_CHECKS / cpus),
+            _ => pages
+                .div_ceil(PASS_SECONDS)
+                .clamp(
+                    LEAST_BACKGROUND_CHECKS / cpus,
+                    MOST_BACKGROUND_CHECKS / cpus,
+                )
+                .min(pages),
         };
         Worker {
             world,
