@@ -49,11 +49,14 @@ impl Slab {
     }
 
     fn work(&self) -> Result<(), String> {
-        let mut pages = vec![Page::ZERO; self.pages];
-        let mut generations = vec![1_u32; self.pages];
-        for (index, page) in pages.iter_mut().enumerate() {
+        let filled = |index| {
+            let mut page = Page::ZERO;
             page.fill(self.page_number(index), 1);
-        }
+            PAGES_DIRTIED.fetch_add(1, Relaxed);
+            page
+        };
+        let mut pages: Vec<Page> = (0..self.pages).map(filled).collect();
+        let mut generations = vec![1_u32; self.pages];
 
         let check = |pages: &[Page], generations: &[u32], index: usize| {
             // The compiler must not carry over what it knows of the page from when it was written.
