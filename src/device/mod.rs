@@ -1,6 +1,9 @@
 //! Devices: what a vCPU reaches by port or memory access, how a device is drained, saved and restored.
 
 pub mod bus;
+pub mod cmos;
+pub mod power;
+pub mod serial;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;

@@ -1,3 +1,28 @@
 //! The virtual machine: vCPUs, their state, and the life of a guest as types.
 
+mod chips;
+mod clock;
 pub mod config;
+mod cpuid;
+mod error;
+pub mod events;
+mod exits;
+pub mod facts;
+mod ioctls;
+mod kick;
+pub mod layout;
+mod machine;
+mod msr;
+mod restore_vcpu;
+mod save_vcpu;
+pub mod state;
+mod vcpu;
+
+pub use error::VmError;
+pub use events::VmEvent;
+pub use exits::emulates_ring_0;
+pub use machine::{Built, Failed, Moved, Paused, Running, Vm};
+pub use state::MachineState;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,1 @@
+//! What a guest needs of its host.

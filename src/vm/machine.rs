@@ -1,0 +1,404 @@
+//! A guest's life as types: built, running, paused, moved. Every transition consumes the machine, so that a guest which was given up
+//! cannot be run again.
+
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+use kvm_bindings::{KVM_CAP_X2APIC_API, kvm_cpuid_entry2, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::config::GuestConfig;
+use super::events::{EventSink, VmEvent};
+use super::exits::Buses;
+use super::restore_vcpu::Limits;
+use super::state::{MachineState, StateError};
+use super::vcpu::VcpuThread;
+use super::{VmError, chips, clock, cpuid, layout, msr, restore_vcpu, save_vcpu};
+use crate::boot;
+use crate::device::Device;
+use crate::device::bus::BusDevice;
+use crate::device::cmos::Cmos;
+use crate::device::power::{AcpiPower, I8042};
+use crate::device::serial::SerialPort;
+use crate::memory::GuestRam;
+
+/// How long the vCPUs may take to stop. They stop within microseconds, unless one waits in a device for the outside world.
+const PAUSE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Devices may still be attached; no guest code has run.
+pub struct Built;
+/// The vCPUs run.
+pub struct Running;
+/// The vCPUs are parked and the devices drained: RAM changes no more.
+pub struct Paused;
+/// The guest was given to another host. RAM can be read; the guest never runs here again.
+pub struct Moved;
+
+/// A virtual machine in the state `S`. Dropping it ends and joins the vCPU threads.
+pub struct Vm<S> {
+    machine: Box<Machine>,
+    state: PhantomData<S>,
+}
+
+/// A transition that failed, with the machine back in the state it came from.
+pub struct Failed<S> {
+    /// The machine, as it was.
+    pub vm: Vm<S>,
+    /// Why.
+    pub error: VmError,
+}
+
+struct Machine {
+    // The threads end before the machine they run on: fields drop in this order.
+    vcpus: Vcpus,
+    buses: Arc<Buses>,
+    devices: Vec<Arc<dyn Device>>,
+    serial: Arc<SerialPort>,
+    power_button: EventFd,
+    slots: Vec<usize>,
+    events: EventSink,
+    config: GuestConfig,
+    cpuid: Vec<kvm_cpuid_entry2>,
+    msrs: Arc<[u32]>,
+    xsave_size: usize,
+    host_tsc_khz: u32,
+    fd: Arc<VmFd>,
+    // After the descriptor: KVM maps this memory into the guest.
+    ram: GuestRam,
+}
+
+/// All vCPU threads; told to end together, then joined one by one.
+struct Vcpus(Vec<VcpuThread>);
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.0.iter_mut().for_each(VcpuThread::dismiss);
+    }
+}
+
+impl<S> Vm<S> {
+    /// KVM's descriptor of the machine.
+    pub fn fd(&self) -> &Arc<VmFd> {
+        &self.machine.fd
+    }
+
+    /// The guest's RAM.
+    pub fn ram(&self) -> &GuestRam {
+        &self.machine.ram
+    }
+
+    /// What the machine was built from.
+    pub fn config(&self) -> &GuestConfig {
+        &self.machine.config
+    }
+
+    /// COM1: give it an output, feed it input. The handle may outlive the machine.
+    pub fn serial(&self) -> &Arc<SerialPort> {
+        &self.machine.serial
+    }
+
+    /// Tells the guest that the power button was pressed, by the ACPI generic event device. Whether it powers off is its own affair.
+    pub fn power_button(&self) -> Result<(), VmError> {
+        self.machine.power_button.write(1).map_err(VmError::EventFd)
+    }
+
+    pub(super) fn cpuid(&self) -> &[kvm_cpuid_entry2] {
+        &self.machine.cpuid
+    }
+
+    pub(super) fn msrs(&self) -> &[u32] {
+        &self.machine.msrs
+    }
+
+    pub(super) fn xsave_size(&self) -> usize {
+        self.machine.xsave_size
+    }
+
+    pub(super) fn host_tsc_khz(&self) -> u32 {
+        self.machine.host_tsc_khz
+    }
+
+    fn into<T>(self) -> Vm<T> {
+        Vm { machine: self.machine, state: PhantomData }
+    }
+}
+
+impl Vm<Built> {
+    /// Builds the machine over `ram`: interrupt controllers and timer in the kernel, memory slots, legacy devices, vCPUs with their threads
+    /// parked. What the guest does to end itself is sent to `events`.
+    pub fn build(config: &GuestConfig, ram: GuestRam, events: Sender<VmEvent>) -> Result<Self, VmError> {
+        let kvm = Kvm::new().map_err(VmError::Open)?;
+        let max = kvm.get_max_vcpus();
+        if config.cpus == 0 || usize::from(config.cpus) > max {
+            return Err(VmError::CpuCount { asked: config.cpus, max });
+        }
+        if !kvm.check_extension(Cap::ImmediateExit) {
+            return Err(VmError::Missing("KVM_CAP_IMMEDIATE_EXIT"));
+        }
+        let fd = Arc::new(create_vm(&kvm, config)?);
+        for slot in ram.slots() {
+            let start = ram.host_address(slot.run).ok_or(VmError::OutOfMemory)?;
+            let region = kvm_userspace_memory_region {
+                slot: slot.slot,
+                flags: 0,
+                guest_phys_addr: slot.start.0,
+                memory_size: slot.run.bytes(),
+                userspace_addr: start.as_ptr() as u64,
+            };
+            // SAFETY: the region is the slot's own part of RAM, which `Machine` keeps mapped for longer than the descriptor.
+            unsafe { fd.set_user_memory_region(region) }.map_err(VmError::kvm("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        let events = EventSink::new(events);
+        let serial = Arc::new(SerialPort::new(irqfd(&fd, layout::COM1_GSI)?));
+        let power_button = irqfd(&fd, layout::GED_GSI)?;
+        let mut buses = Buses::default();
+        let ports: [(u64, u64, Arc<Mutex<dyn BusDevice>>); 5] = [
+            (layout::COM1_PORT, layout::COM1_PORTS, Arc::new(Mutex::new(serial.registers()))),
+            (layout::SLEEP_CONTROL_PORT.into(), 3, Arc::new(Mutex::new(AcpiPower(events.clone())))),
+            (layout::CMOS_PORT, 2, Arc::new(Mutex::new(Cmos::default()))),
+            (layout::I8042_PORT, 1, Arc::new(Mutex::new(I8042::Data))),
+            (layout::I8042_COMMAND, 1, Arc::new(Mutex::new(I8042::Command(events.clone())))),
+        ];
+        for (port, length, device) in ports {
+            buses.ports.insert(port, length, device)?;
+        }
+        let cpuid = cpuid::base(&kvm)?;
+        let mut msrs = Vec::new();
+        let mut host_tsc_khz = 0;
+        let mut vcpus = Vec::with_capacity(config.cpus.into());
+        for index in 0..config.cpus {
+            let vcpu = fd.create_vcpu(index.into()).map_err(VmError::kvm("KVM_CREATE_VCPU"))?;
+            vcpu.set_cpuid2(&cpuid::for_vcpu(&cpuid, index, config.cpus)?).map_err(VmError::kvm("KVM_SET_CPUID2"))?;
+            if index == 0 {
+                msrs = msr::indices(&kvm, &vcpu)?;
+                host_tsc_khz = vcpu.get_tsc_khz().map_err(VmError::kvm("KVM_GET_TSC_KHZ"))?;
+            }
+            vcpus.push(VcpuThread::spawn(index, vcpu, events.clone())?);
+        }
+        // Without KVM_CAP_XSAVE2 the area has the size it always had.
+        let xsave_size = (fd.check_extension_int(Cap::Xsave2).max(0) as usize).max(4096);
+        let machine = Machine {
+            vcpus: Vcpus(vcpus),
+            buses: Arc::new(buses),
+            devices: vec![serial.clone()],
+            serial,
+            power_button,
+            slots: Vec::new(),
+            events,
+            config: config.clone(),
+            cpuid,
+            msrs: msrs.into(),
+            xsave_size,
+            host_tsc_khz,
+            fd,
+            ram,
+        };
+        Ok(Vm { machine: Box::new(machine), state: PhantomData })
+    }
+
+    /// Puts a virtio device into `slot` (see [`layout::virtio_slot`]): `registers` on the MMIO bus, `device` into the list of what is
+    /// paused and saved.
+    pub fn attach_virtio(&mut self, slot: usize, registers: Arc<Mutex<dyn BusDevice>>, device: Arc<dyn Device>) -> Result<(), VmError> {
+        let (address, _) = layout::virtio_slot(slot).ok_or(VmError::Slot(slot))?;
+        // Nobody else has the buses before the guest is started.
+        let buses = Arc::get_mut(&mut self.machine.buses).ok_or(VmError::Slot(slot))?;
+        buses.mmio.insert(address.0, layout::VIRTIO_SIZE, registers).map_err(|_| VmError::Slot(slot))?;
+        self.machine.slots.push(slot);
+        self.machine.devices.push(device);
+        Ok(())
+    }
+
+    /// Loads kernel, initrd and command line of the configuration and sets the vCPUs up to boot them. Comes after the devices are
+    /// attached: the ACPI tables list them.
+    pub fn load_kernel(&mut self) -> Result<(), VmError> {
+        let machine = &*self.machine;
+        let entry = boot::load(&machine.config, &machine.ram, &machine.slots)?;
+        machine
+            .on_each_vcpu(|index| {
+                Ok(move |vcpu: &mut kvm_ioctls::VcpuFd| {
+                    boot::firmware_state(vcpu)?;
+                    if index == 0 { entry.apply(vcpu) } else { Ok(()) }
+                })
+            })?
+            .into_iter()
+            .collect::<Result<(), _>>()
+            .map_err(VmError::kvm("setting the vCPU up to boot"))
+    }
+
+    /// Starts the guest.
+    pub fn start(self) -> Result<Vm<Running>, VmError> {
+        self.machine.resume()?;
+        Ok(self.into())
+    }
+
+    /// Loads the state of a machine that was paused elsewhere, instead of a kernel. Userfaultfd service must run before: loading state may
+    /// touch RAM.
+    pub fn restore(self, state: &MachineState) -> Result<Vm<Paused>, VmError> {
+        self.machine.restore(state)?;
+        Ok(self.into())
+    }
+}
+
+impl Vm<Running> {
+    /// Stops the vCPUs, then drains the devices. When it returns, RAM changes no more.
+    pub fn pause(self) -> Result<Vm<Paused>, Failed<Running>> {
+        match self.machine.pause() {
+            Ok(()) => Ok(self.into()),
+            Err(error) => match self.machine.resume() {
+                Ok(()) => Err(Failed { vm: self, error }),
+                // What hindered the pause is the better answer of the two.
+                Err(_) => Err(Failed { vm: self, error }),
+            },
+        }
+    }
+}
+
+impl Vm<Paused> {
+    /// Lets the guest go on.
+    pub fn resume(self) -> Result<Vm<Running>, Failed<Paused>> {
+        match self.machine.resume() {
+            Ok(()) => Ok(self.into()),
+            Err(error) => Err(Failed { vm: self, error }),
+        }
+    }
+
+    /// The state of the machine. May write guest RAM, so dirty pages are harvested once more after it.
+    pub fn save(&mut self) -> Result<MachineState, VmError> {
+        self.machine.save()
+    }
+
+    /// Gives up the right to run this guest, for good.
+    pub fn give_up(self) -> Vm<Moved> {
+        self.into()
+    }
+}
+
+impl Machine {
+    /// Pauses: the vCPUs first, so that no device is given new work while it is drained.
+    fn pause(&self) -> Result<(), VmError> {
+        let deadline = Instant::now() + PAUSE_LIMIT;
+        let pending = self.vcpus.0.iter().map(VcpuThread::pause).collect::<Result<Vec<_>, _>>()?;
+        for answer in pending {
+            answer.wait_until(deadline)?;
+        }
+        for device in &self.devices {
+            device.pause()?;
+        }
+        Ok(())
+    }
+
+    /// Resumes: the devices first, so that they are there when a vCPU asks for them.
+    fn resume(&self) -> Result<(), VmError> {
+        for device in &self.devices {
+            device.resume()?;
+        }
+        for vcpu in &self.vcpus.0 {
+            vcpu.run(&self.buses)?;
+        }
+        Ok(())
+    }
+
+    /// Saves: devices, which may still raise interrupts, then the vCPUs, then the chips and the clock.
+    fn save(&self) -> Result<MachineState, VmError> {
+        if let Some(event) = self.events.sent() {
+            return Err(VmError::Ended(event.clone()));
+        }
+        let devices = self.devices.iter().map(|device| device.save()).collect::<Result<_, _>>()?;
+        let vcpus = self.on_each_vcpu(|_| {
+            let (msrs, xsave_size) = (self.msrs.clone(), self.xsave_size);
+            Ok(move |vcpu: &mut kvm_ioctls::VcpuFd| save_vcpu::save(vcpu, &msrs, xsave_size))
+        })?;
+        let vcpus = name_vcpus(vcpus)?;
+        let chips = chips::save(&self.fd)?;
+        let scaled = vcpus.first().is_some_and(|vcpu| vcpu.tsc_khz != self.host_tsc_khz);
+        let fd = self.fd.clone();
+        let clock = self.first_vcpu()?.call(move |vcpu| clock::save(&fd, vcpu, scaled))?.wait()??;
+        Ok(MachineState { vcpus, chips, clock, devices })
+    }
+
+    /// Restores: features, then the clock, then the vCPUs, whose timers run against it, then the chips, which deliver interrupts to the
+    /// vCPUs, then the devices, which raise them.
+    fn restore(&self, state: &MachineState) -> Result<(), VmError> {
+        let (saved, machine) = (state.vcpus.len(), self.vcpus.0.len());
+        let Some(first) = state.vcpus.first().filter(|_| saved == machine) else {
+            return Err(StateError::Cpus { saved, machine }.into());
+        };
+        let states: Vec<_> = state.vcpus.iter().cloned().map(Arc::new).collect();
+        let vcpu_state = |index: u16| states.get(usize::from(index)).cloned().ok_or(StateError::Cpus { saved, machine });
+        name_vcpus(self.on_each_vcpu(|index| {
+            let state = vcpu_state(index)?;
+            Ok(move |vcpu: &mut kvm_ioctls::VcpuFd| restore_vcpu::prepare(vcpu, &state))
+        })?)?;
+        let (fd, clock, offset, khz) = (self.fd.clone(), state.clock.clone(), first.tsc_offset, first.tsc_khz);
+        let scaled = khz != self.host_tsc_khz;
+        let tsc = self.first_vcpu()?.call(move |vcpu| clock::restore(&fd, vcpu, &clock, offset, khz, scaled))?.wait()??;
+        name_vcpus(self.on_each_vcpu(|index| {
+            let (state, msrs, xsave_size) = (vcpu_state(index)?, self.msrs.clone(), self.xsave_size);
+            Ok(move |vcpu: &mut kvm_ioctls::VcpuFd| restore_vcpu::restore(vcpu, &state, &Limits { msrs: &msrs, xsave_size }, tsc))
+        })?)?;
+        chips::restore(&self.fd, &state.chips)?;
+        for saved in &state.devices {
+            if !self.devices.iter().any(|device| device.id() == saved.id) {
+                return Err(StateError::Devices(saved.id.clone()).into());
+            }
+        }
+        for device in &self.devices {
+            let mut saved = state.devices.iter().filter(|saved| saved.id == device.id());
+            let (Some(saved), None) = (saved.next(), saved.next()) else {
+                return Err(StateError::Devices(device.id().into()).into());
+            };
+            device.restore(saved)?;
+        }
+        Ok(())
+    }
+
+    fn first_vcpu(&self) -> Result<&VcpuThread, VmError> {
+        self.vcpus.0.first().ok_or(VmError::VcpuGone(0))
+    }
+
+    /// Calls the function that `make` makes for each parked vCPU, all at the same time, each on its own thread.
+    fn on_each_vcpu<T, F>(&self, make: impl Fn(u16) -> Result<F, VmError>) -> Result<Vec<T>, VmError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&mut kvm_ioctls::VcpuFd) -> T + Send + 'static,
+    {
+        let calls = (0..).zip(&self.vcpus.0).map(|(index, vcpu)| vcpu.call(make(index)?));
+        let pending: Vec<_> = calls.collect::<Result<_, _>>()?;
+        pending.into_iter().map(|pending| pending.wait()).collect()
+    }
+}
+
+/// Puts the vCPU's number to the first error.
+fn name_vcpus<T>(results: Vec<Result<T, VmError>>) -> Result<Vec<T>, VmError> {
+    let named = |(index, result): (u16, Result<T, VmError>)| result.map_err(|source| VmError::Vcpu { index, source: Box::new(source) });
+    (0..).zip(results).map(named).collect()
+}
+
+fn create_vm(kvm: &Kvm, config: &GuestConfig) -> Result<VmFd, VmError> {
+    let fd = kvm.create_vm().map_err(VmError::kvm("KVM_CREATE_VM"))?;
+    // Intel hosts need both addresses before the first vCPU; others ignore them.
+    fd.set_identity_map_address(layout::IDENTITY_MAP).map_err(VmError::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    fd.set_tss_address(layout::TSS as usize).map_err(VmError::kvm("KVM_SET_TSS_ADDR"))?;
+    if config.cpus > 255 {
+        // APIC IDs of more than 8 bits; changes how the local APIC's state is laid out, alike on both sides.
+        let flags = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+        let cap = kvm_enable_cap { cap: KVM_CAP_X2APIC_API, args: [flags.into(), 0, 0, 0], ..Default::default() };
+        fd.enable_cap(&cap).map_err(VmError::kvm("KVM_CAP_X2APIC_API"))?;
+    }
+    fd.create_irq_chip().map_err(VmError::kvm("KVM_CREATE_IRQCHIP"))?;
+    // The dummy speaker is port 0x61, which guests read to see the timer run.
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    fd.create_pit2(pit).map_err(VmError::kvm("KVM_CREATE_PIT2"))?;
+    Ok(fd)
+}
+
+/// An eventfd that raises `gsi` when written.
+fn irqfd(fd: &VmFd, gsi: u32) -> Result<EventFd, VmError> {
+    let event = EventFd::new(libc::EFD_NONBLOCK).map_err(VmError::EventFd)?;
+    fd.register_irqfd(&event, gsi).map_err(VmError::kvm("KVM_IRQFD"))?;
+    Ok(event)
+}

@@ -1,0 +1,85 @@
+//! Writing saved state into a fresh, parked vCPU. The order matters and is given with its reasons.
+
+use kvm_bindings::CpuId;
+use kvm_ioctls::VcpuFd;
+use zerocopy::IntoBytes;
+
+use super::clock::TscPlan;
+use super::msr::Msr;
+use super::save_vcpu::xsave_area;
+use super::state::{StateError, VcpuState};
+use super::{VmError, ioctls, msr};
+
+/// What a destination holds a saved vCPU against.
+pub struct Limits<'a> {
+    /// The MSRs of this machine.
+    pub msrs: &'a [u32],
+    /// Bytes of extended state (KVM_CAP_XSAVE2).
+    pub xsave_size: usize,
+}
+
+/// Sets what decides how the rest of the state is understood: the features that the guest may use, and the TSC's rate. Comes before the
+/// clocks are restored, which count in that rate.
+pub fn prepare(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VmError> {
+    let cpuid: Vec<_> = state.cpuid.iter().map(|entry| entry.0).collect();
+    let cpuid = CpuId::from_entries(&cpuid).map_err(|_| VmError::TooManyCpuidEntries(cpuid.len()))?;
+    vcpu.set_cpuid2(&cpuid).map_err(VmError::kvm("KVM_SET_CPUID2"))?;
+    // Refused by KVM if the rates are more than 250 ppm apart and the processor cannot scale.
+    if vcpu.get_tsc_khz().map_err(VmError::kvm("KVM_GET_TSC_KHZ"))? != state.tsc_khz {
+        vcpu.set_tsc_khz(state.tsc_khz).map_err(VmError::kvm("KVM_SET_TSC_KHZ"))?;
+    }
+    Ok(())
+}
+
+/// Writes the rest of the state after [`prepare`].
+pub fn restore(vcpu: &VcpuFd, state: &VcpuState, limits: &Limits, tsc: TscPlan) -> Result<(), VmError> {
+    vcpu.set_mp_state(state.mp_state.0).map_err(VmError::kvm("KVM_SET_MP_STATE"))?;
+    vcpu.set_regs(&state.regs.0).map_err(VmError::kvm("KVM_SET_REGS"))?;
+    vcpu.set_sregs(&state.sregs.0).map_err(VmError::kvm("KVM_SET_SREGS"))?;
+    set_xsave(vcpu, &state.xsave, limits.xsave_size)?;
+    vcpu.set_xcrs(&state.xcrs.0).map_err(VmError::kvm("KVM_SET_XCRS"))?;
+    vcpu.set_debug_regs(&state.debug_regs.0).map_err(VmError::kvm("KVM_SET_DEBUGREGS"))?;
+    // After SREGS, which carry the APIC's base address and mode. Before the MSRs, because TSC_DEADLINE is refused unless the APIC's timer
+    // is in that mode.
+    vcpu.set_lapic(&state.lapic.0).map_err(VmError::kvm("KVM_SET_LAPIC"))?;
+    if let Some(unknown) = state.msrs.iter().find(|msr| !limits.msrs.contains(&msr.index)) {
+        return Err(StateError::Msr(unknown.index).into());
+    }
+    // TSC first, TSC_DEADLINE last: it starts a timer against the TSC as it is then.
+    let (deadline, others): (Vec<Msr>, Vec<Msr>) =
+        state.msrs.iter().filter(|msr| msr.index != msr::TSC).partition(|msr| msr.index == msr::TSC_DEADLINE);
+    set_tsc(vcpu, state, tsc)?;
+    msr::set(vcpu, &others)?;
+    msr::set(vcpu, &deadline)?;
+    // Last: KVM_SET_REGS drops pending exceptions.
+    vcpu.set_vcpu_events(&state.events.0).map_err(VmError::kvm("KVM_SET_VCPU_EVENTS"))
+}
+
+fn set_tsc(vcpu: &VcpuFd, state: &VcpuState, plan: TscPlan) -> Result<(), VmError> {
+    if let (TscPlan::ShiftOffset(shift), Some(offset)) = (plan, state.tsc_offset) {
+        return ioctls::set_tsc_offset(vcpu, offset.wrapping_add(shift)).map_err(VmError::kvm("KVM_VCPU_TSC_OFFSET"));
+    }
+    let cycles = if let TscPlan::Advance(cycles) = plan { cycles } else { 0 };
+    let saved: Vec<Msr> = state.msrs.iter().filter(|msr| msr.index == msr::TSC).copied().collect();
+    let moved: Vec<Msr> = saved.into_iter().map(|msr| Msr { value: msr.value.wrapping_add(cycles), ..msr }).collect();
+    msr::set(vcpu, &moved)
+}
+
+/// A shorter area than this host's is one of fewer features, whose absence the XSAVE header says.
+fn set_xsave(vcpu: &VcpuFd, bytes: &[u8], host: usize) -> Result<(), VmError> {
+    if bytes.len() > host {
+        return Err(StateError::Xsave { saved: bytes.len(), host }.into());
+    }
+    let mut area = xsave_area(host)?;
+    let (legacy, extra) = bytes.split_at(bytes.len().min(4096));
+    // SAFETY: only the contents of the legacy region are changed, not the length of the area.
+    let region = unsafe { &mut area.as_mut_fam_struct().xsave.region };
+    for (to, from) in region.as_mut_bytes().iter_mut().zip(legacy) {
+        *to = *from;
+    }
+    for (to, from) in area.as_mut_slice().as_mut_bytes().iter_mut().zip(extra) {
+        *to = *from;
+    }
+    // SAFETY: the area is as long as KVM_CAP_XSAVE2 says that KVM reads.
+    unsafe { vcpu.set_xsave2(&area) }.map_err(VmError::kvm("KVM_SET_XSAVE"))
+}

@@ -1,0 +1,56 @@
+//! Reading a parked vCPU's state. The order matters and is given with its reasons.
+
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Xsave, kvm_xsave};
+use kvm_ioctls::VcpuFd;
+use zerocopy::IntoBytes;
+
+use super::state::{Abi, VcpuState};
+use super::{VmError, ioctls, msr};
+
+/// Reads the state, with the MSRs `msrs` and `xsave_size` bytes of extended state (KVM_CAP_XSAVE2).
+pub fn save(vcpu: &VcpuFd, msrs: &[u32], xsave_size: usize) -> Result<VcpuState, VmError> {
+    // First: KVM takes pending INIT and start-up interrupts here, which changes registers and the local APIC.
+    let mp_state = vcpu.get_mp_state().map_err(VmError::kvm("KVM_GET_MP_STATE"))?;
+    let regs = vcpu.get_regs().map_err(VmError::kvm("KVM_GET_REGS"))?;
+    let sregs = vcpu.get_sregs().map_err(VmError::kvm("KVM_GET_SREGS"))?;
+    let xsave = xsave(vcpu, xsave_size)?;
+    let xcrs = vcpu.get_xcrs().map_err(VmError::kvm("KVM_GET_XCRS"))?;
+    let debug_regs = vcpu.get_debug_regs().map_err(VmError::kvm("KVM_GET_DEBUGREGS"))?;
+    let lapic = vcpu.get_lapic().map_err(VmError::kvm("KVM_GET_LAPIC"))?;
+    let tsc_khz = vcpu.get_tsc_khz().map_err(VmError::kvm("KVM_GET_TSC_KHZ"))?;
+    let tsc_offset = ioctls::tsc_offset(vcpu).ok();
+    let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(VmError::kvm("KVM_GET_CPUID2"))?;
+    let msrs = msr::get(vcpu, msrs)?;
+    // Last: nothing read above may add to the pending exceptions and interrupts after they were read.
+    let events = vcpu.get_vcpu_events().map_err(VmError::kvm("KVM_GET_VCPU_EVENTS"))?;
+    Ok(VcpuState {
+        mp_state: Abi(mp_state),
+        regs: Abi(regs),
+        sregs: Abi(sregs),
+        xsave,
+        xcrs: Abi(xcrs),
+        debug_regs: Abi(debug_regs),
+        lapic: Abi(lapic),
+        tsc_khz,
+        tsc_offset,
+        cpuid: cpuid.as_slice().iter().copied().map(Abi).collect(),
+        msrs,
+        events: Abi(events),
+    })
+}
+
+fn xsave(vcpu: &VcpuFd, size: usize) -> Result<Vec<u8>, VmError> {
+    let mut area = xsave_area(size)?;
+    // SAFETY: the area is as long as KVM_CAP_XSAVE2 says that KVM writes, and no feature that enlarges it is enabled later.
+    unsafe { vcpu.get_xsave2(&mut area) }.map_err(VmError::kvm("KVM_GET_XSAVE2"))?;
+    let mut bytes = area.as_fam_struct_ref().xsave.region.as_bytes().to_vec();
+    bytes.extend_from_slice(area.as_slice().as_bytes());
+    bytes.truncate(size);
+    Ok(bytes)
+}
+
+/// A zeroed area that holds at least `size` bytes.
+pub(super) fn xsave_area(size: usize) -> Result<Xsave, VmError> {
+    let extra = size.saturating_sub(size_of::<kvm_xsave>()).div_ceil(size_of::<u32>());
+    Xsave::new(extra).map_err(|_| VmError::OutOfMemory)
+}
