@@ -2,7 +2,7 @@
 //! admin-guide/mm/userfaultfd, UFFDIO_COPY(2const), UFFDIO_ZEROPAGE(2const)).
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
