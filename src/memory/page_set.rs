@@ -66,6 +66,14 @@ impl PageSet {
         }
     }
 
+    /// Takes out the pages whose bits are set in `bits`, bit 0 of which is page `64 * index`.
+    pub fn remove_word(&mut self, index: usize, bits: u64) {
+        if let Some(word) = self.words.get_mut(index) {
+            self.len -= u64::from((bits & *word).count_ones());
+            *word &= !bits;
+        }
+    }
+
     /// The words of the set, bit 0 of word 0 being page 0.
     pub fn words(&self) -> &[u64] {
         &self.words

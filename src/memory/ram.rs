@@ -112,6 +112,12 @@ impl Drop for Mapping {
     }
 }
 
+impl std::fmt::Debug for GuestRam {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GuestRam").field("size", &self.size()).finish_non_exhaustive()
+    }
+}
+
 impl GuestRam {
     /// Maps `size` bytes of zeroed RAM, at guest address 0 up to [`HOLE_START`] and from [`HOLE_END`] on.
     pub fn allocate(size: u64) -> Result<Self, RamError> {

@@ -2,8 +2,11 @@
 
 pub mod bitmaps;
 pub mod destination;
+pub mod driver;
+pub mod pace;
 pub mod pages;
 pub mod policy;
 pub mod report;
 pub mod source;
+pub mod transport;
 pub mod wire;

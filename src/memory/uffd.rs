@@ -1,0 +1,274 @@
+//! Missing pages of guest RAM: userfaultfd reports who touches them, and they are placed whole (kernel document
+//! admin-guide/mm/userfaultfd, UFFDIO_COPY(2const), UFFDIO_ZEROPAGE(2const)).
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::mm::{Advice, UserfaultfdFlags, madvise};
+use thiserror::Error;
+use userfaultfd::{Event, IoctlFlags, Uffd, UffdBuilder};
+use vmm_sys_util::ioctl::ioctl_with_mut_ref;
+
+use super::{GuestRam, PAGE_SIZE, PageNumber, PageRun};
+
+/// `struct uffdio_api` of linux/userfaultfd.h.
+#[repr(C)]
+struct UffdioApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+/// `struct uffdio_copy`.
+#[repr(C)]
+struct UffdioCopy {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copy: i64,
+}
+
+/// `struct uffdio_zeropage`.
+#[repr(C)]
+struct UffdioZeropage {
+    start: u64,
+    len: u64,
+    mode: u64,
+    zeropage: i64,
+}
+
+const _: () = assert!(size_of::<UffdioApi>() == 24);
+const _: () = assert!(size_of::<UffdioCopy>() == 40);
+const _: () = assert!(size_of::<UffdioZeropage>() == 32);
+
+const UFFDIO: u8 = 0xaa;
+const UFFD_API: u64 = 0xaa;
+const UFFDIO_API: libc::c_ulong = rustix::ioctl::opcode::read_write::<UffdioApi>(UFFDIO, 0x3f) as libc::c_ulong;
+// The userfaultfd crate has these two, but does not tell how far a partial UFFDIO_ZEROPAGE came.
+const UFFDIO_COPY: libc::c_ulong = rustix::ioctl::opcode::read_write::<UffdioCopy>(UFFDIO, 0x03) as libc::c_ulong;
+const UFFDIO_ZEROPAGE: libc::c_ulong = rustix::ioctl::opcode::read_write::<UffdioZeropage>(UFFDIO, 0x04) as libc::c_ulong;
+
+/// Why missing pages cannot be served.
+#[derive(Debug, Error)]
+pub enum UffdError {
+    /// No userfaultfd that sees KVM's accesses is to be had. Checked before a migration that may need one begins.
+    #[error(
+        "postcopy needs userfaultfd for kernel accesses, and this process may not use it: {0}; run as root, give this user access to \
+         /dev/userfaultfd, or set vm.unprivileged_userfaultfd=1"
+    )]
+    Unavailable(io::Error),
+    /// Guest RAM could not be put under userfaultfd, or taken back.
+    #[error("cannot {what} guest memory for postcopy: {source}")]
+    Range {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Faults cannot be read.
+    #[error("cannot read page faults: {0}")]
+    Read(io::Error),
+    /// A run reaches beyond RAM, or differs in length from its contents.
+    #[error("{0} cannot be placed: beyond guest memory, or with contents of another length")]
+    BadRun(PageRun),
+    /// A page could not be placed.
+    #[error("cannot place {run}: {source}")]
+    Place {
+        /// The pages not yet placed.
+        run: PageRun,
+        /// What the kernel said: ENOENT if the range is not registered, ESRCH if the process is ending.
+        source: io::Error,
+    },
+}
+
+/// A userfaultfd that watches nothing yet: proof that this host can do postcopy.
+#[derive(Debug)]
+pub struct Userfaultfd(Uffd);
+
+impl Userfaultfd {
+    /// Opens one that also reports faults taken inside the kernel, as KVM's and `preadv`'s are: first through /dev/userfaultfd, whose
+    /// permissions an administrator can set, then by the system call.
+    pub fn open() -> Result<Self, UffdError> {
+        let mut builder = UffdBuilder::new();
+        builder.close_on_exec(true).non_blocking(true).user_mode_only(false);
+        match builder.create() {
+            Ok(uffd) => Ok(Userfaultfd(uffd)),
+            Err(userfaultfd::Error::OpenDevUserfaultfd(_)) => Self::from_system_call(),
+            Err(error) => Err(UffdError::Unavailable(system_error(error))),
+        }
+    }
+
+    /// The crate does not try the system call when the device is there but may not be opened.
+    fn from_system_call() -> Result<Self, UffdError> {
+        // SAFETY: the descriptor stays in this module, which manipulates nothing but guest RAM with it.
+        let fd = unsafe { rustix::mm::userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) };
+        let fd = fd.map_err(|error| UffdError::Unavailable(error.into()))?;
+        let mut api = UffdioApi { api: UFFD_API, features: 0, ioctls: 0 };
+        // SAFETY: the structure's size is asserted above.
+        if unsafe { ioctl_with_mut_ref(&fd, UFFDIO_API, &mut api) } < 0 {
+            return Err(UffdError::Unavailable(io::Error::last_os_error()));
+        }
+        // SAFETY: the descriptor is a userfaultfd and its ownership moves.
+        Ok(Userfaultfd(unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) }))
+    }
+
+    /// Puts all of `ram` under the watch: from now on a touch of a page that is not populated waits until the page is placed.
+    pub fn register(self, ram: GuestRam) -> Result<MissingPages, UffdError> {
+        let error = |source| UffdError::Range { what: "register", source };
+        let (start, length) = (ram.base().as_ptr().cast(), ram.size() as usize);
+        // A huge page that appeared after a discard would populate the discarded pages with zeros, so none may from here on.
+        // SAFETY: the advice changes no contents, and the range is the mapping.
+        match unsafe { madvise(start, length, Advice::LinuxNoHugepage) } {
+            // A kernel without transparent huge pages makes none.
+            Ok(()) | Err(Errno::INVAL) => {}
+            Err(errno) => return Err(error(errno.into())),
+        }
+        let ioctls = self.0.register(start, length).map_err(|e| error(system_error(e)))?;
+        if !ioctls.contains(IoctlFlags::COPY | IoctlFlags::ZEROPAGE | IoctlFlags::WAKE) {
+            return Err(error(io::Error::from(io::ErrorKind::Unsupported)));
+        }
+        Ok(MissingPages { uffd: self.0, ram })
+    }
+}
+
+/// Guest RAM whose missing pages are placed by hand. Every method may be called from any thread; dropping it lets faults through to
+/// zero pages, so drop it only when nothing is missing or the guest is gone.
+#[derive(Debug)]
+pub struct MissingPages {
+    uffd: Uffd,
+    ram: GuestRam,
+}
+
+impl MissingPages {
+    /// Waits for the next touch of a missing page, or until `stop` is readable (then `None`). The same page can come several times,
+    /// once for every thread that touches it, and also when it was placed meanwhile.
+    pub fn next_fault(&self, stop: impl AsFd) -> Result<Option<PageNumber>, UffdError> {
+        loop {
+            match self.uffd.read_event() {
+                Ok(Some(Event::Pagefault { addr, .. })) => {
+                    if let Some(page) = self.ram.page_at_host_address(addr as usize) {
+                        return Ok(Some(page));
+                    }
+                }
+                // No other event was asked for.
+                Ok(Some(_)) => {}
+                Ok(None) => {
+                    let mut fds = [PollFd::new(&self.uffd, PollFlags::IN), PollFd::new(&stop, PollFlags::IN)];
+                    match poll(&mut fds, None) {
+                        Ok(_) if !fds[1].revents().is_empty() => return Ok(None),
+                        Ok(_) | Err(Errno::INTR) => {}
+                        Err(errno) => return Err(UffdError::Read(errno.into())),
+                    }
+                }
+                Err(error) => return Err(UffdError::Read(system_error(error))),
+            }
+        }
+    }
+
+    /// Gives the missing pages of `run` the contents `bytes` and wakes who waits for them. A page that is there already keeps what it
+    /// holds, because the guest may have written it since; its waiters are woken too. Returns how many pages were missing.
+    pub fn place(&self, run: PageRun, bytes: &[u8]) -> Result<u64, UffdError> {
+        if bytes.len() as u64 != run.bytes() {
+            return Err(UffdError::BadRun(run));
+        }
+        self.fill(run, |dst, offset, len| {
+            let src = bytes.get(offset..).unwrap_or_default().as_ptr() as u64;
+            let mut argument = UffdioCopy { dst, src, len, mode: 0, copy: 0 };
+            // SAFETY: `bytes` holds `len` bytes from `offset` on (the lengths were compared above), and `dst` lies within guest RAM,
+            // to which nothing holds references. A page that has contents is left alone by the kernel.
+            let result = unsafe { ioctl_with_mut_ref(&self.uffd, UFFDIO_COPY, &mut argument) };
+            (result, argument.copy)
+        })
+    }
+
+    /// Like [`place`](Self::place) with zeros, without reading any: the kernel's shared zero page is mapped.
+    pub fn place_zero(&self, run: PageRun) -> Result<u64, UffdError> {
+        self.fill(run, |start, _, len| {
+            let mut argument = UffdioZeropage { start, len, mode: 0, zeropage: 0 };
+            // SAFETY: as for UFFDIO_COPY.
+            let result = unsafe { ioctl_with_mut_ref(&self.uffd, UFFDIO_ZEROPAGE, &mut argument) };
+            (result, argument.zeropage)
+        })
+    }
+
+    /// Wakes whoever waits for a page of `run`; who finds it still missing faults again.
+    pub fn wake(&self, run: PageRun) -> Result<(), UffdError> {
+        let start = self.ram.host_address(run).ok_or(UffdError::BadRun(run))?;
+        let woken = self.uffd.wake(start.as_ptr().cast(), run.bytes() as usize);
+        woken.map_err(|error| UffdError::Range { what: "wake waiters of", source: system_error(error) })
+    }
+
+    /// Throws the contents of `run` away: its pages are missing from now on, those that were never populated included. Only while the
+    /// guest stands still.
+    pub fn discard(&self, run: PageRun) -> Result<(), UffdError> {
+        let start = self.ram.host_address(run).ok_or(UffdError::BadRun(run))?;
+        // SAFETY: the range lies within guest RAM, to which nothing holds references.
+        let discarded = unsafe { madvise(start.as_ptr().cast(), run.bytes() as usize, Advice::LinuxDontNeed) };
+        discarded.map_err(|errno| UffdError::Range { what: "discard", source: errno.into() })
+    }
+
+    /// Ends the watch, when no page is missing any more: huge pages are welcome again. A missing page would read as zero.
+    pub fn unregister(&self) -> Result<(), UffdError> {
+        let (start, length) = (self.ram.base().as_ptr().cast(), self.ram.size() as usize);
+        let gone = self.uffd.unregister(start, length);
+        gone.map_err(|error| UffdError::Range { what: "unregister", source: system_error(error) })?;
+        // Only a hint: kernels without transparent huge pages refuse it.
+        // SAFETY: the advice changes no contents, and the range is the mapping.
+        let _ = unsafe { madvise(start, length, Advice::LinuxHugepage) };
+        Ok(())
+    }
+
+    /// Fills the missing pages of `run` by `fill(host address, offset in the run, length)`, all in bytes, which returns the ioctl's
+    /// result and the count it left in its argument. Returns how many pages it filled.
+    fn fill(&self, run: PageRun, mut fill: impl FnMut(u64, usize, u64) -> (i32, i64)) -> Result<u64, UffdError> {
+        let start = self.ram.host_address(run).ok_or(UffdError::BadRun(run))?.as_ptr() as u64;
+        let mut done = 0;
+        let mut present = 0;
+        while done < run.count {
+            let rest = PageRun::new(run.first.0 + done, run.count - done);
+            let offset = done * PAGE_SIZE as u64;
+            let (result, count) = fill(start + offset, offset as usize, rest.bytes());
+            if result == 0 {
+                done = run.count;
+                continue;
+            }
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                // It came as far as `count` says. Not a page: the address space was changing, and the next try will do.
+                Some(libc::EAGAIN) => done += u64::try_from(count).unwrap_or(0) / PAGE_SIZE as u64,
+                Some(libc::EINTR) => {}
+                // Someone else placed this page, and may have done so between a waiter's fault and its sleep: only a wake helps it.
+                Some(libc::EEXIST) => {
+                    self.wake(PageRun::single(rest.first))?;
+                    present += 1;
+                    done += 1;
+                }
+                _ => return Err(UffdError::Place { run: rest, source: error }),
+            }
+        }
+        Ok(run.count - present)
+    }
+}
+
+impl AsFd for MissingPages {
+    /// Readable when a fault waits, for those who wait for other things as well.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.uffd.as_fd()
+    }
+}
+
+/// The system's error inside the crate's, which tells nothing more.
+fn system_error(error: userfaultfd::Error) -> io::Error {
+    use userfaultfd::Error::{CopyFailed, OpenDevUserfaultfd, SystemError, ZeropageFailed};
+    match error {
+        SystemError(errno) | CopyFailed(errno) | ZeropageFailed(errno) => io::Error::from_raw_os_error(errno as i32),
+        OpenDevUserfaultfd(error) => error,
+        other => io::Error::other(other),
+    }
+}
+
+#[cfg(test)]
+mod tests;

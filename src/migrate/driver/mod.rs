@@ -1,0 +1,3 @@
+//! What connects the migration's state machines to the world: sockets, KVM, guest RAM and userfaultfd.
+
+pub mod page_io;
