@@ -4,4 +4,5 @@
 pub mod device;
 pub mod memory;
 pub mod migrate;
+pub mod qmp;
 pub mod vm;
