@@ -5,4 +5,5 @@ pub mod boot;
 pub mod device;
 pub mod memory;
 pub mod migrate;
+pub mod qmp;
 pub mod vm;

@@ -1,0 +1,107 @@
+//! The answer to `query-migrate`, in QEMU's shape, with all that Ferry knows beside it.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::memory::PAGE_SIZE;
+use crate::migrate::report::{Progress, Report, Status};
+
+/// The member `ferry` of the answer: more than QEMU has names for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Details {
+    /// While the migration goes on.
+    Progress(Progress),
+    /// When it has ended.
+    Report(Report),
+}
+
+/// The answer to `query-migrate`: of the migration that goes on, or of the last one if there is a `report`. Empty, as in QEMU, when
+/// there was none.
+pub fn query_migrate(progress: &Progress, report: Option<&Report>) -> Value {
+    let status = report.map_or(progress.status, |report| report.status);
+    if status == Status::None {
+        return json!({});
+    }
+    let total_ms = report.map_or(progress.total_time_ms, |report| report.total_us / 1000);
+    let bytes = report.map_or(progress.bytes, |report| report.bytes);
+    let normal = report.map_or(progress.normal_pages, |report| report.normal_pages);
+    let bandwidth = match report {
+        Some(_) => bytes.total().saturating_mul(1000) / total_ms.max(1),
+        None => progress.bandwidth,
+    };
+    let mut answer = json!({
+        "status": status,
+        "total-time": total_ms,
+        "setup-time": progress.setup_time_ms,
+        "ram": {
+            "transferred": bytes.total(),
+            "remaining": if status == Status::Completed { 0 } else { progress.ram_remaining },
+            "total": progress.ram_total,
+            "duplicate": report.map_or(progress.zero_pages, |report| report.zero_pages),
+            "normal": normal,
+            "normal-bytes": normal.saturating_mul(PAGE_SIZE as u64),
+            "dirty-pages-rate": progress.dirty_pages_rate,
+            "mbps": bandwidth as f64 * 8.0 / 1e6,
+            "dirty-sync-count": report.map_or(progress.pass as usize, |report| report.passes.len()),
+            "postcopy-requests": report.and_then(|report| report.faults.as_ref()).map_or(progress.postcopy_requests, |faults| faults.requested),
+            "page-size": PAGE_SIZE,
+        },
+        "ferry": report.map_or_else(|| Details::Progress(progress.clone()), |report| Details::Report(report.clone())),
+    });
+    match report {
+        // Rounded up: a short blackout is not none.
+        Some(report) => answer["downtime"] = report.downtime.total_us.div_ceil(1000).into(),
+        None => answer["expected-downtime"] = progress.expected_downtime_ms.into(),
+    }
+    if let Some(error) = report.map_or(&progress.error, |report| &report.error) {
+        answer["error-desc"] = error.as_str().into();
+    }
+    answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migrate::report::{BytesByKind, Downtime};
+
+    #[test]
+    fn running_migration_has_the_keys_that_qemu_s_users_read() {
+        let progress = Progress {
+            status: Status::PostcopyActive,
+            bandwidth: 125_000_000,
+            normal_pages: 2,
+            bytes: BytesByKind { pages: 8192, ..Default::default() },
+            ..Default::default()
+        };
+        let answer = query_migrate(&progress, None);
+        assert_eq!(answer["status"], "postcopy-active");
+        assert_eq!(answer["expected-downtime"], 0);
+        assert_eq!(answer["ram"]["mbps"], 1000.0);
+        assert_eq!(answer["ram"]["normal-bytes"], 8192);
+        assert_eq!(answer.get("downtime").or(answer.get("error-desc")), None);
+        assert_eq!(serde_json::from_value::<Details>(answer["ferry"].clone()).unwrap(), Details::Progress(progress));
+    }
+
+    #[test]
+    fn ended_migration_carries_the_report() {
+        let report = Report {
+            status: Status::Failed,
+            total_us: 2_000_000,
+            downtime: Downtime { total_us: 1, ..Default::default() },
+            error: Some("the destination went away".into()),
+            ..Default::default()
+        };
+        let answer = query_migrate(&Progress { ram_remaining: 5, ..Default::default() }, Some(&report));
+        assert_eq!(answer["status"], "failed");
+        assert_eq!((&answer["total-time"], &answer["downtime"]), (&json!(2000), &json!(1)));
+        assert_eq!(answer["error-desc"], "the destination went away");
+        assert_eq!(answer["ram"]["remaining"], 5);
+        assert_eq!(serde_json::from_value::<Details>(answer["ferry"].clone()).unwrap(), Details::Report(report));
+    }
+
+    #[test]
+    fn before_any_migration_there_is_nothing() {
+        assert_eq!(query_migrate(&Progress::default(), None), json!({}));
+    }
+}

@@ -1,0 +1,84 @@
+//! Typed answers of the query commands, in QEMU's shapes.
+
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+/// The guest's run state (the subset of QEMU's `RunState` that Ferry has).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RunState {
+    /// The vCPUs run.
+    Running,
+    /// A person stopped it.
+    Paused,
+    /// A destination that waits for its guest.
+    Inmigrate,
+    /// Paused for the switch.
+    FinishMigrate,
+    /// The guest has moved away; it will not run here again.
+    Postmigrate,
+    /// The guest has powered off.
+    Shutdown,
+    /// KVM gave up on the guest.
+    InternalError,
+}
+
+/// Answer to `query-status`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct StatusInfo {
+    status: RunState,
+    running: bool,
+}
+
+impl From<RunState> for StatusInfo {
+    fn from(status: RunState) -> Self {
+        StatusInfo { status, running: status == RunState::Running }
+    }
+}
+
+/// A dirty bitmap in the answer to `query-block` (QEMU's `BlockDirtyInfo`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BlockDirtyInfo {
+    /// Its name.
+    pub name: String,
+    /// Dirty bytes: set bits times the granularity.
+    pub count: u64,
+    /// Bytes of disk to a bit.
+    pub granularity: u32,
+    /// Whether it records writes.
+    pub recording: bool,
+    /// Whether a migration holds it.
+    pub busy: bool,
+    /// Always false: raw images have no place for bitmaps.
+    pub persistent: bool,
+}
+
+/// One disk in the answer to `query-block`, in QEMU's nested shape.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(transparent)]
+pub struct BlockInfo(Value);
+
+impl BlockInfo {
+    /// A raw disk `id` of `size` bytes at `path`.
+    pub fn new(id: &str, path: &Path, size: u64, readonly: bool, dirty_bitmaps: &[BlockDirtyInfo]) -> Self {
+        let file = path.to_string_lossy();
+        BlockInfo(json!({
+            "device": id,
+            "qdev": id,
+            "type": "unknown",
+            "removable": false,
+            "locked": false,
+            "io-status": "ok",
+            "inserted": {
+                "node-name": id,
+                "file": file,
+                "drv": "raw",
+                "ro": readonly,
+                "image": { "filename": file, "format": "raw", "virtual-size": size },
+                "dirty-bitmaps": dirty_bitmaps,
+            },
+        }))
+    }
+}
