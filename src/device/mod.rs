@@ -1,6 +1,7 @@
 //! Devices: what a vCPU reaches by port or memory access, how a device is drained, saved and restored.
 
 pub mod bus;
+pub mod virtio;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
