@@ -4,6 +4,7 @@ pub mod bus;
 pub mod cmos;
 pub mod power;
 pub mod serial;
+pub mod virtio;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
