@@ -158,7 +158,7 @@ pub(super) struct MigrateArguments {
 pub(super) enum ModeArgument {
     /// Precopy while it helps, then postcopy
     Auto,
-    /// Precopy only; the guest may be slowed down by nothing but the copy
+    /// Precopy to the end, never postcopy
     Precopy,
     /// Postcopy at once
     Postcopy,

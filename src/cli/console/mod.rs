@@ -48,16 +48,14 @@ pub struct Console {
 }
 
 enum Backend {
-    Stdio { input: Option<InputThread> },
+    Stdio { input: Option<InputStop> },
     Null,
     File(File),
     Unix(UnixConsole),
 }
 
-struct InputThread {
-    stop: OwnedFd,
-    thread: thread::JoinHandle<()>,
-}
+/// Ends the thread that reads standard input, when dropped.
+struct InputStop(OwnedFd);
 
 impl Console {
     /// Opens `target`. With stdio, a terminal goes into raw mode.
@@ -99,22 +97,19 @@ impl Console {
                 let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| ConsoleError::Terminal(errno.into()))?;
                 let stopped = stop.try_clone().map_err(ConsoleError::Terminal)?;
                 let stdin = duplicate(&std::io::stdin())?;
-                let thread = thread::Builder::new().name("console".into()).spawn(move || pump(stdin, &stopped, &receive, &quit));
-                *input = Some(InputThread { stop, thread: thread.map_err(ConsoleError::Terminal)? });
+                let thread = thread::Builder::new().name("console".into());
+                thread.spawn(move || pump(stdin, &stopped, &receive, &quit)).map_err(ConsoleError::Terminal)?;
+                *input = Some(InputStop(stop));
                 Ok(())
             }
         }
     }
 }
 
-impl Drop for InputThread {
+impl Drop for InputStop {
     fn drop(&mut self) {
-        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
-        // Only a thread that waits for input is sure to end; one that waits for the guest to take it ends with the guest.
-        if self.thread.is_finished() {
-            return;
-        }
-        thread::yield_now();
+        // The thread is not waited for: it may be held up by the guest, and ends as soon as it looks for input again.
+        let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
     }
 }
 

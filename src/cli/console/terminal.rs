@@ -11,7 +11,7 @@ static ORIGINAL: OnceLock<Termios> = OnceLock::new();
 static RAW: AtomicBool = AtomicBool::new(false);
 
 /// Signals that end the process unless somebody handles them. Whoever handles one of them from now on takes the duty over.
-const FATAL: [libc::c_int; 6] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGABRT, libc::SIGPIPE];
+const FATAL: [libc::c_int; 5] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGABRT];
 
 /// Standard input in raw mode, until dropped.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use std::io::{Error, ErrorKind, Result};
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_val};
-use vmm_sys_util::{ioctl_io_nr, ioctl_ioc_nr, ioctl_iowr_nr};
+use vmm_sys_util::{ioctl_io_nr, ioctl_iowr_nr};
 
 use super::Check;
 
@@ -57,23 +57,20 @@ pub(super) fn checks() -> Vec<Check> {
     checks
 }
 
-/// Opens a userfaultfd that gets the faults of KVM too: by the device, or else by the system call, which needs a privilege or a setting.
+/// Opens a userfaultfd that gets the faults of KVM too: by the device, or where there is none by the system call, which needs a
+/// privilege or a setting. Migration opens it in the same way.
 fn open() -> Result<(OwnedFd, &'static str)> {
-    let by_device = File::options().read(true).write(true).open("/dev/userfaultfd").and_then(|device| {
-        // SAFETY: the ioctl takes flags by value and gives a new descriptor.
-        descriptor(i64::from(unsafe { ioctl_with_val(&device, USERFAULTFD_IOC_NEW(), libc::O_CLOEXEC as libc::c_ulong) }))
-    });
-    match by_device {
-        Ok(descriptor) => Ok((descriptor, "/dev/userfaultfd")),
-        Err(device_error) => {
-            // SAFETY: the call takes flags by value and gives a new descriptor.
-            let by_call = descriptor(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) });
-            by_call.map(|descriptor| (descriptor, "system call")).map_err(|call_error| match call_error.kind() {
-                // Where the call is forbidden, the device's error is the one to mend, if there is a device.
-                ErrorKind::PermissionDenied if device_error.kind() != ErrorKind::NotFound => device_error,
-                _ => call_error,
-            })
+    match File::options().read(true).write(true).open("/dev/userfaultfd") {
+        Ok(device) => {
+            // SAFETY: the ioctl takes flags by value and gives a new descriptor.
+            let opened = unsafe { ioctl_with_val(&device, USERFAULTFD_IOC_NEW(), libc::O_CLOEXEC as libc::c_ulong) };
+            descriptor(opened.into()).map(|descriptor| (descriptor, "/dev/userfaultfd"))
         }
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            // SAFETY: the call takes flags by value and gives a new descriptor.
+            descriptor(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) }).map(|descriptor| (descriptor, "system call"))
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -88,8 +85,8 @@ fn descriptor(result: i64) -> Result<OwnedFd> {
 fn advice(error: &Error) -> &'static str {
     match error.kind() {
         ErrorKind::PermissionDenied => {
-            "as root, `chmod a+rw /dev/userfaultfd` (or give it to the group kvm) or `sysctl vm.unprivileged_userfaultfd=1`; \
-             without it only precopy works"
+            "as root, `chgrp kvm /dev/userfaultfd && chmod g+rw /dev/userfaultfd`, or where there is no such device \
+             `sysctl vm.unprivileged_userfaultfd=1`; without it only precopy works"
         }
         _ => "the kernel is built without CONFIG_USERFAULTFD, or a seccomp profile forbids it; without it only precopy works",
     }
