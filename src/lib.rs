@@ -3,6 +3,7 @@
 
 pub mod block;
 pub mod boot;
+pub mod cli;
 pub mod device;
 pub mod memory;
 pub mod migrate;

@@ -1,1 +1,5 @@
-fn main() {}
+//! The command `ferry`.
+
+fn main() -> std::process::ExitCode {
+    ferry::cli::main()
+}

@@ -19,10 +19,11 @@ struct State {
     parameters: MigrateParameters,
     capabilities: MigrateCapabilities,
     bitmaps: Vec<BlockDirtyInfo>,
+    progress: Progress,
     report: Option<Report>,
 }
 
-/// One disk `d0`, one vCPU's worth of state, and migrations that are over at once.
+/// One disk `d0`, and migrations that are over at once, or to `tcp:nowhere:1` never.
 pub struct Recorder {
     events: Events,
     state: Mutex<State>,
@@ -57,17 +58,25 @@ impl Handler for Recorder {
                 done
             }
             Command::Migrate(arguments) if arguments.uri.starts_with("tcp:") => {
-                let report = Report { status: Status::Completed, total_us: 5000, ..Default::default() };
                 for status in [Status::Setup, Status::Active] {
                     self.events.emit(&Event::Migration(MigrationEvent { status, report: None }));
                 }
                 self.events.emit(&Event::MigrationPass { pass: 1 });
-                self.events.emit(&Event::Migration(MigrationEvent { status: Status::Completed, report: Some(report.clone()) }));
-                state.report = Some(report);
+                if arguments.uri == "tcp:nowhere:1" {
+                    state.progress =
+                        Progress { status: Status::Active, pass: 1, ram_total: 4096, ram_remaining: 4096, ..Default::default() };
+                } else {
+                    self.end(&mut state, Report { status: Status::Completed, total_us: 5000, ..Default::default() });
+                }
+                done
+            }
+            Command::MigrateCancel => {
+                let error = Some("the migration was cancelled in a test".into());
+                self.end(&mut state, Report { status: Status::Cancelled, error, ..Default::default() });
                 done
             }
             Command::Migrate(arguments) => Err(QmpError::generic(format!("'{}' is not an address", arguments.uri))),
-            Command::QueryMigrate => Ok(query_migrate(&Progress::default(), state.report.as_ref())),
+            Command::QueryMigrate => Ok(query_migrate(&state.progress, state.report.as_ref())),
             Command::MigrateSetParameters(changes) => state.parameters.set(&changes).and(done),
             Command::QueryMigrateParameters => Ok(json!(state.parameters)),
             Command::MigrateSetCapabilities(changes) => state.capabilities.set(&changes.capabilities).and(done),
@@ -86,6 +95,13 @@ impl Handler for Recorder {
             Command::BlockDirtyBitmapAdd(add) => Err(QmpError::device_not_found(&add.node)),
             other => Err(QmpError::generic(format!("not in this test: {other:?}"))),
         }
+    }
+}
+
+impl Recorder {
+    fn end(&self, state: &mut State, report: Report) {
+        self.events.emit(&Event::Migration(MigrationEvent { status: report.status, report: Some(report.clone()) }));
+        state.report = Some(report);
     }
 }
 

@@ -1,0 +1,220 @@
+//! The subcommands and their arguments.
+
+use std::path::PathBuf;
+
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, ValueEnum};
+
+use super::options::{ReceiveOptions, RunOptions};
+use super::serial::SerialTarget;
+use super::{bandwidth, disk, duration, size};
+use crate::migrate::report::Mode;
+use crate::vm::config::{DiskConfig, GuestConfig};
+
+/// Run a Linux guest under KVM, and move it to another host while it runs.
+#[derive(Debug, Parser)]
+#[command(name = "ferry", version, after_help = EXAMPLES)]
+pub(super) struct Arguments {
+    #[command(subcommand)]
+    pub command: Subcommand,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  ferry run --kernel vmlinuz --initrd initrd.img --disk path=disk.img,id=root --qmp guest.sock
+  ferry receive --listen tcp:0.0.0.0:4444 --qmp guest.sock        (on the other host)
+  ferry migrate --qmp guest.sock tcp:other-host:4444
+
+Exit status: 0 done, 1 failed (one sentence on stderr says what), 2 wrong usage.";
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Subcommand {
+    /// Boot a guest and run it until it powers off or has moved away
+    Run(RunArguments),
+    /// Wait for a guest from another host and run it
+    Receive(ReceiveArguments),
+    /// Move a guest to a waiting `ferry receive`
+    Migrate(MigrateArguments),
+    /// Show whether a guest runs and where its migration stands
+    Status(Target),
+    /// Pause a guest
+    Pause(Target),
+    /// Resume a paused guest
+    Resume(Target),
+    /// Cancel a migration; the guest goes on where it is
+    Cancel(Target),
+    /// Switch a running migration to postcopy now
+    StartPostcopy(Target),
+    /// End a guest and its Ferry at once, without asking the guest
+    Quit(Target),
+    /// Show what this host can do, and what to do about what it cannot
+    Doctor(DoctorArguments),
+}
+
+/// A running Ferry.
+#[derive(Debug, Args)]
+pub(super) struct Target {
+    /// Control socket of the running Ferry
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: PathBuf,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry run --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0 quiet'
+  ferry run --kernel vmlinux --cpus 4 --memory 4G --disk path=/dev/vg/root,id=root --disk path=cd.iso,id=cd,readonly=on
+  ferry run --kernel vmlinuz --serial file:guest.log --qmp guest.sock
+
+On the console: Ctrl-A X ends the guest, Ctrl-A H shows help.")]
+pub(super) struct RunArguments {
+    /// bzImage or ELF kernel (PVH, or 64-bit boot protocol)
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0")]
+    cmdline: String,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
+    cpus: u16,
+    /// RAM: 512M, 1G; a multiple of 2M
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size::parse_memory)]
+    memory: u64,
+    /// Raw disk image or block device; may be given several times. A comma in the path is written as two
+    #[arg(long = "disk", value_name = "path=P,id=ID[,readonly=on]", value_parser = disk::parse_disk)]
+    disks: Vec<DiskConfig>,
+    #[command(flatten)]
+    host: HostArguments,
+    /// Name of the guest, for people
+    #[arg(long, value_name = "NAME", default_value = "guest")]
+    name: String,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry receive --listen tcp:0.0.0.0:4444
+  ferry receive --listen unix:/run/ferry/in.sock --disk id=root,path=/dev/vg/root --qmp guest.sock
+
+The guest's configuration comes from the source; --disk tells where its disks are on this host, if elsewhere.")]
+pub(super) struct ReceiveArguments {
+    /// Where to wait for the source
+    #[arg(long, value_name = "tcp:HOST:PORT|unix:PATH", value_parser = parse_address)]
+    listen: String,
+    /// Where the disk with this id is on this host; may be given several times
+    #[arg(long = "disk", value_name = "id=ID,path=P", value_parser = disk::parse_mapping)]
+    disks: Vec<(String, PathBuf)>,
+    #[command(flatten)]
+    host: HostArguments,
+}
+
+/// What belongs to the host and not to the guest.
+#[derive(Debug, Args)]
+struct HostArguments {
+    /// Serial console: stdio, null, file:PATH or unix:PATH
+    #[arg(long, value_name = "TARGET", default_value = "stdio")]
+    serial: SerialTarget,
+    /// Control socket to listen on, for `ferry migrate` and others, and for QEMU's clients
+    #[arg(long, value_name = "SOCKET")]
+    qmp: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry migrate --qmp guest.sock tcp:other-host:4444
+  ferry migrate --qmp guest.sock tcp:other-host:4444 --mode precopy --downtime 20ms --max-bandwidth 1Gbit
+  ferry migrate --qmp guest.sock unix:/run/ferry/in.sock --report report.json
+
+Shows progress on a terminal, otherwise one JSON line per event on stdout. Ctrl-C cancels the migration.")]
+pub(super) struct MigrateArguments {
+    /// Control socket of the Ferry that runs the guest
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: PathBuf,
+    /// Where a `ferry receive` waits
+    #[arg(value_name = "tcp:HOST:PORT|unix:PATH", value_parser = parse_address)]
+    pub uri: String,
+    /// How RAM moves
+    #[arg(long, value_enum, default_value = "auto")]
+    pub mode: ModeArgument,
+    /// Downtime that precopy aims for: 50ms, 1s
+    #[arg(long, value_name = "TIME", value_parser = duration::parse_milliseconds)]
+    pub downtime: Option<i64>,
+    /// Limit on background traffic before the switch: 1Gbit, 500Mbit, or bytes a second (125M)
+    #[arg(long, value_name = "RATE", value_parser = bandwidth::parse)]
+    pub max_bandwidth: Option<i64>,
+    /// Limit on background traffic after the switch
+    #[arg(long, value_name = "RATE", value_parser = bandwidth::parse)]
+    pub postcopy_bandwidth: Option<i64>,
+    /// Write what the migration cost to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum ModeArgument {
+    /// Precopy while it helps, then postcopy
+    Auto,
+    /// Precopy to the end, never postcopy
+    Precopy,
+    /// Postcopy at once
+    Postcopy,
+}
+
+impl From<ModeArgument> for Mode {
+    fn from(mode: ModeArgument) -> Self {
+        match mode {
+            ModeArgument::Auto => Mode::Auto,
+            ModeArgument::Precopy => Mode::Precopy,
+            ModeArgument::Postcopy => Mode::Postcopy,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DoctorArguments {
+    /// Print the checks as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl RunArguments {
+    /// The options, or the end of the process with a usage error where two disks have the same id.
+    pub fn into_options(self) -> RunOptions {
+        refuse_duplicates(self.disks.iter().map(|disk| disk.id.as_str()));
+        let RunArguments { kernel, initrd, cmdline, cpus, memory, disks, host, name } = self;
+        let config = GuestConfig { name, cpus, memory, kernel, initrd, cmdline, disks };
+        RunOptions { config, serial: host.serial, qmp: host.qmp }
+    }
+}
+
+impl ReceiveArguments {
+    /// The options, or the end of the process with a usage error where an id is mapped twice.
+    pub fn into_options(self) -> ReceiveOptions {
+        refuse_duplicates(self.disks.iter().map(|(id, _)| id.as_str()));
+        ReceiveOptions { listen: self.listen, disks: self.disks, serial: self.host.serial, qmp: self.host.qmp }
+    }
+}
+
+fn refuse_duplicates<'a>(ids: impl Iterator<Item = &'a str>) {
+    if let Some(id) = disk::duplicate(ids) {
+        let message = format!("two disks have the id '{id}'; give each an id of its own");
+        Arguments::command().error(ErrorKind::ValueValidation, message).exit();
+    }
+}
+
+/// Catches slips early; the address itself is resolved by whoever connects.
+fn parse_address(text: &str) -> Result<String, String> {
+    let well_formed = match text.split_once(':') {
+        Some(("tcp", address)) => address.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok()),
+        Some(("unix", path)) => !path.is_empty(),
+        _ => false,
+    };
+    if well_formed { Ok(text.to_string()) } else { Err("an address is tcp:HOST:PORT or unix:PATH".into()) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,57 @@
+use super::*;
+
+fn parse(line: &str) -> Result<Subcommand, clap::Error> {
+    Arguments::try_parse_from(line.split_whitespace()).map(|arguments| arguments.command)
+}
+
+#[test]
+fn definition_is_consistent() {
+    Arguments::command().debug_assert();
+}
+
+#[test]
+fn run_becomes_a_guest_configuration() {
+    let line =
+        "ferry run --kernel k --initrd i --cpus 2 --memory 1G --disk path=a.img,id=a --disk path=b,id=b,readonly=on --serial null --qmp q";
+    let Subcommand::Run(arguments) = parse(line).unwrap() else { panic!("not run") };
+    let options = arguments.into_options();
+    assert_eq!((options.serial, options.qmp), (SerialTarget::Null, Some("q".into())));
+    assert_eq!((options.config.cpus, options.config.memory), (2, 1 << 30));
+    assert_eq!(options.config.initrd, Some("i".into()));
+    let disks: Vec<_> = options.config.disks.iter().map(|disk| (disk.id.as_str(), disk.readonly)).collect();
+    assert_eq!(disks, [("a", false), ("b", true)]);
+}
+
+#[test]
+fn receive_maps_disks_by_id() {
+    let Subcommand::Receive(arguments) = parse("ferry receive --listen tcp:[::1]:4444 --disk id=a,path=/x").unwrap() else {
+        panic!("not receive")
+    };
+    let options = arguments.into_options();
+    assert_eq!(options.disks, [("a".to_string(), PathBuf::from("/x"))]);
+    assert_eq!(options.listen, "tcp:[::1]:4444");
+}
+
+#[test]
+fn wrong_usage_has_exit_status_2() {
+    let wrong = [
+        "ferry",
+        "ferry run",
+        "ferry run --kernel k --cpus 0",
+        "ferry run --kernel k --memory 1M",
+        "ferry run --kernel k --memory much",
+        "ferry run --kernel k --disk path=x",
+        "ferry run --kernel k --serial tty",
+        "ferry receive --listen 4444",
+        "ferry receive --listen tcp:host:99999",
+        "ferry migrate --qmp q",
+        "ferry migrate --qmp q tcp:h:1 --downtime 5",
+        "ferry migrate --qmp q tcp:h:1 --mode fast",
+        "ferry migrate --qmp q tcp:h:1 --max-bandwidth -1",
+        "ferry status",
+        "ferry recover --qmp q",
+    ];
+    for line in wrong {
+        assert_eq!(parse(line).map(|_| 0).map_err(|error| error.exit_code()), Err(2), "{line}");
+    }
+}

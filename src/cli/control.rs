@@ -1,0 +1,67 @@
+//! The short commands: each is one QMP command to a running Ferry.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::{CliError, format};
+use crate::qmp::Command;
+use crate::qmp::client::Client;
+use crate::qmp::query_migrate::Details;
+
+/// `ferry status`: the guest's state, and where its migration stands if there is or was one.
+pub(super) fn status(qmp: &Path) -> Result<(), CliError> {
+    let mut client = Client::connect(qmp)?;
+    let guest = client.execute(&Command::QueryStatus)?;
+    println!("guest      {}", guest["status"].as_str().unwrap_or("unknown"));
+    let migration = client.execute(&Command::QueryMigrate)?;
+    let Some(status) = migration["status"].as_str() else { return Ok(()) };
+    println!("migration  {status}{}", describe(&migration));
+    if let Some(error) = migration["error-desc"].as_str() {
+        println!("error      {error}");
+    }
+    Ok(())
+}
+
+fn describe(migration: &Value) -> String {
+    match serde_json::from_value(migration["ferry"].clone()) {
+        Ok(Details::Progress(progress)) => {
+            let remaining = format::bytes(progress.ram_remaining);
+            format!(", pass {}, {remaining} of {} remaining", progress.pass, format::bytes(progress.ram_total))
+        }
+        Ok(Details::Report(report)) => {
+            format!(" after {}, downtime {}", format::microseconds(report.total_us), format::microseconds(report.downtime.total_us))
+        }
+        Err(_) => String::new(),
+    }
+}
+
+/// `ferry pause`.
+pub(super) fn pause(qmp: &Path) -> Result<(), CliError> {
+    execute(qmp, &Command::Stop)
+}
+
+/// `ferry resume`.
+pub(super) fn resume(qmp: &Path) -> Result<(), CliError> {
+    execute(qmp, &Command::Cont)
+}
+
+/// `ferry cancel`.
+pub(super) fn cancel(qmp: &Path) -> Result<(), CliError> {
+    execute(qmp, &Command::MigrateCancel)
+}
+
+/// `ferry start-postcopy`.
+pub(super) fn start_postcopy(qmp: &Path) -> Result<(), CliError> {
+    execute(qmp, &Command::MigrateStartPostcopy)
+}
+
+/// `ferry quit`.
+pub(super) fn quit(qmp: &Path) -> Result<(), CliError> {
+    execute(qmp, &Command::Quit)
+}
+
+fn execute(qmp: &Path, command: &Command) -> Result<(), CliError> {
+    Client::connect(qmp)?.execute(command)?;
+    Ok(())
+}

@@ -1,0 +1,102 @@
+//! What is shown while a migration goes on: a bar on a terminal, otherwise a JSON line per event.
+
+use std::io::{IsTerminal, Write};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::{Map, Value};
+
+use crate::cli::format;
+use crate::memory::PAGE_SIZE;
+use crate::migrate::report::Progress;
+
+/// Standard output, as far as a migration writes to it.
+pub(super) enum Display {
+    /// A person watches.
+    Terminal(ProgressBar),
+    /// A program reads.
+    Lines,
+}
+
+impl Display {
+    pub fn new() -> Self {
+        if !std::io::stdout().is_terminal() {
+            return Display::Lines;
+        }
+        let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stdout());
+        if let Ok(style) = ProgressStyle::with_template("{bar:24} {wide_msg}") {
+            bar.set_style(style);
+        }
+        Display::Terminal(bar)
+    }
+
+    pub fn event(&self, event: &Map<String, Value>) {
+        if let Display::Lines = self
+            && let Ok(line) = serde_json::to_string(event)
+        {
+            // A reader that has gone away does not end the migration.
+            let _ = writeln!(std::io::stdout(), "{line}");
+        }
+    }
+
+    pub fn progress(&self, progress: &Progress) {
+        if let Display::Terminal(bar) = self {
+            bar.set_length(progress.ram_total);
+            bar.set_position(progress.ram_total.saturating_sub(progress.ram_remaining));
+            bar.set_message(message(progress));
+        }
+    }
+
+    /// A remark beside the progress.
+    pub fn note(&self, text: &str) {
+        match self {
+            Display::Terminal(bar) => bar.println(text),
+            Display::Lines => eprintln!("{text}"),
+        }
+    }
+
+    pub fn finish(&self) {
+        if let Display::Terminal(bar) = self {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// The table at the end; beside the JSON lines rather than between them.
+    pub fn table(&self, table: &str) {
+        match self {
+            Display::Terminal(_) => print!("{table}"),
+            Display::Lines => eprint!("{table}"),
+        }
+    }
+}
+
+fn message(progress: &Progress) -> String {
+    let status = serde_json::to_value(progress.status).ok();
+    let mut parts = vec![status.as_ref().and_then(Value::as_str).unwrap_or_default().to_string()];
+    if progress.pass > 0 {
+        parts.push(format!("pass {}", progress.pass));
+    }
+    parts.push(format!("{} left", format::bytes(progress.ram_remaining)));
+    parts.push(format!("{}/s", format::bytes(progress.bandwidth)));
+    if progress.dirty_pages_rate > 0 {
+        parts.push(format!("dirtying {}/s", format::bytes(progress.dirty_pages_rate.saturating_mul(PAGE_SIZE as u64))));
+    }
+    if let Some(seconds) = progress.ram_remaining.checked_div(progress.bandwidth) {
+        parts.push(format!("{seconds} s to go"));
+    }
+    parts.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migrate::report::Status;
+
+    #[test]
+    fn message_leaves_out_what_is_not_known() {
+        let mut progress = Progress { status: Status::Setup, ..Default::default() };
+        assert_eq!(message(&progress), "setup, 0 B left, 0 B/s");
+        progress =
+            Progress { status: Status::Active, pass: 2, ram_remaining: 10 << 20, bandwidth: 5 << 20, dirty_pages_rate: 256, ..progress };
+        assert_eq!(message(&progress), "active, pass 2, 10.0 MiB left, 5.0 MiB/s, dirtying 1.0 MiB/s, 2 s to go");
+    }
+}

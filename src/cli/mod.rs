@@ -1,0 +1,69 @@
+//! The command line: arguments in, progress and reports out.
+
+mod arguments;
+mod bandwidth;
+pub mod console;
+mod control;
+mod disk;
+mod doctor;
+mod duration;
+mod format;
+mod interrupt;
+mod migrate;
+pub mod options;
+pub mod serial;
+mod size;
+mod start;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use thiserror::Error;
+
+use crate::qmp::client::ClientError;
+use arguments::{Arguments, Subcommand};
+
+/// Why a command did not do what it should: one sentence for stderr.
+#[derive(Debug, Error)]
+enum CliError {
+    /// A control command failed.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// A file or the terminal.
+    #[error("cannot write {what}: {source}")]
+    Write {
+        /// Which file.
+        what: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The guest could not be run or received.
+    #[error("{0}")]
+    Guest(String),
+    /// A migration ended otherwise than by completing.
+    #[error("{0}")]
+    Migration(String),
+}
+
+/// Runs `ferry` with the process's arguments. Exit status: 0 done, 1 failed (with one sentence on stderr), 2 wrong usage.
+pub fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Subcommand::Run(arguments) => start::run(arguments.into_options()),
+        Subcommand::Receive(arguments) => start::receive(arguments.into_options()),
+        Subcommand::Migrate(arguments) => migrate::migrate(&arguments),
+        Subcommand::Status(target) => control::status(&target.qmp),
+        Subcommand::Pause(target) => control::pause(&target.qmp),
+        Subcommand::Resume(target) => control::resume(&target.qmp),
+        Subcommand::Cancel(target) => control::cancel(&target.qmp),
+        Subcommand::StartPostcopy(target) => control::start_postcopy(&target.qmp),
+        Subcommand::Quit(target) => control::quit(&target.qmp),
+        Subcommand::Doctor(arguments) => return doctor::doctor(arguments.json),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ferry: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
