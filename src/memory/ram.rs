@@ -203,6 +203,7 @@ impl GuestRam {
     }
 }
 
+const _: () = assert!((GRANULE / PAGE_SIZE as u64).is_multiple_of(64));
 const _: () = assert!(GRANULE.is_multiple_of(64 * PAGE_SIZE as u64));
 
 #[cfg(test)]
