@@ -5,11 +5,13 @@ at from outside, that every kind of damage gets its verdict, and that QEMU's own
 Usage: qemu_test.py KERNEL [ACCELERATOR...]     (default: kvm if there is /dev/kvm, and tcg)
 """
 
+import contextlib
 import json
 import mmap
 import os
 import re
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -62,7 +64,7 @@ class Guest:
             command += ["-device", "virtio-blk-device,drive=d"]
         if incoming:
             command += ["-incoming", incoming]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
         self.buffer, self.lines = b"", []
         self.qmp = self.connect(qmp)
         self.execute("qmp_capabilities")
@@ -81,7 +83,9 @@ class Guest:
                 return stream
             except OSError:
                 connection.close()
-                assert time.monotonic() < deadline and self.process.poll() is None, "QEMU did not start"
+                if time.monotonic() > deadline or self.process.poll() is not None:
+                    self.process.kill()
+                    raise AssertionError("QEMU did not start") from None
                 select.select([], [], [], 0.01)
 
     def execute(self, command, **arguments):
@@ -262,40 +266,45 @@ def disk_is_kept(kernel, accel):
             with open(disk.name, "r+b") as file:
                 file.write(old)
             guest.execute("cont")
-            guest.wait("verdict bad reason=disk_(stale|zeroed) block=")
+            # What was there before: an older generation, nothing, or a block of the first guest's.
+            guest.wait("verdict bad reason=disk_(stale|zeroed|magic) block=")
             guest.ends(35)
 
 
 def migrates(kernel, accel):
     line = "cpus=2 fill=64M rate=20000 order=random disk=on disk_rate=500 heartbeat=10"
-    with tempfile.NamedTemporaryFile(prefix="pagestorm-") as disk:
+    with tempfile.NamedTemporaryFile(prefix="pagestorm-") as disk, contextlib.ExitStack() as guests:
         disk.truncate(16 << 20)
-        source = Guest(kernel, accel, line, cpus=2, disk=disk.name)
+        source = guests.enter_context(Guest(kernel, accel, line, cpus=2, disk=disk.name))
         source.wait("verdict ok")
         for move in range(4):
             path = os.path.join(source.directory.name, "move")
             target = Guest(kernel, accel, line, cpus=2, disk=disk.name, incoming=f"unix:{path}")
+            guests.enter_context(target)
             postcopy = move % 2 == 1
-            if postcopy:
-                for guest in (source, target):
-                    capability = {"capability": "postcopy-ram", "state": True}
-                    guest.execute("migrate-set-capabilities", capabilities=[capability])
+            for guest in (source, target):
+                capability = {"capability": "postcopy-ram", "state": postcopy}
+                guest.execute("migrate-set-capabilities", capabilities=[capability])
             source.execute("migrate", uri=f"unix:{path}")
             if postcopy:
                 source.execute("migrate-start-postcopy")
             passes = int(target.wait(r"verdict ok passes=(\d+)")[1])
-            while int(target.wait(r"verdict (?:ok|bad) (?:passes=(\d+))?")[1]) < passes + 2:
-                pass
+            now = passes
+            while now < passes + 2:
+                verdict = target.wait(r"verdict (ok passes=(\d+)|bad.*)")
+                assert verdict[2], verdict[1]
+                now = int(verdict[2])
             status = source.execute("query-migrate")["status"]
             assert status == "completed", status
             source.close()
             source = target
-        source.close()
 
 
 def main():
     if len(sys.argv) < 2:
         sys.exit(__doc__)
+    # So that a guest under test does not outlive the test.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     kernel = sys.argv[1]
     accelerators = sys.argv[2:] or [*(["kvm"] if os.path.exists("/dev/kvm") else []), "tcg"]
     for accel in accelerators:
