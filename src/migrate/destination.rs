@@ -75,14 +75,10 @@ pub enum Action {
     },
     /// These pages, written before, are zero now: empty them.
     Empty(PageRun),
-    /// Discard `stale`, serve page faults if `package.postcopy` (before anything is restored, because restoring can fault), create the
-    /// bitmaps, load the state; answer with [`Input::Loaded`].
-    Load {
-        /// The package.
-        package: Box<Package>,
-        /// Pages of which an old version is in place.
-        stale: Vec<PageRun>,
-    },
+    /// Discard every page in `package.missing`: of some an old version is in place, and of others a zero page, because a transparent
+    /// huge page came into being around a neighbour. Serve page faults if `package.postcopy` (before anything is restored, because
+    /// restoring can fault), create the bitmaps, load the state; answer with [`Input::Loaded`].
+    Load(Box<Package>),
     /// Take the disks' locks and run the guest; answer with [`Input::Ran`].
     Run,
     /// Place zero pages by userfaultfd and report them with [`Destination::placed`].
@@ -403,17 +399,15 @@ impl Destination {
             return Err("pages are missing at the end of precopy".into());
         }
         let mut missing = PageSet::empty(self.ram_pages);
-        let mut stale = Vec::new();
         for &run in &package.missing {
             if !run.is_within(self.ram_pages) || missing.insert(run) != run.count {
                 return Err(format!("the list of missing pages is wrong at {run}"));
             }
-            stale.extend(self.written.runs_within(run));
         }
         self.postcopy = package.postcopy;
         self.incoming = Incoming::new(missing);
         self.bitmaps = IncomingBitmaps::new(&package.bitmaps);
-        self.actions.push_back(Action::Load { package: Box::new(package), stale });
+        self.actions.push_back(Action::Load(Box::new(package)));
         self.enter(State::Loading, None);
         Ok(())
     }

@@ -2,6 +2,9 @@
 
 use ferry::memory::{PageNumber, PageRun, PageSet};
 
+/// Pages in a huge page of the model.
+const HUGE: usize = 8;
+
 /// Contents of a page.
 pub type Version = u32;
 
@@ -33,10 +36,20 @@ impl Ram {
         self.touched.insert(PageRun::single(page));
     }
 
-    /// Places contents without a trace in the log, as a receiver does.
+    /// Places contents without a trace in the log, as userfaultfd does.
     pub fn place(&mut self, page: PageNumber, version: Version) {
         self.pages[page.0 as usize] = Some(version);
         self.touched.insert(PageRun::single(page));
+    }
+
+    /// Writes into ordinary memory, as a receiver of precopy does: a transparent huge page comes into being, its other pages zero.
+    pub fn fill(&mut self, page: PageNumber, version: Version) {
+        let first = page.0 as usize / HUGE * HUGE;
+        let end = (first + HUGE).min(self.pages.len());
+        for neighbour in &mut self.pages[first..end] {
+            neighbour.get_or_insert(0);
+        }
+        self.place(page, version);
     }
 
     pub fn discard(&mut self, run: PageRun) {

@@ -523,7 +523,7 @@ impl World {
             Frame::Pages(run) => match engine.pages(channel, run) {
                 Ok(Placement::Direct) => {
                     for (page, version) in run.pages().zip(message.contents) {
-                        self.destination.ram.place(page, version);
+                        self.destination.ram.fill(page, version);
                     }
                 }
                 Ok(Placement::Fault) => self.destination.placing.push((channel, run, message.contents)),
@@ -549,12 +549,12 @@ impl World {
                 self.destination.engine.handle(input);
             }
             destination::Action::Empty(run) => self.destination.ram.discard(run),
-            destination::Action::Load { package, stale } => {
+            destination::Action::Load(package) => {
                 if self.fails(Fault::LoadFails) {
                     self.destination.engine.handle(destination::Input::Failed("the state does not load".into()));
                     return Ok(true);
                 }
-                for run in stale {
+                for run in package.missing {
                     self.destination.ram.discard(run);
                 }
                 self.destination.userfault = package.postcopy;
