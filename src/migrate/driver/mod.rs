@@ -1,3 +1,4 @@
 //! What connects the migration's state machines to the world: sockets, KVM, guest RAM and userfaultfd.
 
+pub mod owner;
 pub mod page_io;

@@ -1,0 +1,82 @@
+//! What a migration asks of whoever owns the guest. The right to run the guest is the value [`Vm`]: it is handed over here, and never two
+//! hold it.
+
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::block::disk::Disk;
+use crate::memory::GuestRam;
+use crate::migrate::report::{Mode, Status};
+use crate::migrate::transport::Address;
+use crate::migrate::{destination, source};
+use crate::vm::config::GuestConfig;
+use crate::vm::facts::MachineFacts;
+use crate::vm::{Built, Moved, Paused, Vm};
+
+/// A guest that stands still, in the hands of the migration.
+pub struct StoppedGuest {
+    /// The guest.
+    pub vm: Vm<Paused>,
+    /// Whether it ran before, and is to run where it goes; a guest that a person paused stays paused.
+    pub was_running: bool,
+}
+
+/// The owner of a guest that is to go away.
+pub trait SourceOwner: Send + Sync {
+    /// Pauses the guest and hands it over. Until [`SourceOwner::put_back`] the owner cannot run it.
+    fn take(&self) -> Result<StoppedGuest, String>;
+    /// The switch did not take place: the guest goes on, if it ran before.
+    fn put_back(&self, guest: StoppedGuest);
+    /// The migration's status or pass has changed.
+    fn changed(&self, status: Status, pass: u32);
+    /// The migration is over. With the guest's RAM if it was given up: after [`source::Outcome::LostAfterCommit`] the destination may
+    /// still need pages of it.
+    fn ended(&self, outcome: source::Outcome, moved: Option<Vm<Moved>>);
+}
+
+/// The guest's configuration and what it needs of a host, as it rides in the `Setup` frame.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineSetup {
+    /// The configuration.
+    pub config: GuestConfig,
+    /// What the host must have.
+    pub facts: MachineFacts,
+    /// Sizes of the disks in bytes, in the order of the configuration: the destination's must be the same.
+    pub disk_sizes: Vec<u64>,
+}
+
+/// The future owner of a guest that comes.
+pub trait DestinationOwner: Send + Sync {
+    /// Checks that this host can run the guest, opens its disks without locking them, allocates RAM and begins to build the machine in
+    /// the background. The error is shown to the person at the source.
+    fn prepare(&self, setup: MachineSetup) -> Result<GuestRam, String>;
+    /// The machine that [`DestinationOwner::prepare`] began to build, and its disks. Waits until it is complete; called once.
+    fn built(&self) -> Result<(Vm<Built>, Vec<Arc<Disk>>), String>;
+    /// After the commit: takes the disks' locks and runs the guest, if it is to run. An error is a guest that is here but stays paused,
+    /// and why.
+    fn run(&self, guest: StoppedGuest) -> Result<(), String>;
+    /// The migration's status has changed.
+    fn changed(&self, status: Status);
+    /// The guest waits for a page that cannot come because the source is gone; said once for each page.
+    fn waits_for_lost_page(&self, text: String);
+    /// The migration is over.
+    fn ended(&self, outcome: destination::Outcome);
+}
+
+/// What a person asks of a migration.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SourceRequest {
+    /// Where the destination listens.
+    pub address: Address,
+    /// How RAM moves.
+    pub mode: Mode,
+    /// Longest accepted blackout.
+    pub downtime_limit: Duration,
+    /// Bytes a second in precopy; `None`: no limit.
+    pub max_bandwidth: Option<NonZeroU64>,
+    /// Bytes a second in postcopy's background; `None`: no limit.
+    pub max_postcopy_bandwidth: Option<NonZeroU64>,
+}
