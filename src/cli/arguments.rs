@@ -101,8 +101,8 @@ Examples:
 
 The guest's configuration comes from the source; --disk tells where its disks are on this host, if elsewhere.")]
 pub(super) struct ReceiveArguments {
-    /// Where to wait for the source
-    #[arg(long, value_name = "tcp:HOST:PORT|unix:PATH", value_parser = parse_address)]
+    /// Where to wait for the source: tcp:HOST:PORT or unix:PATH
+    #[arg(long, value_name = "URI", value_parser = parse_address)]
     listen: String,
     /// Where the disk with this id is on this host; may be given several times
     #[arg(long = "disk", value_name = "id=ID,path=P", value_parser = disk::parse_mapping)]
@@ -126,7 +126,8 @@ struct HostArguments {
 #[command(after_help = "\
 Examples:
   ferry migrate --qmp guest.sock tcp:other-host:4444
-  ferry migrate --qmp guest.sock tcp:other-host:4444 --mode precopy --downtime 20ms --max-bandwidth 1Gbit
+  ferry migrate --qmp guest.sock tcp:other-host:4444 --mode precopy --downtime 20ms
+  ferry migrate --qmp guest.sock tcp:other-host:4444 --max-bandwidth 1Gbit
   ferry migrate --qmp guest.sock unix:/run/ferry/in.sock --report report.json
 
 Shows progress on a terminal, otherwise one JSON line per event on stdout. Ctrl-C cancels the migration.")]
@@ -134,8 +135,8 @@ pub(super) struct MigrateArguments {
     /// Control socket of the Ferry that runs the guest
     #[arg(long, value_name = "SOCKET")]
     pub qmp: PathBuf,
-    /// Where a `ferry receive` waits
-    #[arg(value_name = "tcp:HOST:PORT|unix:PATH", value_parser = parse_address)]
+    /// Where a `ferry receive` waits: tcp:HOST:PORT or unix:PATH
+    #[arg(value_name = "URI", value_parser = parse_address)]
     pub uri: String,
     /// How RAM moves
     #[arg(long, value_enum, default_value = "auto")]

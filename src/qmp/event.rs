@@ -71,5 +71,5 @@ pub struct MigrationEvent {
     /// Ferry's own: what the migration cost, when it has ended. The source's process ends with a completed migration, so whoever
     /// follows the events needs it here.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub report: Option<Report>,
+    pub report: Option<Box<Report>>,
 }

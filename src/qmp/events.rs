@@ -21,14 +21,14 @@ pub struct Events(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    clients: Mutex<Vec<Arc<Client>>>,
+    clients: Mutex<Vec<Arc<Connection>>>,
     connected: Gauge,
     unsent: Gauge,
 }
 
 /// A connected client as the rest of the server sees it.
 #[derive(Debug)]
-pub(super) struct Client {
+pub(super) struct Connection {
     stream: UnixStream,
     queue: Sender<Message>,
     negotiated: AtomicBool,
@@ -50,15 +50,15 @@ impl Events {
     }
 
     /// Takes in a client. Its messages come out of the receiver; it is counted as connected while the token lives.
-    pub(super) fn add_client(&self, stream: UnixStream) -> (Arc<Client>, Receiver<Message>, Token) {
+    pub(super) fn add_client(&self, stream: UnixStream) -> (Arc<Connection>, Receiver<Message>, Token) {
         let (queue, messages) = bounded(QUEUE_LENGTH);
-        let client = Arc::new(Client { stream, queue, negotiated: AtomicBool::new(false), unsent: self.0.unsent.clone() });
+        let client = Arc::new(Connection { stream, queue, negotiated: AtomicBool::new(false), unsent: self.0.unsent.clone() });
         self.clients().push(client.clone());
         (client, messages, self.0.connected.enter())
     }
 
     /// Forgets a client. Its connection stays until what is queued has been written: it may have closed only its own direction.
-    pub(super) fn remove_client(&self, client: &Arc<Client>) {
+    pub(super) fn remove_client(&self, client: &Arc<Connection>) {
         self.clients().retain(|other| !Arc::ptr_eq(other, client));
     }
 
@@ -75,12 +75,12 @@ impl Events {
         &self.0.unsent
     }
 
-    fn clients(&self) -> MutexGuard<'_, Vec<Arc<Client>>> {
+    fn clients(&self) -> MutexGuard<'_, Vec<Arc<Connection>>> {
         self.0.clients.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Client {
+impl Connection {
     /// Queues `message` behind the others; waits while the queue is full, which makes a client wait that sends commands without reading
     /// the answers. False when the client is gone.
     pub fn send(&self, message: &Value) -> bool {

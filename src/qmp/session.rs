@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::Handler;
 use super::command::{Command, ProtocolCommand};
 use super::error::QmpError;
-use super::events::{Client, Events, Message};
+use super::events::{Connection, Events, Message};
 use super::request::{self, Request};
 use super::splitter::Splitter;
 
@@ -19,7 +19,7 @@ use super::splitter::Splitter;
 const READ_LIMIT: Duration = Duration::from_secs(10);
 
 /// Serves the client until it goes away.
-pub(super) fn serve(mut stream: UnixStream, client: &Client, events: &Events, handler: &dyn Handler) {
+pub(super) fn serve(mut stream: UnixStream, client: &Connection, events: &Events, handler: &dyn Handler) {
     let mut session = Session { negotiated: false, handler };
     let greeting = json!({ "QMP": { "version": version(), "capabilities": [] } });
     if !client.send(&greeting) {

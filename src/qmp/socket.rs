@@ -4,6 +4,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
@@ -35,6 +36,7 @@ pub struct PathListener {
     path: PathBuf,
     /// Device and inode of the path, so as not to remove somebody else's.
     identity: Option<(u64, u64)>,
+    closed: AtomicBool,
 }
 
 impl PathListener {
@@ -51,8 +53,8 @@ impl PathListener {
             Err(rustix::io::Errno::ADDRINUSE) => return Err(SocketError::InUse(path.to_owned())),
             result => result.map_err(|errno| failed(errno.into()))?,
         }
-        let identity = std::fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
-        let listener = PathListener { listener: socket.into(), path: path.to_owned(), identity };
+        let listener =
+            PathListener { listener: socket.into(), path: path.to_owned(), identity: identify(path), closed: AtomicBool::new(false) };
         rustix::net::listen(&listener.listener, 16).map_err(|errno| failed(errno.into()))?;
         Ok(listener)
     }
@@ -62,19 +64,26 @@ impl PathListener {
         self.listener.accept().map(|(stream, _)| stream)
     }
 
-    /// Makes [`PathListener::accept`] fail, now and from now on, also where it waits in another thread.
+    /// Removes the path and makes [`PathListener::accept`] fail, now and from now on, also where it waits in another thread.
     pub fn close(&self) {
         let _ = rustix::net::shutdown(&self.listener, Shutdown::Both);
+        // Once only: later the path may be another's, and file systems give inodes away again.
+        let first = !self.closed.swap(true, Ordering::Relaxed);
+        if first && self.identity.is_some() && identify(&self.path) == self.identity {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 
 impl Drop for PathListener {
     fn drop(&mut self) {
-        let now = std::fs::symlink_metadata(&self.path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
-        if now.is_some() && now == self.identity {
-            let _ = std::fs::remove_file(&self.path);
-        }
+        self.close();
     }
+}
+
+fn identify(path: &Path) -> Option<(u64, u64)> {
+    let metadata = std::fs::symlink_metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
 }
 
 fn remove_stale(path: &Path) -> Result<(), SocketError> {
@@ -141,6 +150,7 @@ mod tests {
             move || listener.accept().is_err()
         });
         listener.close();
+        assert!(!listener.path.exists(), "the path must not wait for the other thread");
         assert!(waiting.join().unwrap());
     }
 

@@ -1,7 +1,7 @@
 //! `ferry`'s own subcommands against the server: what they print and how they exit.
 
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -23,7 +23,7 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 /// A `ferry migrate` that has begun a migration which does not end by itself.
-fn start_endless_migration(fixture: &Fixture) -> (Child, impl BufRead) {
+fn start_endless_migration(fixture: &Fixture) -> (Child, BufReader<ChildStdout>) {
     let mut child = ferry("migrate tcp:nowhere:1", fixture).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();

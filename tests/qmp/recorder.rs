@@ -100,7 +100,7 @@ impl Handler for Recorder {
 
 impl Recorder {
     fn end(&self, state: &mut State, report: Report) {
-        self.events.emit(&Event::Migration(MigrationEvent { status: report.status, report: Some(report.clone()) }));
+        self.events.emit(&Event::Migration(MigrationEvent { status: report.status, report: Some(Box::new(report.clone())) }));
         state.report = Some(report);
     }
 }

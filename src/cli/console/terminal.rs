@@ -82,3 +82,6 @@ fn restore_on_exit_and_signals() {
         }
     });
 }
+
+#[cfg(test)]
+mod tests;

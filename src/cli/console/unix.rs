@@ -65,8 +65,8 @@ impl Write for UnixOutput {
         if let Some(stream) = get(&self.0)
             && (&*stream).write_all(bytes).is_err()
         {
+            // The reading thread notices and takes the next client.
             let _ = stream.shutdown(Shutdown::Both);
-            set(&self.0, None);
         }
         Ok(bytes.len())
     }

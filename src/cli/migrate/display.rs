@@ -23,7 +23,7 @@ impl Display {
             return Display::Lines;
         }
         let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stdout());
-        if let Ok(style) = ProgressStyle::with_template("{bar:24} {wide_msg}") {
+        if let Ok(style) = ProgressStyle::with_template("{bar:12} {wide_msg}") {
             bar.set_style(style);
         }
         Display::Terminal(bar)
@@ -40,8 +40,10 @@ impl Display {
 
     pub fn progress(&self, progress: &Progress) {
         if let Display::Terminal(bar) = self {
-            bar.set_length(progress.ram_total);
-            bar.set_position(progress.ram_total.saturating_sub(progress.ram_remaining));
+            bar.update(|bar| {
+                bar.set_len(progress.ram_total);
+                bar.set_pos(progress.ram_total.saturating_sub(progress.ram_remaining));
+            });
             bar.set_message(message(progress));
         }
     }
@@ -75,8 +77,7 @@ fn message(progress: &Progress) -> String {
     if progress.pass > 0 {
         parts.push(format!("pass {}", progress.pass));
     }
-    parts.push(format!("{} left", format::bytes(progress.ram_remaining)));
-    parts.push(format!("{}/s", format::bytes(progress.bandwidth)));
+    parts.push(format!("{} left at {}/s", format::bytes(progress.ram_remaining), format::bytes(progress.bandwidth)));
     if progress.dirty_pages_rate > 0 {
         parts.push(format!("dirtying {}/s", format::bytes(progress.dirty_pages_rate.saturating_mul(PAGE_SIZE as u64))));
     }
@@ -94,9 +95,9 @@ mod tests {
     #[test]
     fn message_leaves_out_what_is_not_known() {
         let mut progress = Progress { status: Status::Setup, ..Default::default() };
-        assert_eq!(message(&progress), "setup, 0 B left, 0 B/s");
+        assert_eq!(message(&progress), "setup, 0 B left at 0 B/s");
         progress =
             Progress { status: Status::Active, pass: 2, ram_remaining: 10 << 20, bandwidth: 5 << 20, dirty_pages_rate: 256, ..progress };
-        assert_eq!(message(&progress), "active, pass 2, 10.0 MiB left, 5.0 MiB/s, dirtying 1.0 MiB/s, 2 s to go");
+        assert_eq!(message(&progress), "active, pass 2, 10.0 MiB left at 5.0 MiB/s, dirtying 1.0 MiB/s, 2 s to go");
     }
 }
