@@ -1,3 +1,6 @@
+// One range, not the numbers in it, is what is meant.
+#![allow(clippy::single_range_in_vec_init)]
+
 use std::collections::BTreeSet;
 use std::ops::Range;
 

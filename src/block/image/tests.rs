@@ -90,8 +90,8 @@ fn nothing_reaches_beyond_the_end() {
     let ram = GuestRam::allocate(2 << 20).unwrap();
     let slice = ram.memory().get_slice(GuestAddress(0), 1024).unwrap();
     for offset in [3584, 4096, u64::MAX] {
-        assert!(image.write_vectored_at(&[slice.clone()], offset).is_err());
-        assert!(image.read_vectored_at(&[slice.clone()], offset).is_err());
+        assert!(image.write_vectored_at(&[slice], offset).is_err());
+        assert!(image.read_vectored_at(&[slice], offset).is_err());
         assert!(image.discard(offset, 1024).is_err());
         assert!(image.write_zeroes(offset, 1024, false).is_err());
         assert!(image.read_at(&mut [0; 1024], offset).is_err());

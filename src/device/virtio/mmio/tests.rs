@@ -1,3 +1,6 @@
+// One range, not the numbers in it, is what is meant.
+#![allow(clippy::single_range_in_vec_init)]
+
 use std::os::unix::fs::FileExt;
 
 use virtio_bindings::virtio_mmio::*;
@@ -448,4 +451,46 @@ fn dropping_the_device_ends_its_thread() {
     assert!(device.upgrade().is_none());
     // The thread held the image while it ran.
     disk.release().unwrap();
+}
+
+#[test]
+fn a_missing_page_stops_the_disk_but_no_register() {
+    let (_directory, disk) = scratch_disk(SIZE, false);
+    let mut driver = TestDriver::running(disk);
+    // The last huge page of RAM, where nothing was touched yet: in postcopy it would not have arrived.
+    let missing = 6 << 20;
+    let start = driver.ram.base().as_ptr().wrapping_add(missing);
+    let uffd = userfaultfd::UffdBuilder::new().user_mode_only(false).create().unwrap();
+    uffd.register(start.cast(), 2 << 20).unwrap();
+    let (header, status) = driver.header(0, IN, 0);
+    driver.put_chain(DESC, 0, &[header, (missing as u64, 4096, WRITE), status]);
+    driver.offer(0);
+    driver.notify();
+    // Blocks until the disk's thread faults.
+    let event = uffd.read_event().unwrap().unwrap();
+    assert!(matches!(event, userfaultfd::Event::Pagefault { addr, .. } if addr.cast() == start));
+    assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 15);
+    assert_eq!(driver.read(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+    driver.write(VIRTIO_MMIO_INTERRUPT_ACK, 1);
+    driver.write(VIRTIO_MMIO_QUEUE_SEL, 0);
+    driver.notify();
+    assert_eq!(driver.config(0, 8), SIZE / 512);
+    driver.dirty();
+    // SAFETY: the page lies in guest RAM, which lives as long as `driver`.
+    unsafe { uffd.zeropage(start.cast(), 4096, true).unwrap() };
+    driver.wait_until(|driver| driver.used_index() == 1);
+    assert_eq!(driver.status(0), 0);
+    assert!(driver.dirty().contains(&(missing as u64 / 4096)));
+}
+
+#[test]
+fn the_device_connects_to_a_virtual_machine() {
+    let (_directory, disk) = scratch_disk(SIZE, false);
+    let driver = TestDriver::running(disk);
+    let vm = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm()).expect("this test needs /dev/kvm");
+    vm.create_irq_chip().unwrap();
+    driver.device.connect(&vm, GuestAddress(BASE), 5).unwrap();
+    // The same place or line twice is one too many.
+    let refused = driver.device.connect(&vm, GuestAddress(BASE), 5).unwrap_err().to_string();
+    assert!(refused.contains("virtio-blk:root") && refused.contains("ioeventfd"), "{refused}");
 }
