@@ -1,1 +1,261 @@
+// One range, not the numbers in it, is what is meant.
+#![allow(clippy::single_range_in_vec_init)]
 
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn granularity(bytes: u64) -> Granularity {
+    Granularity::new(bytes).unwrap()
+}
+
+/// The dirty pieces of `granularity` bytes, one by one.
+fn pieces(bitmaps: &DirtyBitmaps, name: &str, granularity: u64) -> BTreeSet<u64> {
+    let piece = |range: Range<u64>| range.start / granularity..range.end.div_ceil(granularity);
+    bitmaps.dirty_ranges(name).unwrap().into_iter().flat_map(piece).collect()
+}
+
+#[test]
+fn granularities_are_powers_of_two_within_limits() {
+    for bytes in [512, 65536, 2 << 30] {
+        assert_eq!(granularity(bytes).bytes(), bytes);
+    }
+    for bytes in [0, 1, 256, 513, 4 << 30, u64::MAX] {
+        assert_eq!(Granularity::new(bytes), Err(BitmapError::Granularity(bytes)));
+    }
+    assert_eq!(Granularity::default().bytes(), 65536);
+}
+
+#[test]
+fn operations_find_their_bitmap_or_say_why_not() {
+    let bitmaps = DirtyBitmaps::new(1 << 20);
+    bitmaps.add("a", Granularity::default(), true).unwrap();
+    assert_eq!(bitmaps.add("a", Granularity::default(), true), Err(BitmapError::Exists("a".into())));
+    assert_eq!(bitmaps.add("", Granularity::default(), true), Err(BitmapError::Name(0)));
+    assert_eq!(bitmaps.add(&"n".repeat(1024), Granularity::default(), true), Err(BitmapError::Name(1024)));
+    let missing = Err(BitmapError::NotFound("b".into()));
+    assert_eq!(bitmaps.remove("b"), missing);
+    assert_eq!(bitmaps.clear("b"), missing);
+    assert_eq!(bitmaps.set_enabled("b", true), missing);
+    assert_eq!(bitmaps.merge("a", &["b"]), missing);
+    bitmaps.mark(0, 1);
+    assert_eq!(bitmaps.info()[0].count, 65536);
+    bitmaps.set_enabled("a", false).unwrap();
+    bitmaps.mark(65536, 1);
+    assert_eq!(bitmaps.info()[0].count, 65536);
+    bitmaps.clear("a").unwrap();
+    assert_eq!(
+        bitmaps.info()[0],
+        BitmapInfo { name: "a".into(), granularity: Granularity::default(), recording: false, busy: false, count: 0 }
+    );
+    bitmaps.remove("a").unwrap();
+    assert!(bitmaps.info().is_empty());
+}
+
+#[test]
+fn memory_is_bounded() {
+    let bitmaps = DirtyBitmaps::new(1 << 50);
+    assert!(matches!(bitmaps.add("a", granularity(512), true), Err(BitmapError::TooLarge { .. })));
+    let bitmaps = DirtyBitmaps::new(1 << 40);
+    let added = (0..10_000).take_while(|number| bitmaps.add(&number.to_string(), granularity(1 << 20), false).is_ok()).count() as u64;
+    assert!(added > 1000 && added * (1 << 17) <= MAX_BYTES);
+}
+
+#[test]
+fn the_last_piece_counts_only_what_the_disk_has() {
+    let bitmaps = DirtyBitmaps::new(65536 + 512);
+    bitmaps.add("a", Granularity::default(), true).unwrap();
+    bitmaps.mark(65536 + 511, 10_000);
+    assert_eq!(bitmaps.info()[0].count, 512);
+    assert_eq!(bitmaps.dirty_ranges("a").unwrap(), [65536..66048]);
+    bitmaps.mark(u64::MAX, u64::MAX);
+    bitmaps.mark(0, u64::MAX);
+    assert_eq!(bitmaps.info()[0].count, 66048);
+    bitmaps.clear("a").unwrap();
+    bitmaps.mark(0, 0);
+    assert_eq!(bitmaps.info()[0].count, 0);
+}
+
+#[test]
+fn a_migrating_bitmap_is_left_alone_and_goes_on_recording() {
+    let source = DirtyBitmaps::new(1 << 20);
+    source.add("a", granularity(4096), true).unwrap();
+    let outgoing = source.outgoing();
+    let busy = Err(BitmapError::Busy("a".into()));
+    assert_eq!(source.remove("a"), busy);
+    assert_eq!(source.clear("a"), busy);
+    assert_eq!(source.set_enabled("a", false), busy);
+    assert_eq!(source.merge("a", &[]), busy);
+    assert!(source.outgoing().is_empty());
+    source.mark(8192, 1);
+    assert!(source.info()[0].busy && source.info()[0].recording);
+    assert_eq!(outgoing[0].chunk(0).words[0], 4);
+    assert!(outgoing[0].chunk(1).words.is_empty());
+    // The migration failed: the bitmap is as if nothing had been.
+    drop(outgoing);
+    source.clear("a").unwrap();
+}
+
+#[test]
+fn an_incoming_bitmap_is_complete_or_gone() {
+    let target = DirtyBitmaps::new(1 << 30);
+    let bitmap = || target.incoming("a", granularity(4096), true).unwrap();
+    let mut incoming = bitmap();
+    assert_eq!(target.incoming("a", granularity(4096), true).err(), Some(BitmapError::Exists("a".into())));
+    // 4096 words in 32 chunks.
+    assert_eq!(incoming.chunks(), 32);
+    for (first, count) in [(1, 128), (0, 127), (4096, 128), (0, 0), (u64::MAX - 127, 128), (0, u64::MAX)] {
+        assert!(matches!(incoming.load_zeroes(first, count), Err(BitmapError::Chunk { .. })), "{first}+{count}");
+    }
+    incoming.load_chunk(128, &[1; 128]).unwrap();
+    incoming.load_zeroes(256, 4096 - 256).unwrap();
+    assert_eq!(incoming.complete(), Err(BitmapError::Incomplete { name: "a".into(), missing: 1 }));
+    assert!(target.info().is_empty());
+    bitmap().abandon();
+    assert!(target.info().is_empty());
+    let mut incoming = bitmap();
+    incoming.load_zeroes(0, 4096).unwrap();
+    incoming.complete().unwrap();
+    assert!(target.info()[0].recording && !target.info()[0].busy);
+    target.remove("a").unwrap();
+}
+
+#[test]
+fn a_disabled_bitmap_arrives_disabled() {
+    let target = DirtyBitmaps::new(1 << 20);
+    let mut incoming = target.incoming("a", Granularity::default(), false).unwrap();
+    assert!(!target.info()[0].recording);
+    target.mark(0, 1);
+    // 16 bits; the source sets more, which are not on the disk.
+    incoming.load_chunk(0, &[!0 << 4]).unwrap();
+    incoming.complete().unwrap();
+    target.mark(0, 1);
+    assert_eq!(target.dirty_ranges("a").unwrap(), [4 * 65536..16 * 65536]);
+    assert!(!target.info()[0].recording);
+}
+
+#[test]
+fn nothing_is_lost_while_the_guest_writes_and_the_successor_is_merged() {
+    let target = DirtyBitmaps::new(64 << 20);
+    let mut incoming = target.incoming("a", granularity(512), true).unwrap();
+    let words = (64u64 << 20) / 512 / 64;
+    let writer = {
+        let target = target.clone();
+        std::thread::spawn(move || (0..words * 64).filter(|index| index % 3 == 0).for_each(|index| target.mark(index * 512, 512)))
+    };
+    for first in (0..words).step_by(CHUNK_WORDS as usize) {
+        incoming.load_zeroes(first, CHUNK_WORDS).unwrap();
+    }
+    incoming.complete().unwrap();
+    writer.join().unwrap();
+    assert_eq!(target.info()[0].count, (words * 64).div_ceil(3) * 512);
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Mark(u64, u64),
+    Clear(usize),
+    Enable(usize, bool),
+    Merge(usize, usize),
+}
+
+const GRANULARITIES: [u64; 3] = [512, 4096, 65536];
+
+fn step(size: u64) -> impl Strategy<Value = Step> {
+    let bitmap = || 0..GRANULARITIES.len();
+    prop_oneof![
+        6 => (0..size + 1000, 0..size / 4).prop_map(|(offset, length)| Step::Mark(offset, length)),
+        1 => bitmap().prop_map(Step::Clear),
+        1 => (bitmap(), any::<bool>()).prop_map(|(bitmap, enabled)| Step::Enable(bitmap, enabled)),
+        1 => (bitmap(), bitmap()).prop_map(|(target, source)| Step::Merge(target, source)),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn bitmaps_behave_like_sets_of_pieces(size in 1u64..600_000, steps in prop::collection::vec(step(600_000), 0..20)) {
+        let bitmaps = DirtyBitmaps::new(size);
+        let names = ["0", "1", "2"];
+        let mut model: Vec<(bool, BTreeSet<u64>)> = vec![(true, BTreeSet::new()); 3];
+        for (name, &bytes) in names.iter().zip(&GRANULARITIES) {
+            bitmaps.add(name, granularity(bytes), true).unwrap();
+        }
+        let touched = |start: u64, end: u64, bytes: u64| (start / bytes)..end.div_ceil(bytes);
+        for step in steps {
+            match step {
+                Step::Mark(offset, length) => {
+                    bitmaps.mark(offset, length);
+                    let end = (offset + length).min(size);
+                    for ((enabled, set), &bytes) in model.iter_mut().zip(&GRANULARITIES) {
+                        if *enabled && offset < end {
+                            set.extend(touched(offset, end, bytes));
+                        }
+                    }
+                }
+                Step::Clear(index) => {
+                    bitmaps.clear(names[index]).unwrap();
+                    model[index].1.clear();
+                }
+                Step::Enable(index, enabled) => {
+                    bitmaps.set_enabled(names[index], enabled).unwrap();
+                    model[index].0 = enabled;
+                }
+                Step::Merge(target, source) => {
+                    bitmaps.merge(names[target], &[names[source]]).unwrap();
+                    let from = model[source].1.clone();
+                    let (fine, coarse) = (GRANULARITIES[source], GRANULARITIES[target]);
+                    model[target].1.extend(from.iter().flat_map(|piece| touched(piece * fine, ((piece + 1) * fine).min(size), coarse)));
+                }
+            }
+            for ((name, &bytes), (_, set)) in names.iter().zip(&GRANULARITIES).zip(&model) {
+                prop_assert_eq!(&pieces(&bitmaps, name, bytes), set);
+                let count: u64 = set.iter().map(|piece| ((piece + 1) * bytes).min(size) - piece * bytes).sum();
+                prop_assert_eq!(bitmaps.info()[name.parse::<usize>().unwrap()].count, count);
+            }
+        }
+    }
+
+    #[test]
+    fn a_bitmap_arrives_exact(
+        size in 1u64..20_000_000,
+        before in prop::collection::vec((0u64..20_000_000, 0u64..100_000), 0..20),
+        after in prop::collection::vec((0u64..20_000_000, 0u64..100_000), 0..20),
+        complete_after in 0usize..20,
+    ) {
+        let (source, target) = (DirtyBitmaps::new(size), DirtyBitmaps::new(size));
+        let expected = DirtyBitmaps::new(size);
+        for bitmaps in [&source, &expected] {
+            bitmaps.add("a", granularity(512), true).unwrap();
+            before.iter().for_each(|&(offset, length)| bitmaps.mark(offset, length));
+        }
+        after.iter().for_each(|&(offset, length)| expected.mark(offset, length));
+        let outgoing = source.outgoing();
+        let outgoing = &outgoing[0];
+        let mut incoming = Some(target.incoming(outgoing.name(), outgoing.granularity(), outgoing.enabled()).unwrap());
+        let mut chunks = (0..outgoing.chunks()).map(|index| outgoing.chunk(index));
+        let mut finish = |incoming: IncomingBitmap| {
+            let mut incoming = incoming;
+            for chunk in chunks.by_ref() {
+                match chunk.is_zero() {
+                    true => incoming.load_zeroes(chunk.first_word, chunk.words.len() as u64).unwrap(),
+                    false => incoming.load_chunk(chunk.first_word, &chunk.words).unwrap(),
+                }
+            }
+            incoming.complete().unwrap();
+        };
+        for (index, &(offset, length)) in after.iter().enumerate() {
+            if index == complete_after {
+                finish(incoming.take().unwrap());
+            }
+            target.mark(offset, length);
+        }
+        if let Some(incoming) = incoming {
+            finish(incoming);
+        }
+        prop_assert_eq!(target.dirty_ranges("a").unwrap(), expected.dirty_ranges("a").unwrap());
+        prop_assert!(target.info()[0].recording && !target.info()[0].busy);
+    }
+}

@@ -9,6 +9,8 @@ mod interrupt;
 pub mod mmio;
 mod queue_worker;
 mod state;
+#[cfg(test)]
+mod test_driver;
 
 use thiserror::Error;
 use virtio_queue::DescriptorChain;

@@ -17,8 +17,6 @@ use crate::memory::ram::GuestMemory;
 /// A piece of guest memory whose writes are tracked.
 pub type GuestSlice<'m> = VolatileSlice<'m, <AtomicBitmap as WithBitmapSlice<'m>>::S>;
 
-/// Size of the header: type, reserved, sector (`struct virtio_blk_req`).
-const HEADER_SIZE: usize = 16;
 /// Size of a range: sector, number of sectors, flags (`struct virtio_blk_discard_write_zeroes`).
 const RANGE_SIZE: usize = 16;
 
@@ -122,8 +120,10 @@ impl<'m> Request<'m> {
 }
 
 fn operation<'m>(mut readable: Buffers<'m>, writable: &Buffers<'m>) -> Result<Operation<'m>, Status> {
-    let header: [u8; HEADER_SIZE] = readable.take()?;
-    let (kind, _reserved, sector) = fields(header);
+    // Header: type, reserved, sector (`struct virtio_blk_req`).
+    let [t0, t1, t2, t3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = readable.take()?;
+    let kind = u32::from_le_bytes([t0, t1, t2, t3]);
+    let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
     match kind {
         VIRTIO_BLK_T_IN => Ok(Operation::In { sector, data: writable.slices()? }),
         VIRTIO_BLK_T_OUT => Ok(Operation::Out { sector, data: readable.slices()? }),
@@ -150,12 +150,6 @@ fn ranges(mut readable: Buffers<'_>, max: u32) -> Result<Vec<SectorRange>, Statu
         });
     }
     Ok(ranges)
-}
-
-/// Type, reserved field and sector of a header.
-fn fields(header: [u8; HEADER_SIZE]) -> (u32, u32, u64) {
-    let [t0, t1, t2, t3, r0, r1, r2, r3, s0, s1, s2, s3, s4, s5, s6, s7] = header;
-    (u32::from_le_bytes([t0, t1, t2, t3]), u32::from_le_bytes([r0, r1, r2, r3]), u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]))
 }
 
 /// The readable or the writable part of a chain; none of its pieces is empty, and they may lie anywhere.
