@@ -190,6 +190,14 @@ impl GuestRam {
         Some(GuestAddress(slot.start.0 + page.offset() - slot.run.first.offset()))
     }
 
+    /// Makes all of RAM zero again, as a reset guest finds it. Only for RAM that no machine uses and that userfaultfd does not watch: there
+    /// the pages would be missing, not zero.
+    pub fn clear(&self) -> Result<(), RamError> {
+        // SAFETY: the whole of our own private anonymous mapping, whose bytes nobody holds references to.
+        unsafe { rustix::mm::madvise(self.base().as_ptr().cast(), self.inner.mapping.size, rustix::mm::Advice::LinuxDontNeed) }
+            .map_err(|source| RamError::Map { size: self.size(), source })
+    }
+
     /// Moves the pages that devices have written since the last call from vm-memory's bitmaps into `dirty`. Devices mark a page when
     /// their write is complete, not when it is submitted: a mark harvested early would miss the data.
     pub fn take_device_writes(&self, dirty: &mut PageSet) {

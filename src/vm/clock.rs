@@ -17,7 +17,7 @@ use super::state::Abi;
 use super::{VmError, ioctls, msr};
 
 /// The clocks of a paused machine.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ClockState {
     kvm: Abi<kvm_clock_data>,
     /// TSC of vCPU 0 when `kvm` was read.

@@ -66,6 +66,8 @@ struct Machine {
     msrs: Arc<[u32]>,
     xsave_size: usize,
     host_tsc_khz: u32,
+    /// Rate of the guest's TSC: the host's, unless the guest came from elsewhere.
+    tsc_khz: u32,
     fd: Arc<VmFd>,
     // After the descriptor: KVM maps this memory into the guest.
     ram: GuestRam,
@@ -118,8 +120,8 @@ impl<S> Vm<S> {
         self.machine.xsave_size
     }
 
-    pub(super) fn host_tsc_khz(&self) -> u32 {
-        self.machine.host_tsc_khz
+    pub(super) fn tsc_khz(&self) -> u32 {
+        self.machine.tsc_khz
     }
 
     fn into<T>(self) -> Vm<T> {
@@ -179,8 +181,7 @@ impl Vm<Built> {
             }
             vcpus.push(VcpuThread::spawn(index, vcpu, events.clone())?);
         }
-        // Without KVM_CAP_XSAVE2 the area has the size it always had.
-        let xsave_size = (fd.check_extension_int(Cap::Xsave2).max(0) as usize).max(4096);
+        let xsave_size = save_vcpu::xsave_size(&fd)?;
         let machine = Machine {
             vcpus: Vcpus(vcpus),
             buses: Arc::new(buses),
@@ -194,6 +195,7 @@ impl Vm<Built> {
             msrs: msrs.into(),
             xsave_size,
             host_tsc_khz,
+            tsc_khz: host_tsc_khz,
             fd,
             ram,
         };
@@ -237,7 +239,7 @@ impl Vm<Built> {
 
     /// Loads the state of a machine that was paused elsewhere, instead of a kernel. Userfaultfd service must run before: loading state may
     /// touch RAM.
-    pub fn restore(self, state: &MachineState) -> Result<Vm<Paused>, VmError> {
+    pub fn restore(mut self, state: &MachineState) -> Result<Vm<Paused>, VmError> {
         self.machine.restore(state)?;
         Ok(self.into())
     }
@@ -314,15 +316,14 @@ impl Machine {
         })?;
         let vcpus = name_vcpus(vcpus)?;
         let chips = chips::save(&self.fd)?;
-        let scaled = vcpus.first().is_some_and(|vcpu| vcpu.tsc_khz != self.host_tsc_khz);
-        let fd = self.fd.clone();
+        let (fd, scaled) = (self.fd.clone(), self.tsc_khz != self.host_tsc_khz);
         let clock = self.first_vcpu()?.call(move |vcpu| clock::save(&fd, vcpu, scaled))?.wait()??;
         Ok(MachineState { vcpus, chips, clock, devices })
     }
 
     /// Restores: features, then the clock, then the vCPUs, whose timers run against it, then the chips, which deliver interrupts to the
     /// vCPUs, then the devices, which raise them.
-    fn restore(&self, state: &MachineState) -> Result<(), VmError> {
+    fn restore(&mut self, state: &MachineState) -> Result<(), VmError> {
         let (saved, machine) = (state.vcpus.len(), self.vcpus.0.len());
         let Some(first) = state.vcpus.first().filter(|_| saved == machine) else {
             return Err(StateError::Cpus { saved, machine }.into());
@@ -334,12 +335,16 @@ impl Machine {
             Ok(move |vcpu: &mut kvm_ioctls::VcpuFd| restore_vcpu::prepare(vcpu, &state))
         })?)?;
         let (fd, clock, offset, khz) = (self.fd.clone(), state.clock.clone(), first.tsc_offset, first.tsc_khz);
+        // From here on the guest is what it was elsewhere: what it needs of its next host is what its first one gave it.
+        self.tsc_khz = khz;
+        self.cpuid = first.cpuid.iter().map(|entry| entry.0).collect();
         let scaled = khz != self.host_tsc_khz;
         let tsc = self.first_vcpu()?.call(move |vcpu| clock::restore(&fd, vcpu, &clock, offset, khz, scaled))?.wait()??;
         name_vcpus(self.on_each_vcpu(|index| {
             let (state, msrs, xsave_size) = (vcpu_state(index)?, self.msrs.clone(), self.xsave_size);
             Ok(move |vcpu: &mut kvm_ioctls::VcpuFd| restore_vcpu::restore(vcpu, &state, &Limits { msrs: &msrs, xsave_size }, tsc))
         })?)?;
+        self.msrs = first.msrs.iter().map(|msr| msr.index).collect();
         chips::restore(&self.fd, &state.chips)?;
         for saved in &state.devices {
             if !self.devices.iter().any(|device| device.id() == saved.id) {

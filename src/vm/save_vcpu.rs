@@ -1,11 +1,19 @@
 //! Reading a parked vCPU's state. The order matters and is given with its reasons.
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Xsave, kvm_xsave};
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use zerocopy::IntoBytes;
 
 use super::state::{Abi, VcpuState};
 use super::{VmError, ioctls, msr};
+
+/// Bytes of extended processor state that KVM reads and writes here.
+pub fn xsave_size(vm: &VmFd) -> Result<usize, VmError> {
+    match vm.check_extension_int(Cap::Xsave2) {
+        ..=0 => Err(VmError::Missing("KVM_CAP_XSAVE2")),
+        size => Ok((size as usize).max(size_of::<kvm_xsave>())),
+    }
+}
 
 /// Reads the state, with the MSRs `msrs` and `xsave_size` bytes of extended state (KVM_CAP_XSAVE2).
 pub fn save(vcpu: &VcpuFd, msrs: &[u32], xsave_size: usize) -> Result<VcpuState, VmError> {

@@ -55,7 +55,7 @@ pub enum StateError {
 }
 
 /// A KVM structure, encoded as its bytes; decoding demands exactly as many.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Abi<T>(pub T);
 
 impl<T: IntoBytes + Immutable> Serialize for Abi<T> {
