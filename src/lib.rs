@@ -9,3 +9,4 @@ pub mod memory;
 pub mod migrate;
 pub mod qmp;
 pub mod vm;
+pub mod vmm;

@@ -2,13 +2,14 @@
 
 use super::CliError;
 use super::options::{ReceiveOptions, RunOptions};
+use crate::vmm;
 
 /// Boots a guest and runs it to its end.
 pub(super) fn run(options: RunOptions) -> Result<(), CliError> {
-    Err(CliError::Guest(format!("cannot run {} yet: the monitor is not part of this build", options.config.name)))
+    vmm::run(options).map_err(|error| CliError::Guest(error.to_string()))
 }
 
 /// Waits for a guest and runs it to its end.
 pub(super) fn receive(options: ReceiveOptions) -> Result<(), CliError> {
-    Err(CliError::Guest(format!("cannot receive at {} yet: the monitor is not part of this build", options.listen)))
+    vmm::receive(options).map_err(|error| CliError::Guest(error.to_string()))
 }

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::error::QmpError;
+use crate::migrate::report::Mode;
 
 /// QEMU's migration capabilities that Ferry knows by name, without those that only suit emulators with other devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +73,11 @@ impl MigrateCapabilities {
         Capability::ZeroCopySend,
         Capability::DirtyLimit,
     ];
+
+    /// The mode of a migration for which `asked` was asked: without the capability nothing goes by postcopy.
+    pub fn mode(&self, asked: Mode) -> Mode {
+        if self.postcopy_ram { asked } else { Mode::Precopy }
+    }
 
     /// Whether `capability` is on.
     pub fn get(&self, capability: Capability) -> bool {

@@ -18,21 +18,13 @@ pub struct MigrateParameters {
     pub max_bandwidth: u64,
     /// Limit on background traffic in postcopy, in bytes a second; 0 is none.
     pub max_postcopy_bandwidth: u64,
-    /// Bandwidth to reckon with for the blackout, in bytes a second; 0 takes the measured one.
-    pub avail_switchover_bandwidth: u64,
     /// When to switch to postcopy.
     pub ferry_mode: Mode,
 }
 
 impl Default for MigrateParameters {
     fn default() -> Self {
-        MigrateParameters {
-            downtime_limit: 50,
-            max_bandwidth: 0,
-            max_postcopy_bandwidth: 0,
-            avail_switchover_bandwidth: 0,
-            ferry_mode: Mode::Auto,
-        }
+        MigrateParameters { downtime_limit: 50, max_bandwidth: 0, max_postcopy_bandwidth: 0, ferry_mode: Mode::Auto }
     }
 }
 
@@ -49,9 +41,6 @@ pub struct MigrateSetParameters {
     /// See [`MigrateParameters::max_postcopy_bandwidth`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_postcopy_bandwidth: Option<i64>,
-    /// See [`MigrateParameters::avail_switchover_bandwidth`].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub avail_switchover_bandwidth: Option<i64>,
     /// See [`MigrateParameters::ferry_mode`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ferry_mode: Option<Mode>,
@@ -71,8 +60,6 @@ impl MigrateParameters {
             bandwidth_max,
             "bytes a second",
         )?;
-        let switchover = changes.avail_switchover_bandwidth;
-        assign(&mut next.avail_switchover_bandwidth, switchover, "avail-switchover-bandwidth", bandwidth_max, "bytes a second")?;
         if let Some(mode) = changes.ferry_mode {
             next.ferry_mode = mode;
         }

@@ -46,7 +46,7 @@ pub struct BlockDirtyInfo {
     /// Dirty bytes: set bits times the granularity.
     pub count: u64,
     /// Bytes of disk to a bit.
-    pub granularity: u32,
+    pub granularity: u64,
     /// Whether it records writes.
     pub recording: bool,
     /// Whether a migration holds it.

@@ -158,7 +158,8 @@ impl Vm<Built> {
         let serial = Arc::new(SerialPort::new(irqfd(&fd, layout::COM1_GSI)?));
         let power_button = irqfd(&fd, layout::GED_GSI)?;
         let mut buses = Buses::default();
-        let ports: [(u64, u64, Arc<Mutex<dyn BusDevice>>); 5] = [
+        type Entry = (u64, u64, Arc<Mutex<dyn BusDevice>>);
+        let ports: [Entry; 5] = [
             (layout::COM1_PORT, layout::COM1_PORTS, Arc::new(Mutex::new(serial.registers()))),
             (layout::SLEEP_CONTROL_PORT.into(), 3, Arc::new(Mutex::new(AcpiPower(events.clone())))),
             (layout::CMOS_PORT, 2, Arc::new(Mutex::new(Cmos::default()))),

@@ -36,7 +36,6 @@ pub(super) fn migrate(arguments: &MigrateArguments) -> Result<(), CliError> {
         max_bandwidth: arguments.max_bandwidth,
         max_postcopy_bandwidth: arguments.postcopy_bandwidth,
         ferry_mode: Some(arguments.mode.into()),
-        ..Default::default()
     }))?;
     // Before the migration begins, so that at no time Ctrl-C leaves it going on unseen.
     interrupt::catch().map_err(|source| CliError::Write { what: "a signal handler".into(), source })?;

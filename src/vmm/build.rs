@@ -1,0 +1,80 @@
+//! A machine from its configuration: memory, disks, console.
+
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use crossbeam_channel::Sender;
+
+use super::{VmmError, lock};
+use crate::block::disk::Disk;
+use crate::device::serial::SerialPort;
+use crate::device::virtio::blk::VirtioBlk;
+use crate::device::virtio::mmio::VirtioMmio;
+use crate::memory::GuestRam;
+use crate::vm::config::GuestConfig;
+use crate::vm::{Built, Vm, VmError, VmEvent, layout};
+
+/// How long typed input waits for a guest that does not take it before it looks whether the guest is still the same.
+const INPUT_TICK: Duration = Duration::from_millis(200);
+
+/// What every machine of this process is connected to.
+pub(super) struct Machine {
+    console: Arc<Mutex<Output>>,
+    serial: Mutex<Option<Arc<SerialPort>>>,
+    events: Sender<VmEvent>,
+}
+
+type Output = Box<dyn Write + Send>;
+
+/// The console, which outlives machines: a restarted guest writes on.
+struct SharedOutput(Arc<Mutex<Output>>);
+
+impl Write for SharedOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        lock(&self.0).write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        lock(&self.0).flush()
+    }
+}
+
+impl Machine {
+    /// Machines whose serial port writes to `console` and which report to `events`.
+    pub fn new(console: Output, events: Sender<VmEvent>) -> Self {
+        Machine { console: Arc::new(Mutex::new(console)), serial: Mutex::default(), events }
+    }
+
+    /// Builds a machine over `ram` with its disks and its console.
+    pub fn build(&self, config: &GuestConfig, ram: GuestRam, disks: &[Arc<Disk>]) -> Result<Vm<Built>, VmmError> {
+        let mut vm = Vm::<Built>::build(config, ram, self.events.clone())?;
+        for (slot, disk) in disks.iter().enumerate() {
+            let attach = |reason: String| VmmError::Attach { id: disk.config().id.clone(), reason };
+            let (address, gsi) = layout::virtio_slot(slot).ok_or(VmError::Slot(slot))?;
+            let device = VirtioMmio::new(vm.ram().clone(), VirtioBlk::new(disk.clone())).map_err(|error| attach(error.to_string()))?;
+            device.connect(vm.fd(), address, gsi).map_err(|error| attach(error.to_string()))?;
+            vm.attach_virtio(slot, device.bus_device(), device)?;
+        }
+        vm.serial().set_output(Box::new(SharedOutput(self.console.clone())));
+        *lock(&self.serial) = Some(vm.serial().clone());
+        Ok(vm)
+    }
+
+    /// Gives what a person typed to the guest, as fast as it takes it.
+    pub fn console_input(&self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let Some(serial) = lock(&self.serial).clone() else { return };
+            let taken = serial.input(bytes);
+            bytes = bytes.get(taken..).unwrap_or_default();
+            if taken == 0 {
+                serial.wait_for_room(INPUT_TICK);
+            }
+        }
+    }
+
+    /// No guest takes input any more.
+    pub fn close(&self) {
+        lock(&self.serial).take();
+    }
+}

@@ -1,0 +1,156 @@
+//! Receiving a guest: the checks before the source is disturbed, the machine built while pages come, and the moment it runs.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use super::{Message, Vmm, VmmError, lock};
+use crate::block::disk::Disk;
+use crate::memory::GuestRam;
+use crate::migrate::destination::Outcome;
+use crate::migrate::driver::destination::DestinationMigration;
+use crate::migrate::driver::owner::{DestinationOwner, MachineSetup, StoppedGuest};
+use crate::migrate::report::{Progress, Status};
+use crate::qmp::event::{Event, MigrationEvent};
+use crate::vm::facts::HostFacts;
+use crate::vm::{Built, Vm};
+
+type Parts = (Vm<Built>, Vec<Arc<Disk>>);
+
+/// A guest that is expected or on its way.
+#[derive(Default)]
+pub(super) struct Incoming {
+    /// Where disks are on this host, by id.
+    disks: Vec<(String, PathBuf)>,
+    active: AtomicBool,
+    migration: Mutex<Option<DestinationMigration>>,
+    building: Mutex<Option<JoinHandle<Result<Parts, VmmError>>>>,
+}
+
+impl Incoming {
+    /// A guest is expected, with these disks in other places than at the source.
+    pub fn expecting(disks: Vec<(String, PathBuf)>) -> Self {
+        Incoming { disks, active: AtomicBool::new(true), ..Self::default() }
+    }
+
+    /// The migration waits for its source from now on.
+    pub fn began(&self, migration: DestinationMigration) {
+        *lock(&self.migration) = Some(migration);
+    }
+
+    /// Whether a guest is expected, or has not wholly arrived.
+    pub fn is_active(&self) -> bool {
+        self.active.load(Ordering::Acquire)
+    }
+
+    /// Where the migration to here stands.
+    pub fn progress(&self) -> Option<Progress> {
+        let migration = lock(&self.migration);
+        let migration = migration.as_ref()?;
+        let ram_remaining = migration.missing_pages() * crate::memory::PAGE_SIZE as u64;
+        Some(Progress { status: migration.status(), ram_remaining, ..Progress::default() })
+    }
+
+    /// Opens the guest's disks where they are on this host.
+    fn open_disks(&self, setup: &mut MachineSetup) -> Result<Vec<Arc<Disk>>, String> {
+        let known = |id: &str| setup.config.disks.iter().any(|disk| disk.id == id);
+        if let Some((id, _)) = self.disks.iter().find(|(id, _)| !known(id)) {
+            return Err(format!("receive was given a disk {id:?}, but the guest has none of this id"));
+        }
+        if setup.disk_sizes.len() != setup.config.disks.len() {
+            return Err("the source named other disks than it gave sizes for".into());
+        }
+        let mut disks = Vec::new();
+        for (config, size) in setup.config.disks.iter_mut().zip(&setup.disk_sizes) {
+            if let Some((_, path)) = self.disks.iter().find(|(id, _)| *id == config.id) {
+                config.path.clone_from(path);
+            }
+            let disk = Disk::open(config.clone()).map_err(|error| error.to_string())?;
+            if disk.size() != *size {
+                let path = config.path.display();
+                return Err(format!("disk {}: {path} has {} bytes here and {size} at the source", config.id, disk.size()));
+            }
+            disks.push(disk);
+        }
+        Ok(disks)
+    }
+}
+
+/// Memory that this host could give at all, in bytes: RAM and swap together.
+fn host_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let field = |name: &str| {
+        let line = text.lines().find(|line| line.starts_with(name))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    };
+    Some((field("MemTotal:")? + field("SwapTotal:")?) * 1024)
+}
+
+impl Vmm {
+    /// Everything that can be checked before the source is disturbed. The machine is built on a thread of its own while pages arrive.
+    fn prepare(self: &Arc<Self>, mut setup: MachineSetup) -> Result<GuestRam, String> {
+        let host = HostFacts::read().map_err(|error| error.to_string())?;
+        let refusals = setup.facts.refusals(&host);
+        if !refusals.is_empty() {
+            return Err(refusals.join("; "));
+        }
+        if host_memory().is_some_and(|memory| setup.config.memory > memory) {
+            return Err(format!("the guest has {} MiB of RAM, more than this host", setup.config.memory >> 20));
+        }
+        let disks = self.incoming.open_disks(&mut setup)?;
+        let ram = GuestRam::allocate(setup.config.memory).map_err(|error| error.to_string())?;
+        let (vmm, machine_ram) = (self.clone(), ram.clone());
+        let build = move || {
+            let vm = vmm.machine.build(&setup.config, machine_ram, &disks)?;
+            Ok((vm, disks))
+        };
+        let thread = std::thread::Builder::new().name("build".into()).spawn(build).map_err(|error| error.to_string())?;
+        *lock(&self.incoming.building) = Some(thread);
+        Ok(ram)
+    }
+}
+
+impl DestinationOwner for Arc<Vmm> {
+    fn prepare(&self, setup: MachineSetup) -> Result<GuestRam, String> {
+        Vmm::prepare(self, setup)
+    }
+
+    fn built(&self) -> Result<Parts, String> {
+        let thread = lock(&self.incoming.building).take().ok_or("no machine was being built")?;
+        let (vm, disks) = thread.join().map_err(|_| "the thread that built the machine died")?.map_err(|error| error.to_string())?;
+        (*lock(&self.disks)).clone_from(&disks);
+        Ok((vm, disks))
+    }
+
+    fn run(&self, stopped: StoppedGuest) -> Result<(), String> {
+        let mut guest = lock(&self.guest);
+        guest.put(stopped.vm);
+        if stopped.was_running {
+            self.own_disks()?;
+            guest.resume()?;
+            self.events.emit(&Event::Resume);
+        }
+        Ok(())
+    }
+
+    fn changed(&self, status: Status) {
+        self.events.emit(&Event::Migration(MigrationEvent { status, report: None }));
+    }
+
+    fn waits_for_lost_page(&self, text: String) {
+        eprintln!("ferry: {text}\r");
+    }
+
+    fn ended(&self, outcome: Outcome) {
+        let message = match outcome {
+            Outcome::Completed => {
+                self.incoming.active.store(false, Ordering::Release);
+                Message::Received
+            }
+            Outcome::Abandoned(reason) => Message::NotReceived(reason),
+            Outcome::Incomplete(reason) => Message::Incomplete(reason),
+        };
+        let _ = self.messages.send(message);
+    }
+}

@@ -1,0 +1,310 @@
+//! The process that owns one guest: boots or receives it, does what QMP, signals and the console ask, gives it away, and ends when the
+//! guest does.
+//!
+//! | file | concern |
+//! |---|---|
+//! | `build` | a machine from its configuration |
+//! | `guest` | who may run the guest now |
+//! | `monitor` | QMP's commands |
+//! | `outgoing` | giving the guest to another host |
+//! | `incoming` | receiving it from one |
+//! | `signals` | SIGTERM and its like |
+
+mod build;
+mod guest;
+mod incoming;
+mod monitor;
+mod outgoing;
+mod signals;
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, select, unbounded};
+use thiserror::Error;
+
+use crate::block::disk::{Disk, DiskError};
+use crate::cli::console::{Console, ConsoleError};
+use crate::cli::options::{ReceiveOptions, RunOptions};
+use crate::memory::GuestRam;
+use crate::memory::ram::RamError;
+use crate::migrate::driver::destination::DestinationMigration;
+use crate::migrate::transport::{Address, AddressError, Listener, TransportError};
+use crate::qmp::event::{Event, ShutdownReason};
+use crate::qmp::socket::SocketError;
+use crate::qmp::{Events, Server};
+use crate::vm::{VmError, VmEvent};
+use build::Machine;
+use guest::Guest;
+use signals::Signals;
+
+/// How long a process whose guest has moved away waits for its control socket's clients to see it.
+const LINGER: Duration = Duration::from_secs(2);
+/// How long a client has to take the last events.
+const FLUSH: Duration = Duration::from_millis(500);
+
+/// Why a guest could not be run to its end: one sentence.
+#[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum VmmError {
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    #[error(transparent)]
+    Qmp(#[from] SocketError),
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    #[error("cannot attach disk {id}: {reason}")]
+    Attach { id: String, reason: String },
+    #[error("cannot set up signals: {0}")]
+    Signals(std::io::Error),
+    #[error("vCPU {vcpu} of the guest cannot go on: {reason}")]
+    Crashed { vcpu: u16, reason: String },
+    #[error("ended by a signal; the guest did not power off")]
+    Signal,
+    #[error("no guest was received: {0}")]
+    NotReceived(String),
+    #[error("{0}")]
+    Incomplete(String),
+    #[error("the guest asked to restart, which needs its kernel on this host: {0}")]
+    Restart(VmError),
+    #[error("the guest asked to restart while pages of it are missing")]
+    RestartIncomplete,
+    #[error("the guest ended while it was being moved: {0}")]
+    Moving(String),
+}
+
+/// What ends the main loop, or asks it to act.
+#[derive(Debug)]
+enum Message {
+    /// A person ends it.
+    Quit(ShutdownReason),
+    /// The guest runs elsewhere and all of it is there.
+    MovedAway,
+    /// After the commit the destination was lost; with what to tell.
+    Lost(String),
+    /// The migration to here has ended, the guest is whole.
+    Received,
+    /// No guest came, and none will.
+    NotReceived(String),
+    /// The guest is here, but not all of it, and the source is gone.
+    Incomplete(String),
+}
+
+/// The owner of one guest, shared by the main loop, QMP's clients and migrations.
+struct Vmm {
+    guest: Mutex<Guest>,
+    machine: Machine,
+    disks: Mutex<Vec<Arc<Disk>>>,
+    events: Events,
+    messages: Sender<Message>,
+    outgoing: Mutex<outgoing::Outgoing>,
+    incoming: incoming::Incoming,
+}
+
+/// Locks `mutex`; a thread that panicked with it held left nothing half-done that matters more than going on.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Boots a guest and runs it until it powers off or has moved away.
+pub fn run(options: RunOptions) -> Result<(), VmmError> {
+    // First of all: every thread started later inherits the blocked signals.
+    let signals = Signals::block().map_err(VmmError::Signals)?;
+    let console = Console::open(&options.serial)?;
+    let (vmm, mut main) = Main::new(console, incoming::Incoming::default(), signals)?;
+    let config = options.config;
+    let disks = config.disks.iter().cloned().map(Disk::open).collect::<Result<Vec<_>, _>>()?;
+    for disk in &disks {
+        disk.acquire()?;
+    }
+    let mut vm = vmm.machine.build(&config, GuestRam::allocate(config.memory)?, &disks)?;
+    vm.load_kernel()?;
+    *lock(&vmm.disks) = disks;
+    main.listen(&vmm, options.qmp.as_deref())?;
+    *lock(&vmm.guest) = Guest::Running(vm.start()?);
+    main.run(&vmm)
+}
+
+/// Waits for a guest, receives it and runs it until it powers off or has moved on.
+pub fn receive(options: ReceiveOptions) -> Result<(), VmmError> {
+    let signals = Signals::block().map_err(VmmError::Signals)?;
+    let console = Console::open(&options.serial)?;
+    let listener = Listener::bind(&options.listen.parse::<Address>()?)?;
+    let (vmm, mut main) = Main::new(console, incoming::Incoming::expecting(options.disks), signals)?;
+    main.listen(&vmm, options.qmp.as_deref())?;
+    eprintln!("ferry: waiting for a guest at {}\r", listener.address());
+    let migration = DestinationMigration::start(listener, Arc::new(vmm.clone())).map_err(VmmError::NotReceived)?;
+    vmm.incoming.began(migration);
+    main.run(&vmm)
+}
+
+/// The main loop's own things.
+struct Main {
+    console: Console,
+    messages: Receiver<Message>,
+    vm_events: Receiver<VmEvent>,
+    signals: Signals,
+    server: Option<Server>,
+    /// The guest asked to restart before all of it was here.
+    restart_when_received: bool,
+    /// A first signal has asked the guest to power off.
+    signalled: bool,
+    lost: Option<String>,
+}
+
+impl Main {
+    fn new(console: Console, incoming: incoming::Incoming, signals: Signals) -> Result<(Arc<Vmm>, Self), VmmError> {
+        let (sender, messages) = unbounded();
+        let (vm_sender, vm_events) = unbounded();
+        let vmm = Arc::new(Vmm {
+            guest: Mutex::new(Guest::None),
+            machine: Machine::new(console.output()?, vm_sender),
+            disks: Mutex::default(),
+            events: Events::default(),
+            messages: sender,
+            outgoing: Mutex::default(),
+            incoming,
+        });
+        let mut main =
+            Main { console, messages, vm_events, signals, server: None, restart_when_received: false, signalled: false, lost: None };
+        let (input, quit) = (vmm.clone(), vmm.messages.clone());
+        main.console.start_input(
+            move |bytes| input.machine.console_input(bytes),
+            move || {
+                let _ = quit.send(Message::Quit(ShutdownReason::HostUi));
+            },
+        )?;
+        Ok((vmm, main))
+    }
+
+    fn listen(&mut self, vmm: &Arc<Vmm>, qmp: Option<&Path>) -> Result<(), VmmError> {
+        self.server = qmp.map(|path| Server::start(path, Arc::new(vmm.clone()), vmm.events.clone())).transpose()?;
+        Ok(())
+    }
+
+    fn run(mut self, vmm: &Arc<Vmm>) -> Result<(), VmmError> {
+        let result = loop {
+            let next = select! {
+                recv(self.messages) -> message => message.map_or(Ok(Some(())), |message| self.on_message(vmm, message)),
+                recv(self.vm_events) -> event => event.map_or(Ok(None), |event| self.on_vm_event(vmm, event)),
+                recv(self.signals.received()) -> _ => self.on_signal(vmm),
+            };
+            match next {
+                Ok(None) => {}
+                Ok(Some(())) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        // vCPUs stop before the console and the disks go.
+        *lock(&vmm.guest) = Guest::None;
+        vmm.machine.close();
+        if let Some(server) = &self.server {
+            server.flush(FLUSH);
+        }
+        result
+    }
+
+    fn shutdown(&self, vmm: &Vmm, reason: ShutdownReason) {
+        vmm.events.emit(&Event::Shutdown(reason.into()));
+    }
+
+    fn on_message(&mut self, vmm: &Arc<Vmm>, message: Message) -> Result<Option<()>, VmmError> {
+        match message {
+            Message::Quit(reason) => {
+                vmm.cancel_outgoing();
+                self.shutdown(vmm, reason);
+                return self.lost.take().map_or(Ok(Some(())), |text| Err(VmmError::Incomplete(text)));
+            }
+            Message::MovedAway => {
+                if let Some(server) = &self.server {
+                    server.flush(FLUSH);
+                    server.wait_for_clients_to_leave(LINGER);
+                }
+                return Ok(Some(()));
+            }
+            Message::NotReceived(reason) => {
+                self.shutdown(vmm, ShutdownReason::HostError);
+                return Err(VmmError::NotReceived(reason));
+            }
+            Message::Lost(text) | Message::Incomplete(text) => {
+                eprintln!("ferry: {text}\r");
+                self.lost = Some(text);
+                if self.restart_when_received {
+                    return Err(VmmError::RestartIncomplete);
+                }
+            }
+            Message::Received => {
+                if self.restart_when_received {
+                    return self.restart(vmm);
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn on_vm_event(&mut self, vmm: &Arc<Vmm>, event: VmEvent) -> Result<Option<()>, VmmError> {
+        match event {
+            VmEvent::PowerOff => {
+                vmm.cancel_outgoing();
+                self.shutdown(vmm, ShutdownReason::GuestShutdown);
+                Ok(Some(()))
+            }
+            VmEvent::Crashed { vcpu, reason } => {
+                vmm.cancel_outgoing();
+                self.shutdown(vmm, ShutdownReason::GuestPanic);
+                Err(VmmError::Crashed { vcpu, reason })
+            }
+            VmEvent::Reset => {
+                vmm.events.emit(&Event::Reset(ShutdownReason::GuestReset.into()));
+                if vmm.incoming.is_active() {
+                    // Pages that are still to come must not land in the restarted guest.
+                    self.restart_when_received = true;
+                    return Ok(None);
+                }
+                self.restart(vmm)
+            }
+        }
+    }
+
+    /// Builds the machine anew over the same RAM and disks and boots it.
+    fn restart(&mut self, vmm: &Arc<Vmm>) -> Result<Option<()>, VmmError> {
+        self.restart_when_received = false;
+        // Emptied RAM is not in the dirty log, and the machine is another one: a migration begins again after the restart.
+        vmm.cancel_outgoing();
+        let mut guest = lock(&vmm.guest);
+        let Some((config, ram)) = guest.end() else {
+            return Err(VmmError::Moving("it asked to restart".into()));
+        };
+        ram.clear()?;
+        let disks = lock(&vmm.disks).clone();
+        let mut vm = vmm.machine.build(&config, ram, &disks)?;
+        vm.load_kernel().map_err(VmmError::Restart)?;
+        *guest = Guest::Running(vm.start()?);
+        Ok(None)
+    }
+
+    /// The first signal presses the power button; the second, or the first where no guest runs that could hear it, ends at once.
+    fn on_signal(&mut self, vmm: &Arc<Vmm>) -> Result<Option<()>, VmmError> {
+        let pressed = !self.signalled && vmm.power_button().is_ok();
+        self.signalled = true;
+        if pressed {
+            eprintln!("ferry: asked the guest to power off; a second signal ends it at once\r");
+            return Ok(None);
+        }
+        vmm.cancel_outgoing();
+        self.shutdown(vmm, ShutdownReason::HostSignal);
+        if let Some(text) = self.lost.take() {
+            return Err(VmmError::Incomplete(text));
+        }
+        Err(VmmError::Signal)
+    }
+}

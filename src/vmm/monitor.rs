@@ -1,0 +1,156 @@
+//! QMP's commands, carried out on the owner.
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::{Message, Vmm, lock};
+use crate::block::dirty_bitmap::Granularity;
+use crate::block::disk::Disk;
+use crate::qmp::command::{BlockDirtyBitmap, BlockDirtyBitmapAdd, Command, Migrate};
+use crate::qmp::event::{Event, ShutdownReason};
+use crate::qmp::query_migrate::query_migrate;
+use crate::qmp::response::{BlockDirtyInfo, BlockInfo, StatusInfo};
+use crate::qmp::{Handler, QmpError};
+
+/// What a command without an answer answers.
+fn done() -> Result<Value, QmpError> {
+    Ok(json!({}))
+}
+
+fn answer(value: &impl serde::Serialize) -> Result<Value, QmpError> {
+    serde_json::to_value(value).map_err(|error| QmpError::generic(error.to_string()))
+}
+
+impl Handler for Arc<Vmm> {
+    fn execute(&self, command: Command) -> Result<Value, QmpError> {
+        match command {
+            Command::QueryStatus => answer(&StatusInfo::from(lock(&self.guest).run_state())),
+            Command::Stop => self.stop(),
+            Command::Cont => self.cont(),
+            Command::Quit => self.quit(),
+            Command::SystemPowerdown => self.power_button().map_err(QmpError::generic).and_then(|()| done()),
+            Command::Migrate(Migrate { resume: true, .. }) => {
+                Err(QmpError::generic("there is no broken postcopy that this Ferry could resume"))
+            }
+            Command::Migrate(Migrate { uri, .. }) => self.migrate(&uri).and_then(|()| done()),
+            Command::MigrateIncoming(_) => {
+                Err(QmpError::generic("this Ferry was told at its start where to listen (ferry receive --listen)"))
+            }
+            Command::MigrateStartPostcopy => self.migration()?.start_postcopy().map_err(QmpError::generic).and_then(|()| done()),
+            // As in QEMU, cancelling what does not go on is no error.
+            Command::MigrateCancel => match self.migration() {
+                Ok(migration) => migration.cancel().map_err(QmpError::generic).and_then(|()| done()),
+                Err(_) => done(),
+            },
+            Command::QueryMigrate => {
+                let (progress, report) = self.outgoing_progress();
+                let outgoing = query_migrate(&progress, report.as_ref());
+                Ok(match self.incoming.progress() {
+                    Some(incoming) if outgoing == json!({}) => query_migrate(&incoming, None),
+                    _ => outgoing,
+                })
+            }
+            Command::MigrateSetCapabilities(arguments) => {
+                lock(&self.outgoing).capabilities.set(&arguments.capabilities).and_then(|()| done())
+            }
+            Command::QueryMigrateCapabilities => answer(&lock(&self.outgoing).capabilities.list()),
+            Command::MigrateSetParameters(changes) => self.set_migrate_parameters(&changes).and_then(|()| done()),
+            Command::QueryMigrateParameters => answer(&lock(&self.outgoing).parameters),
+            Command::QueryBlock => answer(&lock(&self.disks).iter().map(|disk| block_info(disk)).collect::<Vec<_>>()),
+            Command::BlockDirtyBitmapAdd(arguments) => self.add_bitmap(&arguments),
+            Command::BlockDirtyBitmapRemove(BlockDirtyBitmap { node, name }) => {
+                self.disk(&node)?.bitmaps().remove(&name).map_err(generic).and_then(|()| done())
+            }
+            Command::BlockDirtyBitmapClear(BlockDirtyBitmap { node, name }) => {
+                self.disk(&node)?.bitmaps().clear(&name).map_err(generic).and_then(|()| done())
+            }
+            Command::BlockDirtyBitmapEnable(BlockDirtyBitmap { node, name }) => {
+                self.disk(&node)?.bitmaps().set_enabled(&name, true).map_err(generic).and_then(|()| done())
+            }
+            Command::BlockDirtyBitmapDisable(BlockDirtyBitmap { node, name }) => {
+                self.disk(&node)?.bitmaps().set_enabled(&name, false).map_err(generic).and_then(|()| done())
+            }
+        }
+    }
+}
+
+fn generic(error: impl std::fmt::Display) -> QmpError {
+    QmpError::generic(error.to_string())
+}
+
+impl Vmm {
+    /// Presses the guest's power button.
+    pub fn power_button(&self) -> Result<(), String> {
+        lock(&self.guest).power_button()?;
+        self.events.emit(&Event::Powerdown);
+        Ok(())
+    }
+
+    /// Locks every disk's image, which a paused guest that has just arrived does not yet have.
+    pub fn own_disks(&self) -> Result<(), String> {
+        lock(&self.disks).iter().try_for_each(|disk| disk.acquire()).map_err(|error| error.to_string())
+    }
+
+    fn stop(&self) -> Result<Value, QmpError> {
+        if lock(&self.guest).pause().map_err(QmpError::generic)? {
+            self.events.emit(&Event::Stop);
+        }
+        done()
+    }
+
+    fn cont(&self) -> Result<Value, QmpError> {
+        let mut guest = lock(&self.guest);
+        // Only a guest that is here may have its disks.
+        if guest.config().is_some() {
+            self.own_disks().map_err(QmpError::generic)?;
+        }
+        if guest.resume().map_err(QmpError::generic)? {
+            self.events.emit(&Event::Resume);
+        }
+        done()
+    }
+
+    /// Ends the process, unless the destination of a migration still needs pages from here.
+    fn quit(&self) -> Result<Value, QmpError> {
+        if self.migration().is_ok_and(|migration| migration.is_committed()) {
+            return Err(QmpError::generic("the guest has moved, but not all of it: its destination still needs pages from here"));
+        }
+        let _ = self.messages.send(Message::Quit(ShutdownReason::HostQmpQuit));
+        done()
+    }
+
+    fn disk(&self, node: &str) -> Result<Arc<Disk>, QmpError> {
+        lock(&self.disks).iter().find(|disk| disk.config().id == node).cloned().ok_or_else(|| QmpError::device_not_found(node))
+    }
+
+    fn add_bitmap(&self, arguments: &BlockDirtyBitmapAdd) -> Result<Value, QmpError> {
+        let disk = self.disk(&arguments.node)?;
+        if arguments.persistent {
+            return Err(QmpError::generic("a raw image has no place for a persistent bitmap; leave `persistent` out"));
+        }
+        let granularity = match arguments.granularity {
+            Some(bytes) => Granularity::new(bytes.into()).map_err(generic)?,
+            None => Granularity::default(),
+        };
+        disk.bitmaps().add(&arguments.name, granularity, !arguments.disabled).map_err(generic)?;
+        done()
+    }
+}
+
+fn block_info(disk: &Disk) -> BlockInfo {
+    let bitmaps = disk.bitmaps().info();
+    let bitmaps: Vec<_> = bitmaps
+        .into_iter()
+        .map(|bitmap| BlockDirtyInfo {
+            name: bitmap.name,
+            count: bitmap.count,
+            granularity: bitmap.granularity.bytes(),
+            recording: bitmap.recording,
+            busy: bitmap.busy,
+            persistent: false,
+        })
+        .collect();
+    let config = disk.config();
+    BlockInfo::new(&config.id, &config.path, disk.size(), config.readonly, &bitmaps)
+}

@@ -1,0 +1,162 @@
+//! Giving the guest to another host: what the migration asks of the owner, and what people ask of the migration.
+
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::guest::Guest;
+use super::{Message, Vmm, lock};
+use crate::migrate::driver::owner::{MachineSetup, SourceOwner, SourceRequest, StoppedGuest};
+use crate::migrate::driver::source::SourceMigration;
+use crate::migrate::report::{Progress, Report, Status};
+use crate::migrate::source::Outcome;
+use crate::migrate::transport::Address;
+use crate::qmp::QmpError;
+use crate::qmp::capabilities::MigrateCapabilities;
+use crate::qmp::event::{Event, MigrationEvent};
+use crate::qmp::parameters::{MigrateParameters, MigrateSetParameters};
+use crate::vm::facts::MachineFacts;
+use crate::vm::{Moved, Vm};
+
+/// How migrations from here go, the one under way, and the last one's end.
+#[derive(Default)]
+pub(super) struct Outgoing {
+    pub parameters: MigrateParameters,
+    pub capabilities: MigrateCapabilities,
+    migration: Option<Arc<SourceMigration>>,
+    active: bool,
+    pass: u32,
+    last: Option<Report>,
+}
+
+fn limit(bytes_per_second: u64) -> Option<NonZeroU64> {
+    NonZeroU64::new(bytes_per_second)
+}
+
+impl Vmm {
+    /// Begins to move the guest to `uri`.
+    pub fn migrate(self: &Arc<Self>, uri: &str) -> Result<(), QmpError> {
+        let address: Address = uri.parse().map_err(|error| QmpError::generic(format!("{error}")))?;
+        let mut outgoing = lock(&self.outgoing);
+        if outgoing.active {
+            return Err(QmpError::generic("a migration is under way; wait for it or cancel it"));
+        }
+        if self.incoming.is_active() {
+            return Err(QmpError::generic("the guest has not wholly arrived here yet; try again when its migration has completed"));
+        }
+        let disks = lock(&self.disks).clone();
+        let guest = lock(&self.guest);
+        let (setup, ram, fd) = match &*guest {
+            Guest::Running(vm) => (setup(vm), vm.ram().clone(), vm.fd().clone()),
+            Guest::Paused(vm) => (setup(vm), vm.ram().clone(), vm.fd().clone()),
+            other => return Err(QmpError::generic(other.why_not("be moved"))),
+        };
+        drop(guest);
+        let (config, facts) = setup;
+        let setup = MachineSetup { config, facts, disk_sizes: disks.iter().map(|disk| disk.size()).collect() };
+        let parameters = &outgoing.parameters;
+        let request = SourceRequest {
+            address,
+            mode: outgoing.capabilities.mode(parameters.ferry_mode),
+            downtime_limit: Duration::from_millis(parameters.downtime_limit),
+            max_bandwidth: limit(parameters.max_bandwidth),
+            max_postcopy_bandwidth: limit(parameters.max_postcopy_bandwidth),
+        };
+        outgoing.last = None;
+        outgoing.pass = 0;
+        let migration = SourceMigration::start(request, setup, ram, fd, disks, self.clone()).map_err(QmpError::generic)?;
+        outgoing.active = true;
+        outgoing.migration = Some(Arc::new(migration));
+        Ok(())
+    }
+
+    /// The migration under way.
+    pub fn migration(&self) -> Result<Arc<SourceMigration>, QmpError> {
+        let outgoing = lock(&self.outgoing);
+        outgoing.migration.clone().filter(|_| outgoing.active).ok_or_else(|| QmpError::generic("no migration from here is under way"))
+    }
+
+    /// Cancels the migration under way, if there is one; for a process that ends anyway.
+    pub fn cancel_outgoing(&self) {
+        if let Ok(migration) = self.migration() {
+            // After the commit there is nothing to cancel.
+            let _ = migration.cancel();
+        }
+    }
+
+    /// Changes parameters, also of the migration under way.
+    pub fn set_migrate_parameters(&self, changes: &MigrateSetParameters) -> Result<(), QmpError> {
+        let mut outgoing = lock(&self.outgoing);
+        outgoing.parameters.set(changes)?;
+        if let Some(migration) = outgoing.migration.as_ref().filter(|_| outgoing.active) {
+            let parameters = &outgoing.parameters;
+            migration.set_downtime_limit(Duration::from_millis(parameters.downtime_limit));
+            migration.set_max_bandwidth(limit(parameters.max_bandwidth));
+            migration.set_max_postcopy_bandwidth(limit(parameters.max_postcopy_bandwidth));
+        }
+        Ok(())
+    }
+
+    /// Where the migration from here stands, and how the last one ended.
+    pub fn outgoing_progress(&self) -> (Progress, Option<Report>) {
+        let outgoing = lock(&self.outgoing);
+        let progress = outgoing.migration.as_ref().map(|migration| migration.progress()).unwrap_or_default();
+        (progress, outgoing.last.clone())
+    }
+}
+
+fn setup<S>(vm: &Vm<S>) -> (crate::vm::config::GuestConfig, MachineFacts) {
+    (vm.config().clone(), MachineFacts::of(vm))
+}
+
+impl SourceOwner for Vmm {
+    fn take(&self) -> Result<StoppedGuest, String> {
+        let stopped = lock(&self.guest).take()?;
+        if stopped.was_running {
+            self.events.emit(&Event::Stop);
+        }
+        Ok(stopped)
+    }
+
+    fn put_back(&self, stopped: StoppedGuest) {
+        let mut guest = lock(&self.guest);
+        guest.put(stopped.vm);
+        if stopped.was_running {
+            match guest.resume() {
+                Ok(_) => self.events.emit(&Event::Resume),
+                Err(error) => eprintln!("ferry: {error}\r"),
+            }
+        }
+    }
+
+    fn changed(&self, status: Status, pass: u32) {
+        let mut outgoing = lock(&self.outgoing);
+        let new_pass = std::mem::replace(&mut outgoing.pass, pass) < pass;
+        drop(outgoing);
+        if new_pass {
+            self.events.emit(&Event::MigrationPass { pass });
+        } else {
+            self.events.emit(&Event::Migration(MigrationEvent { status, report: None }));
+        }
+    }
+
+    fn ended(&self, outcome: Outcome, moved: Option<Vm<Moved>>) {
+        let report = outcome.report().clone();
+        let mut outgoing = lock(&self.outgoing);
+        outgoing.active = false;
+        outgoing.last = Some(report.clone());
+        drop(outgoing);
+        if let Some(vm) = moved {
+            *lock(&self.guest) = Guest::Moved { _ram: Some(vm) };
+        }
+        let message = match &outcome {
+            Outcome::Completed(_) => Some(Message::MovedAway),
+            Outcome::NotMoved(_) => None,
+            Outcome::LostAfterCommit(report) => Some(Message::Lost(report.error.clone().unwrap_or_default())),
+        };
+        self.events.emit(&Event::Migration(MigrationEvent { status: report.status, report: Some(report.into()) }));
+        if let Some(message) = message {
+            let _ = self.messages.send(message);
+        }
+    }
+}
