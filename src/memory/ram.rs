@@ -205,7 +205,7 @@ impl GuestRam {
     }
 }
 
-const _: () = assert!(GRANULE / PAGE_SIZE as u64 % 64 == 0);
+const _: () = assert!((GRANULE / PAGE_SIZE as u64).is_multiple_of(64));
 
 #[cfg(test)]
 mod tests;
