@@ -15,7 +15,7 @@ use super::config::GuestConfig;
 use super::events::{EventSink, VmEvent};
 use super::exits::Buses;
 use super::restore_vcpu::Limits;
-use super::state::{MachineState, StateError};
+use super::state::{Abi, MachineState, StateError};
 use super::vcpu::VcpuThread;
 use super::{VmError, chips, clock, cpuid, layout, msr, restore_vcpu, save_vcpu};
 use crate::boot;
@@ -50,6 +50,12 @@ pub struct Failed<S> {
     pub vm: Vm<S>,
     /// Why.
     pub error: VmError,
+}
+
+impl<S> std::fmt::Debug for Failed<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Failed").field("error", &self.error).finish_non_exhaustive()
+    }
 }
 
 struct Machine {
@@ -158,17 +164,12 @@ impl Vm<Built> {
         let serial = Arc::new(SerialPort::new(irqfd(&fd, layout::COM1_GSI)?));
         let power_button = irqfd(&fd, layout::GED_GSI)?;
         let mut buses = Buses::default();
-        type Entry = (u64, u64, Arc<Mutex<dyn BusDevice>>);
-        let ports: [Entry; 5] = [
-            (layout::COM1_PORT, layout::COM1_PORTS, Arc::new(Mutex::new(serial.registers()))),
-            (layout::SLEEP_CONTROL_PORT.into(), 3, Arc::new(Mutex::new(AcpiPower(events.clone())))),
-            (layout::CMOS_PORT, 2, Arc::new(Mutex::new(Cmos::default()))),
-            (layout::I8042_PORT, 1, Arc::new(Mutex::new(I8042::Data))),
-            (layout::I8042_COMMAND, 1, Arc::new(Mutex::new(I8042::Command(events.clone())))),
-        ];
-        for (port, length, device) in ports {
-            buses.ports.insert(port, length, device)?;
-        }
+        let ports = &mut buses.ports;
+        ports.insert(layout::COM1_PORT, layout::COM1_PORTS, Arc::new(Mutex::new(serial.registers())))?;
+        ports.insert(layout::SLEEP_CONTROL_PORT.into(), 3, Arc::new(Mutex::new(AcpiPower(events.clone()))))?;
+        ports.insert(layout::CMOS_PORT, 2, Arc::new(Mutex::new(Cmos::default())))?;
+        ports.insert(layout::I8042_PORT, 1, Arc::new(Mutex::new(I8042::Data)))?;
+        ports.insert(layout::I8042_COMMAND, 1, Arc::new(Mutex::new(I8042::Command(events.clone()))))?;
         let cpuid = cpuid::base(&kvm)?;
         let mut msrs = Vec::new();
         let mut host_tsc_khz = 0;
@@ -319,7 +320,8 @@ impl Machine {
         let chips = chips::save(&self.fd)?;
         let (fd, scaled) = (self.fd.clone(), self.tsc_khz != self.host_tsc_khz);
         let clock = self.first_vcpu()?.call(move |vcpu| clock::save(&fd, vcpu, scaled))?.wait()??;
-        Ok(MachineState { vcpus, chips, clock, devices })
+        let cpuid = self.cpuid.iter().copied().map(Abi).collect();
+        Ok(MachineState { cpuid, vcpus, chips, clock, devices })
     }
 
     /// Restores: features, then the clock, then the vCPUs, whose timers run against it, then the chips, which deliver interrupts to the
@@ -338,7 +340,7 @@ impl Machine {
         let (fd, clock, offset, khz) = (self.fd.clone(), state.clock.clone(), first.tsc_offset, first.tsc_khz);
         // From here on the guest is what it was elsewhere: what it needs of its next host is what its first one gave it.
         self.tsc_khz = khz;
-        self.cpuid = first.cpuid.iter().map(|entry| entry.0).collect();
+        self.cpuid = state.cpuid.iter().map(|entry| entry.0).collect();
         let scaled = khz != self.host_tsc_khz;
         let tsc = self.first_vcpu()?.call(move |vcpu| clock::restore(&fd, vcpu, &clock, offset, khz, scaled))?.wait()??;
         name_vcpus(self.on_each_vcpu(|index| {

@@ -114,6 +114,8 @@ pub struct ChipState {
 /// A paused machine without its RAM.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MachineState {
+    /// What the guest's first host gave to every vCPU before it was numbered; see [`super::facts::MachineFacts`].
+    pub(super) cpuid: Vec<Abi<kvm_cpuid_entry2>>,
     pub(super) vcpus: Vec<VcpuState>,
     pub(super) chips: ChipState,
     pub(super) clock: ClockState,

@@ -6,6 +6,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, unbounded};
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 
 use super::*;
 use crate::memory::GuestRam;
@@ -57,11 +59,11 @@ fn copy(ram: &GuestRam) -> GuestRam {
 }
 
 fn pause(vm: Vm<Running>) -> Vm<Paused> {
-    vm.pause().map_err(|failed| failed.error).unwrap()
+    vm.pause().unwrap()
 }
 
 fn resume(vm: Vm<Paused>) -> Vm<Running> {
-    vm.resume().map_err(|failed| failed.error).unwrap()
+    vm.resume().unwrap()
 }
 
 /// Machine code for [`ENTRY`], in 32-bit protected mode.
@@ -364,5 +366,40 @@ fn impossible_machines_are_refused() {
     for cpus in [0, u16::MAX] {
         config.cpus = cpus;
         assert!(matches!(Vm::build(&config, ram(), unbounded().0), Err(VmError::CpuCount { .. })));
+    }
+}
+#[test]
+fn damaged_state_is_refused_without_harm() {
+    let (vm, _, _events) = boot(code::ALPHABET);
+    let bytes = pause(vm).save().unwrap().to_bytes().unwrap();
+    assert!(MachineState::from_bytes(&bytes[..4]).is_err());
+    assert!(MachineState::from_bytes(&[&bytes[..], &[0]].concat()).is_err());
+    for length in (0..bytes.len()).step_by(61) {
+        assert!(MachineState::from_bytes(&bytes[..length]).is_err());
+    }
+    let config = ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() };
+    let changes = proptest::collection::vec((0..bytes.len(), any::<u8>()), 1..20);
+    TestRunner::new(config)
+        .run(&changes, |changes| {
+            let mut bytes = bytes.clone();
+            for (index, value) in changes {
+                bytes[index] = value;
+            }
+            if let Ok(state) = MachineState::from_bytes(&bytes) {
+                // Accepted or refused by KVM; it must not end this process, nor a guest that then runs on nonsense.
+                if let Ok(vm) = build(PathBuf::new(), "", 1, ram()).0.restore(&state) {
+                    drop(resume(vm));
+                }
+            }
+            Ok(())
+        })
+        .unwrap();
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_are_decoded_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
+        let _ = MachineState::from_bytes(&bytes);
+        let _ = MachineState::from_bytes(&[b"FRYM\x01\0", &bytes[..]].concat());
     }
 }

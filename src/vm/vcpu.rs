@@ -147,7 +147,14 @@ fn serve(index: u16, vcpu: &mut VcpuFd, inbox: &Receiver<Command>, events: &Even
             }
             Ok(Command::Pause(answer)) => {
                 if let Some(buses) = running.take() {
-                    finish_access(vcpu, &buses);
+                    match finish_access(vcpu, &buses) {
+                        Outcome::Handled | Outcome::Interrupted => {}
+                        Outcome::Ended(event) => events.send(event),
+                        Outcome::Stuck(reason) => {
+                            stuck = true;
+                            events.send(VmEvent::Crashed { vcpu: index, reason });
+                        }
+                    }
                 }
                 let _ = answer.send(());
             }
@@ -174,10 +181,14 @@ fn serve(index: u16, vcpu: &mut VcpuFd, inbox: &Receiver<Command>, events: &Even
 /// Completes the port or memory access that the last exit left half done: the registers are right only after KVM_RUN was entered again
 /// (KVM API, KVM_RUN). With `immediate_exit` set it finishes the access and runs no guest code. An access of several parts exits once for
 /// each, so this goes on until KVM has nothing left to do.
-fn finish_access(vcpu: &mut VcpuFd, buses: &Buses) {
+fn finish_access(vcpu: &mut VcpuFd, buses: &Buses) -> Outcome {
     vcpu.set_kvm_immediate_exit(1);
-    while let Outcome::Handled = run_once(vcpu, buses) {
-        vcpu.set_kvm_immediate_exit(1);
-    }
+    let outcome = loop {
+        match run_once(vcpu, buses) {
+            Outcome::Handled => {}
+            outcome => break outcome,
+        }
+    };
     vcpu.set_kvm_immediate_exit(0);
+    outcome
 }

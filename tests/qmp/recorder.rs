@@ -85,7 +85,14 @@ impl Handler for Recorder {
             Command::BlockDirtyBitmapAdd(add) if add.node == "d0" => {
                 let granularity = add.granularity.unwrap_or(65536);
                 let recording = !add.disabled;
-                state.bitmaps.push(BlockDirtyInfo { name: add.name, count: 0, granularity: granularity.into(), recording, busy: false, persistent: false });
+                state.bitmaps.push(BlockDirtyInfo {
+                    name: add.name,
+                    count: 0,
+                    granularity: granularity.into(),
+                    recording,
+                    busy: false,
+                    persistent: false,
+                });
                 done
             }
             Command::BlockDirtyBitmapRemove(bitmap) if bitmap.node == "d0" => {
