@@ -361,6 +361,26 @@ fn facts_of_a_machine_are_accepted_by_its_own_host() {
 }
 
 #[test]
+fn wall_clocks_that_disagree_do_not_move_the_guest_beyond_what_is_known() {
+    let (vm, _, _events) = boot(code::ALPHABET);
+    let mut vm = pause(vm);
+    let state = vm.save().unwrap();
+    let progress = |seconds, bounds: std::ops::RangeInclusive<u64>| {
+        let mut state = state.clone();
+        state.clock.age(seconds);
+        state.bound_blackout(Duration::from_secs(*bounds.start())..=Duration::from_secs(*bounds.end()));
+        let mut next = build(PathBuf::new(), "", 1, ram()).0.restore(&state).unwrap();
+        let after = next.save().unwrap();
+        assert!(after.vcpus[0].msrs[0].value >= state.vcpus[0].msrs[0].value);
+        (after.clock.nanoseconds() - state.clock.nanoseconds()) / 1_000_000_000
+    };
+    // The restore itself takes far less than these.
+    assert!((1000..1010).contains(&progress(1000, 0..=2000)));
+    assert!((500..510).contains(&progress(1000, 0..=500)));
+    assert!((100..110).contains(&progress(0, 100..=500)));
+}
+
+#[test]
 fn impossible_machines_are_refused() {
     let mut config = build(PathBuf::new(), "", 1, ram()).0.config().clone();
     for cpus in [0, u16::MAX] {

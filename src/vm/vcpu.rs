@@ -126,7 +126,6 @@ impl Drop for VcpuThread {
 /// The thread's life: parked until told to run, running until told to pause.
 fn serve(index: u16, vcpu: &mut VcpuFd, inbox: &Receiver<Command>, events: &EventSink) {
     let mut running: Option<Arc<Buses>> = None;
-    let mut buses_in_use = None;
     let mut stuck = false;
     loop {
         // A running vCPU only looks; a parked one waits.
@@ -138,11 +137,8 @@ fn serve(index: u16, vcpu: &mut VcpuFd, inbox: &Receiver<Command>, events: &Even
             Ok(Command::Run(_)) if stuck => {}
             Ok(Command::Run(buses)) => {
                 // Tells a guest that uses kvmclock that it stood still, so that its watchdogs do not take the pause for a hang. Refused
-                // (EINVAL) if the guest does not use kvmclock. It is written into guest RAM at the next entry: by the side that runs it.
-                if buses_in_use.is_some() {
-                    let _ = vcpu.kvmclock_ctrl();
-                }
-                buses_in_use = Some(buses.clone());
+                // (EINVAL) if the guest does not use kvmclock, or not yet. It is written into guest RAM at the next entry: by the side that runs it.
+                let _ = vcpu.kvmclock_ctrl();
                 running = Some(buses);
             }
             Ok(Command::Pause(answer)) => {
