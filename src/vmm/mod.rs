@@ -18,7 +18,7 @@ mod outgoing;
 mod signals;
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
@@ -107,6 +107,7 @@ struct Vmm {
     events: Events,
     messages: Sender<Message>,
     outgoing: Mutex<outgoing::Outgoing>,
+    outgoing_ended: Condvar,
     incoming: incoming::Incoming,
 }
 
@@ -172,6 +173,7 @@ impl Main {
             events: Events::default(),
             messages: sender,
             outgoing: Mutex::default(),
+            outgoing_ended: Condvar::new(),
             incoming,
         });
         let mut main =

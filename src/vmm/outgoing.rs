@@ -18,6 +18,9 @@ use crate::qmp::parameters::{MigrateParameters, MigrateSetParameters};
 use crate::vm::facts::MachineFacts;
 use crate::vm::{Moved, Vm};
 
+/// How long a cancelled migration may take to end.
+const CANCEL_LIMIT: Duration = Duration::from_secs(5);
+
 /// How migrations from here go, the one under way, and the last one's end.
 #[derive(Default)]
 pub(super) struct Outgoing {
@@ -76,11 +79,13 @@ impl Vmm {
         outgoing.migration.clone().filter(|_| outgoing.active).ok_or_else(|| QmpError::generic("no migration from here is under way"))
     }
 
-    /// Cancels the migration under way, if there is one; for a process that ends anyway.
+    /// Cancels the migration under way, if there is one, and waits until it is over: the guest is back and the destination was told.
     pub fn cancel_outgoing(&self) {
-        if let Ok(migration) = self.migration() {
-            // After the commit there is nothing to cancel.
-            let _ = migration.cancel();
+        let Ok(migration) = self.migration() else { return };
+        // After the commit there is nothing to cancel, and nothing to wait for.
+        if migration.cancel().is_ok() {
+            let outgoing = lock(&self.outgoing);
+            let _ = self.outgoing_ended.wait_timeout_while(outgoing, CANCEL_LIMIT, |outgoing| outgoing.active);
         }
     }
 
@@ -146,6 +151,7 @@ impl SourceOwner for Vmm {
         outgoing.active = false;
         outgoing.last = Some(report.clone());
         drop(outgoing);
+        self.outgoing_ended.notify_all();
         if let Some(vm) = moved {
             *lock(&self.guest) = Guest::Moved { _ram: Some(vm) };
         }
