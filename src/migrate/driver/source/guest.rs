@@ -7,8 +7,8 @@ use kvm_ioctls::VmFd;
 
 use super::super::owner::{SourceOwner, StoppedGuest};
 use super::super::saved;
-use crate::block::disk::Disk;
 use crate::block::dirty_bitmap::{CHUNK_WORDS, OutgoingBitmap};
+use crate::block::disk::Disk;
 use crate::memory::dirty_log::DirtyLog;
 use crate::memory::{GuestRam, PageRun, PageSet};
 use crate::migrate::source::Stopped;
