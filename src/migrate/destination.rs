@@ -89,6 +89,8 @@ pub enum Action {
         index: u32,
         /// First word.
         first: u64,
+        /// How many words.
+        count: u64,
         /// The words.
         words: Vec<u64>,
     },
@@ -418,7 +420,7 @@ impl Destination {
             return Err(format!("{count} words of a bitmap came in one frame"));
         }
         self.bitmaps.words(index, first, count)?;
-        self.actions.push_back(Action::LoadBitmap { index, first, words });
+        self.actions.push_back(Action::LoadBitmap { index, first, count, words });
         Ok(())
     }
 

@@ -60,6 +60,9 @@ pub enum Input {
     Stopped(Stopped),
     /// The guest could not be stopped or saved: the answer to [`Action::Stop`] otherwise.
     StopFailed(String),
+    /// The right to run the guest could not be given up: the answer to [`Action::GiveUp`] if it fails, before anything else is polled. The
+    /// `Commit` frame is not sent, and the guest goes on.
+    GiveUpFailed(String),
     /// Something else failed here. Before the commit the guest goes on.
     Failed(String),
     /// A connection is gone.
@@ -115,7 +118,8 @@ pub enum Action {
     Stop,
     /// The guest goes on here, if it stands still: the switch did not take place.
     Resume,
-    /// The commit point: give up for good the right to run the guest, and its disks' locks. What comes next is the `Commit` frame.
+    /// The commit point: give up for good the right to run the guest, and its disks' locks. What comes next is the `Commit` frame,
+    /// unless it is answered with [`Input::GiveUpFailed`].
     GiveUp,
     /// The migration is over; stop tracking, close the connections. Nothing follows.
     End(Box<Outcome>),
@@ -277,6 +281,16 @@ impl Source {
         self.given_up
     }
 
+    /// Whether the migration has ended, or will with the next [`Action::End`].
+    pub fn is_over(&self) -> bool {
+        self.state == State::Ended
+    }
+
+    /// The longest accepted blackout.
+    pub fn downtime_limit(&self) -> Duration {
+        self.config.downtime_limit
+    }
+
     /// Whether background pages may be slowed down to a bandwidth limit: never while the guest stands still.
     pub fn may_throttle(&self) -> bool {
         matches!(self.state, State::Sending | State::Committed)
@@ -330,7 +344,11 @@ impl Source {
                 self.actions.push_back(Action::Resume);
                 self.fail_here(Failure::Failed(reason), now);
             }
-            (Input::Harvested(_) | Input::Stopped(_) | Input::StopFailed(_), _) => {}
+            (Input::GiveUpFailed(reason), State::Committed) if self.actions.front() == Some(&Action::Send(Frame::Commit)) => {
+                self.given_up = false;
+                self.fail(Failure::Failed(reason), now);
+            }
+            (Input::Harvested(_) | Input::Stopped(_) | Input::StopFailed(_) | Input::GiveUpFailed(_), _) => {}
             (Input::Failed(reason), _) => self.fail(Failure::Failed(reason), now),
             (Input::Lost(_, reason), _) => {
                 self.fail(Failure::Failed(format!("the connection to the destination was lost: {reason}")), now);
@@ -510,7 +528,6 @@ impl Source {
             }
             Decision::SwitchPrecopy | Decision::SwitchPostcopy => {
                 self.switch_postcopy = decision == Decision::SwitchPostcopy;
-                self.stopped_at = now;
                 self.actions.push_back(Action::Stop);
                 self.enter(State::Stopping, None);
             }
@@ -538,6 +555,8 @@ impl Source {
                 return;
             }
         }
+        // The driver does what it can, such as flushing disks, before it stops the guest.
+        self.stopped_at = now.saturating_sub(Duration::from_micros(stopped.stop_us + stopped.device_state_us + stopped.last_sync_us));
         self.report.downtime = Downtime {
             stop_us: stopped.stop_us,
             device_state_us: stopped.device_state_us,

@@ -6,8 +6,8 @@ mod interrupt;
 mod listener;
 
 pub use address::{Address, AddressError};
-pub use connection::{Closer, Connection, LinkError, Reader, Writer, connect};
-pub use interrupt::Interrupt;
+pub use connection::{Awaited, Closer, Connection, LinkError, Reader, Writer, connect};
+pub use interrupt::{Interrupt, Wake};
 pub use listener::Listener;
 
 use std::io;

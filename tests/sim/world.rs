@@ -41,11 +41,12 @@ pub enum Fault {
     PrepareFails,
     LoadFails,
     StopFails,
+    GiveUpFails,
     /// What no link may do: the oracle's own test.
     LoseFrame,
 }
 
-const FAULTS: [Fault; 9] = [
+const FAULTS: [Fault; 10] = [
     Fault::KillSource,
     Fault::KillDestination,
     Fault::CutMain,
@@ -55,6 +56,7 @@ const FAULTS: [Fault; 9] = [
     Fault::PrepareFails,
     Fault::LoadFails,
     Fault::StopFails,
+    Fault::GiveUpFails,
 ];
 
 /// What a seed is about.
@@ -279,7 +281,7 @@ impl World {
             Fault::Cancel => self.source.inputs.push_back(source::Input::Cancel),
             Fault::StartPostcopy => self.source.inputs.push_back(source::Input::StartPostcopy),
             // These wait for the moment at which they can happen.
-            Fault::PrepareFails | Fault::LoadFails | Fault::StopFails => return,
+            Fault::PrepareFails | Fault::LoadFails | Fault::StopFails | Fault::GiveUpFails => return,
             Fault::LoseFrame => {
                 let lost = CHANNELS.iter().any(|channel| self.link.to_destination[index(*channel)].lose_one());
                 if !lost {
@@ -372,6 +374,10 @@ impl World {
 
     fn source_acts(&mut self, action: source::Action) {
         self.say(format!("source: {}", brief(&action)));
+        if action == source::Action::GiveUp && self.fails(Fault::GiveUpFails) {
+            let reason = "a disk cannot be flushed".into();
+            return self.source.engine.handle(source::Input::GiveUpFailed(reason), self.now);
+        }
         let source = &mut self.source;
         match action {
             source::Action::Send(frame) => {

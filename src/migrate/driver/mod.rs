@@ -1,6 +1,11 @@
 //! What connects the migration's state machines to the world: sockets, KVM, guest RAM and userfaultfd.
 
 pub mod destination;
+mod frames;
 pub mod owner;
 pub mod page_io;
+mod saved;
 pub mod source;
+
+#[cfg(test)]
+mod tests;

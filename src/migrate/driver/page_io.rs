@@ -1,8 +1,10 @@
 //! The contents of guest pages on their way: the only place of a migration that reads or writes guest RAM. No reference to it is ever
 //! made, because the guest may write it at any time.
 
+use std::io;
 use std::time::Instant;
 
+use rustix::mm::{Advice, madvise};
 use thiserror::Error;
 
 use crate::memory::{GuestRam, PAGE_SIZE, PageNumber, PageRun};
@@ -14,6 +16,14 @@ pub enum PageIoError {
     /// The pages do not exist.
     #[error("{0} lie beyond guest memory")]
     Beyond(PageRun),
+    /// The kernel did not take the pages back.
+    #[error("cannot discard {run}: {source}")]
+    Discard {
+        /// The pages.
+        run: PageRun,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The connection failed.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -113,6 +123,14 @@ impl PageIo {
         let start = self.ram.host_address(run).ok_or(PageIoError::Beyond(run))?;
         // SAFETY: the range is mapped for as long as `self.ram`, and nothing holds references to guest RAM.
         Ok(unsafe { reader.read_exact_raw(start.as_ptr(), run.bytes() as usize, deadline) }?)
+    }
+
+    /// Throws the contents of `run` away, so that it reads as zeros. Not once userfaultfd watches RAM: then its pages would be missing.
+    pub fn discard(&self, run: PageRun) -> Result<(), PageIoError> {
+        let start = self.ram.host_address(run).ok_or(PageIoError::Beyond(run))?;
+        // SAFETY: the range lies within guest RAM, to which nothing holds references.
+        let discarded = unsafe { madvise(start.as_ptr().cast(), run.bytes() as usize, Advice::LinuxDontNeed) };
+        discarded.map_err(|errno| PageIoError::Discard { run, source: errno.into() })
     }
 
     /// Copies the contents of `page`.

@@ -1,39 +1,164 @@
-//! stub
-use super::owner::*;
+//! The source's driver: does what the engine in [`crate::migrate::source`] says, with sockets, KVM and guest RAM.
+//!
+//! Three threads: the migration's own, which asks the engine what to do and alone writes to the main connection; the reader of the main
+//! connection, which passes on what the destination says; and the urgent thread, which answers page requests by itself, on the urgent
+//! connection. The engine's lock is never held while one of them sends, sleeps, waits or calls KVM.
+
+mod bulk;
+mod guest;
+mod links;
+mod run;
+
+use std::fs::File;
+use std::io::Read;
+use std::num::NonZeroU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, bounded};
+use kvm_ioctls::VmFd;
+
+use super::owner::{MachineSetup, SourceOwner, SourceRequest};
+use super::saved;
 use crate::block::disk::Disk;
 use crate::memory::GuestRam;
-use crate::migrate::report::Progress;
-use std::num::NonZeroU64;
-use std::sync::Arc;
-use std::time::Duration;
-#[allow(missing_docs)]
-pub struct SourceMigration;
-#[allow(missing_docs)]
-#[allow(clippy::all)]
+use crate::migrate::pace::Pace;
+use crate::migrate::report::{Mode, Progress};
+use crate::migrate::source::{Config, Input, Source};
+use crate::migrate::transport::Interrupt;
+
+/// A migration away from here. It goes on, and its end is told to the owner, also when this handle is dropped.
+pub struct SourceMigration {
+    shared: Arc<Shared>,
+}
+
+/// What the handle and the migration's threads share.
+struct Shared {
+    engine: Mutex<Source>,
+    mode: Mode,
+    began: Instant,
+    /// Raised by a cancel: ends connecting, and sends of the main connection that are blocked. Never raised once the guest is given up.
+    cancel: Interrupt,
+    /// Tells the migration's thread that the engine or a limit has changed.
+    wake: Sender<()>,
+    precopy_pace: Mutex<Pace>,
+    postcopy_pace: Mutex<Pace>,
+}
+
+impl Shared {
+    fn engine(&self) -> MutexGuard<'_, Source> {
+        self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    fn handle(&self, input: Input) {
+        self.engine().handle(input, self.now());
+    }
+
+    fn wake(&self) {
+        // Full means that a wake is on its way already.
+        let _ = self.wake.try_send(());
+    }
+}
+
 impl SourceMigration {
+    /// Begins to move the guest with `ram`, `vm` and `disks`; everything slow, connecting included, happens on the migration's thread.
+    /// The guest itself is asked of `owner` when it is to stand still. An error means that nothing was begun.
     pub fn start(
-        _: SourceRequest,
-        _: MachineSetup,
-        _: GuestRam,
-        _: Arc<kvm_ioctls::VmFd>,
-        _: Vec<Arc<Disk>>,
-        _: Arc<dyn SourceOwner>,
-    ) -> Result<Self, String> {
-        Err("".into())
+        request: SourceRequest,
+        setup: MachineSetup,
+        ram: GuestRam,
+        vm: Arc<VmFd>,
+        disks: Vec<Arc<Disk>>,
+        owner: Arc<dyn SourceOwner>,
+    ) -> Result<SourceMigration, String> {
+        let failed = |error: std::io::Error| format!("cannot begin a migration: {error}");
+        let mut session = [0; 16];
+        File::open("/dev/urandom").and_then(|mut random| random.read_exact(&mut session)).map_err(failed)?;
+        let config = Config {
+            mode: request.mode,
+            downtime_limit: request.downtime_limit,
+            ram_pages: ram.pages(),
+            session: u128::from_le_bytes(session),
+            machine: saved::encode_setup(&setup)?,
+        };
+        let session = config.session;
+        let (wake, woken) = bounded(1);
+        let shared = Arc::new(Shared {
+            engine: Mutex::new(Source::new(config)),
+            mode: request.mode,
+            began: Instant::now(),
+            cancel: Interrupt::new().map_err(failed)?,
+            wake,
+            precopy_pace: Mutex::new(Pace::new(request.max_bandwidth)),
+            postcopy_pace: Mutex::new(Pace::new(request.max_postcopy_bandwidth)),
+        });
+        let closing = Interrupt::new().map_err(failed)?;
+        let guest = guest::SourceGuest::new(owner.clone(), vm, ram.clone(), disks);
+        let migration = run::Migration::new(shared.clone(), owner, request.address, session, ram, guest, closing, woken);
+        std::thread::Builder::new().name("migration".into()).spawn(move || migration.run()).map_err(failed)?;
+        Ok(SourceMigration { shared })
     }
+
+    /// Ends the migration before the commit; the guest goes on here. After the commit it says why that cannot be.
     pub fn cancel(&self) -> Result<(), String> {
+        let mut engine = self.shared.engine();
+        if engine.is_committed() {
+            return Err("the guest belongs to the destination already; the migration cannot be cancelled any more".into());
+        }
+        engine.handle(Input::Cancel, self.shared.now());
+        // Under the engine's lock, so that the guest cannot be given up in between: the commit must not be interrupted.
+        self.shared.cancel.raise();
+        drop(engine);
+        self.shared.wake();
         Ok(())
     }
+
+    /// Switches to postcopy as soon as possible. An error where that cannot be.
     pub fn start_postcopy(&self) -> Result<(), String> {
+        if self.shared.mode == Mode::Precopy {
+            return Err("this migration was begun in mode precopy, so its destination is not prepared for postcopy".into());
+        }
+        let mut engine = self.shared.engine();
+        if engine.is_over() {
+            return Err("the migration is over".into());
+        }
+        engine.handle(Input::StartPostcopy, self.shared.now());
+        drop(engine);
+        self.shared.wake();
         Ok(())
     }
-    pub fn is_committed(&self) -> bool {
-        false
+
+    /// Changes the longest accepted blackout; the decision after the pass under way will see it.
+    pub fn set_downtime_limit(&self, limit: Duration) {
+        self.shared.handle(Input::DowntimeLimit(limit));
     }
+
+    /// Changes the limit of precopy, in bytes a second.
+    pub fn set_max_bandwidth(&self, bytes_per_second: Option<NonZeroU64>) {
+        self.set_pace(&self.shared.precopy_pace, bytes_per_second);
+    }
+
+    /// Changes the limit of postcopy's background, in bytes a second. Pages that the guest waits for know no limit.
+    pub fn set_max_postcopy_bandwidth(&self, bytes_per_second: Option<NonZeroU64>) {
+        self.set_pace(&self.shared.postcopy_pace, bytes_per_second);
+    }
+
+    /// Where the migration stands.
     pub fn progress(&self) -> Progress {
-        Progress::default()
+        self.shared.engine().progress(self.shared.now())
     }
-    pub fn set_downtime_limit(&self, _: Duration) {}
-    pub fn set_max_bandwidth(&self, _: Option<NonZeroU64>) {}
-    pub fn set_max_postcopy_bandwidth(&self, _: Option<NonZeroU64>) {}
+
+    /// Whether the guest is the destination's, come what may.
+    pub fn is_committed(&self) -> bool {
+        self.shared.engine().is_committed()
+    }
+
+    fn set_pace(&self, pace: &Mutex<Pace>, bytes_per_second: Option<NonZeroU64>) {
+        pace.lock().unwrap_or_else(PoisonError::into_inner).set_rate(self.shared.now(), bytes_per_second);
+        self.shared.wake();
+    }
 }

@@ -11,7 +11,7 @@ use socket2::{Domain, SockAddr, Socket, TcpKeepalive, Type};
 use thiserror::Error;
 
 use super::interrupt::Wait;
-use super::{Address, Interrupt, TransportError};
+use super::{Address, Interrupt, TransportError, Wake};
 
 /// After this long without an acknowledgement, or with a peer that takes nothing, TCP gives the connection up.
 const DEAD_AFTER: Duration = Duration::from_secs(30);
@@ -124,6 +124,11 @@ impl Connection {
         self.link.socket.set_recv_buffer_size(receive)
     }
 
+    /// From here on `interrupt` alone ends the waits of the connection.
+    pub fn interrupted_by(self, interrupt: &Interrupt) -> Self {
+        Connection { interrupt: interrupt.clone(), ..self }
+    }
+
     /// What closes the connection from elsewhere.
     pub fn closer(&self) -> Closer {
         Closer { link: self.link.clone() }
@@ -204,6 +209,11 @@ impl Writer {
         }
     }
 
+    /// From here on `interrupt` alone ends this half's waits.
+    pub fn interrupted_by(self, interrupt: &Interrupt) -> Self {
+        Writer { interrupt: interrupt.clone(), ..self }
+    }
+
     /// Tells the other side that nothing more will come; it can still send.
     pub fn finish(&mut self) -> Result<(), LinkError> {
         Ok(self.link.socket.shutdown(std::net::Shutdown::Write)?)
@@ -221,7 +231,31 @@ pub struct Reader {
     end: usize,
 }
 
+/// What ended [`Reader::wait`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Awaited {
+    /// Something has come, or the connection has ended: the next read tells.
+    Readable,
+    /// [`Wake::wake`] was called; the wake is used up.
+    Woken,
+    /// The deadline passed.
+    TimedOut,
+}
+
 impl Reader {
+    /// Waits for the first byte of what comes next, for `wake`, or for the deadline.
+    pub fn wait(&self, wake: &Wake, deadline: Option<Instant>) -> Result<Awaited, LinkError> {
+        if self.start < self.end {
+            return Ok(Awaited::Readable);
+        }
+        match self.interrupt.wait_for_either(&self.link.socket, wake, deadline)? {
+            Wait::Interrupted => Err(LinkError::Interrupted),
+            Wait::TimedOut => Ok(Awaited::TimedOut),
+            Wait::Ready if wake.take() => Ok(Awaited::Woken),
+            Wait::Ready => Ok(Awaited::Readable),
+        }
+    }
+
     /// Fills `bytes`.
     pub fn read_exact(&mut self, bytes: &mut [u8], deadline: Option<Instant>) -> Result<(), LinkError> {
         // SAFETY: `bytes` is borrowed until this returns.

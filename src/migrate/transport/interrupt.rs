@@ -52,10 +52,19 @@ impl Interrupt {
 
     /// Waits until `fd` is ready for `what` (or has failed, which the next operation on it tells).
     pub(super) fn wait_for(&self, fd: impl AsFd, what: PollFlags, deadline: Option<Instant>) -> io::Result<Wait> {
+        self.wait_on(&mut [PollFd::new(self, PollFlags::IN), PollFd::new(&fd, what)], deadline)
+    }
+
+    /// Waits until `fd` is readable (or has failed), or `wake` was called.
+    pub(super) fn wait_for_either(&self, fd: impl AsFd, wake: &Wake, deadline: Option<Instant>) -> io::Result<Wait> {
+        let mut fds = [PollFd::new(self, PollFlags::IN), PollFd::new(&fd, PollFlags::IN), PollFd::new(&wake.0, PollFlags::IN)];
+        self.wait_on(&mut fds, deadline)
+    }
+
+    fn wait_on(&self, fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<Wait> {
         loop {
             let timeout = time_left(deadline);
-            let mut fds = [PollFd::new(self, PollFlags::IN), PollFd::new(&fd, what)];
-            return match poll(&mut fds, timeout.as_ref()) {
+            return match poll(fds, timeout.as_ref()) {
                 _ if self.is_raised() => Ok(Wait::Interrupted),
                 Ok(0) if deadline.is_some_and(|deadline| deadline <= Instant::now()) => Ok(Wait::TimedOut),
                 Ok(0) | Err(Errno::INTR) => continue,
@@ -70,6 +79,28 @@ impl AsFd for Interrupt {
     /// Readable once it is raised.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.inner.event.as_fd()
+    }
+}
+
+/// Wakes one thread out of [`super::Reader::wait`], again and again; clones share it.
+#[derive(Clone, Debug)]
+pub struct Wake(Arc<OwnedFd>);
+
+impl Wake {
+    /// One that nobody has called yet. Fails where the process has no file descriptor left.
+    pub fn new() -> io::Result<Self> {
+        Ok(Wake(Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)))
+    }
+
+    /// Ends the wait under way, or the next one.
+    pub fn wake(&self) {
+        // Fails only when the counter is full, and then the descriptor is readable already.
+        let _ = rustix::io::write(&*self.0, &1u64.to_ne_bytes());
+    }
+
+    /// Whether it was called since the last time somebody asked.
+    pub(super) fn take(&self) -> bool {
+        rustix::io::read(&*self.0, &mut [0; 8]).is_ok()
     }
 }
 

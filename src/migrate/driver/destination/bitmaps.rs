@@ -1,0 +1,53 @@
+//! Dirty bitmaps on their way in. One that cannot be taken is dropped, with a warning: that costs a full backup, where a wrong bitmap would
+//! cost data.
+
+use std::sync::Arc;
+
+use crate::block::dirty_bitmap::{Granularity, IncomingBitmap};
+use crate::block::disk::Disk;
+use crate::migrate::wire::BitmapInfo;
+
+/// The bitmaps of a package, in its order.
+#[derive(Default)]
+pub struct IncomingBitmaps(Vec<Option<IncomingBitmap>>);
+
+impl IncomingBitmaps {
+    /// Makes room for the bitmaps on `disks`; returns them and a warning for each that is dropped.
+    pub fn new(infos: &[BitmapInfo], disks: &[Arc<Disk>]) -> (Self, Vec<String>) {
+        let mut warnings = Vec::new();
+        let incoming = infos.iter().map(|info| create(info, disks).map_err(|reason| warnings.push(dropped(&info.name, &reason))).ok());
+        (IncomingBitmaps(incoming.collect()), warnings)
+    }
+
+    /// Loads words; where `words` is empty there is nothing to set in `count` words. An error is a warning: the bitmap was dropped.
+    pub fn load(&mut self, index: u32, first: u64, count: u64, words: &[u64]) -> Result<(), String> {
+        let Some(slot) = self.0.get_mut(index as usize) else { return Ok(()) };
+        let Some(bitmap) = slot else { return Ok(()) };
+        let loaded = if words.is_empty() { bitmap.load_zeroes(first, count) } else { bitmap.load_chunk(first, words) };
+        let warning = loaded.map_err(|error| dropped(bitmap.name(), &error.to_string()));
+        if warning.is_err() {
+            *slot = None;
+        }
+        warning
+    }
+
+    /// Completes a bitmap. An error is a warning: the bitmap was dropped.
+    pub fn complete(&mut self, index: u32) -> Result<(), String> {
+        let Some(bitmap) = self.0.get_mut(index as usize).and_then(Option::take) else { return Ok(()) };
+        let name = bitmap.name().to_owned();
+        bitmap.complete().map_err(|error| dropped(&name, &error.to_string()))
+    }
+}
+
+fn create(info: &BitmapInfo, disks: &[Arc<Disk>]) -> Result<IncomingBitmap, String> {
+    let disk = disks.iter().find(|disk| disk.config().id == info.disk).ok_or_else(|| format!("there is no disk {:?} here", info.disk))?;
+    let granularity = Granularity::new(info.granularity.into()).map_err(|error| error.to_string())?;
+    if info.bits != disk.size().div_ceil(granularity.bytes()) {
+        return Err(format!("it has {} bits, which do not fit disk {}", info.bits, info.disk));
+    }
+    disk.bitmaps().incoming(&info.name, granularity, info.enabled).map_err(|error| error.to_string())
+}
+
+fn dropped(name: &str, reason: &str) -> String {
+    format!("dirty bitmap {name:?} was dropped: {reason}; the next backup must be a full one")
+}

@@ -1,0 +1,74 @@
+//! The guest that comes: its RAM, its machine, its state.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::super::owner::{DestinationOwner, StoppedGuest};
+use super::super::page_io::PageIo;
+use super::super::saved;
+use super::Shared;
+use super::bitmaps::IncomingBitmaps;
+use super::faults::FaultService;
+use crate::memory::GuestRam;
+use crate::memory::uffd::Userfaultfd;
+use crate::migrate::destination::Input;
+use crate::migrate::wire::Package;
+
+/// What the migration holds of the guest.
+#[derive(Default)]
+pub struct DestinationGuest {
+    prepared: Option<Prepared>,
+    pub bitmaps: IncomingBitmaps,
+    stopped: Option<StoppedGuest>,
+}
+
+struct Prepared {
+    ram: GuestRam,
+    io: PageIo,
+    /// Proof that postcopy can be, if it may come.
+    uffd: Option<Userfaultfd>,
+}
+
+impl DestinationGuest {
+    /// Checks the setup and lets the owner prepare for it.
+    pub fn prepare(&mut self, owner: &dyn DestinationOwner, ram_pages: u64, postcopy: bool, machine: &[u8]) -> Result<(), String> {
+        let setup = saved::decode_setup(machine, ram_pages)?;
+        let uffd = if postcopy { Some(Userfaultfd::open().map_err(|error| error.to_string())?) } else { None };
+        let ram = owner.prepare(setup)?;
+        if ram.pages() != ram_pages {
+            return Err(format!("{} pages of RAM were prepared for a guest of {ram_pages}", ram.pages()));
+        }
+        self.prepared = Some(Prepared { io: PageIo::new(ram.clone()), ram, uffd });
+        Ok(())
+    }
+
+    /// The guest's RAM, for precopy.
+    pub fn io(&self) -> Result<&PageIo, String> {
+        self.prepared.as_ref().map(|prepared| &prepared.io).ok_or_else(|| "there is no RAM yet".into())
+    }
+
+    /// Loads the package: everything but the commit. Returns the time it took and warnings.
+    pub fn load(&mut self, shared: &Arc<Shared>, package: &Package) -> Result<Input, String> {
+        let begin = Instant::now();
+        let prepared = self.prepared.as_mut().ok_or("there is no RAM yet")?;
+        if package.postcopy {
+            let uffd = prepared.uffd.take().ok_or("postcopy came, but only precopy was announced")?;
+            let urgent = shared.urgent.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+            let urgent = urgent.ok_or("there is no urgent connection")?;
+            FaultService::start(shared, uffd, &prepared.ram, &package.missing, urgent)?;
+        }
+        let (was_running, state) = saved::decode_guest(&package.machine)?;
+        let (vm, disks) = shared.owner.built()?;
+        let (bitmaps, warnings) = IncomingBitmaps::new(&package.bitmaps, &disks);
+        self.bitmaps = bitmaps;
+        // Can touch RAM and so wait for pages, which the fault service asks for.
+        let vm = vm.restore(&state).map_err(|error| format!("the guest's state cannot be loaded: {error}"))?;
+        self.stopped = Some(StoppedGuest { vm, was_running });
+        Ok(Input::Loaded { load_us: begin.elapsed().as_micros() as u64, warnings })
+    }
+
+    /// Hands the guest to its owner, after the commit. An error is a guest that is here but does not run.
+    pub fn run(&mut self, owner: &dyn DestinationOwner) -> Result<(), String> {
+        owner.run(self.stopped.take().ok_or("the guest was not loaded")?)
+    }
+}

@@ -1,0 +1,154 @@
+//! The guest in the source's hands: tracked while it runs, stopped, let go on, or given up.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use kvm_ioctls::VmFd;
+
+use super::super::owner::{SourceOwner, StoppedGuest};
+use super::super::saved;
+use crate::block::dirty_bitmap::{CHUNK_WORDS, OutgoingBitmap};
+use crate::block::disk::Disk;
+use crate::memory::dirty_log::DirtyLog;
+use crate::memory::{GuestRam, PageRun, PageSet};
+use crate::migrate::source::Stopped;
+use crate::migrate::wire::{BitmapInfo, Frame};
+use crate::vm::{Moved, Vm};
+
+/// What the migration holds of the guest.
+pub struct SourceGuest {
+    owner: Arc<dyn SourceOwner>,
+    vm: Arc<VmFd>,
+    ram: GuestRam,
+    disks: Vec<Arc<Disk>>,
+    log: Option<DirtyLog>,
+    /// Between stop and resume, or stop and commit.
+    stopped: Option<StoppedGuest>,
+    /// From the stop on, in the order of the package.
+    bitmaps: Vec<OutgoingBitmap>,
+    moved: Option<Vm<Moved>>,
+}
+
+impl SourceGuest {
+    pub fn new(owner: Arc<dyn SourceOwner>, vm: Arc<VmFd>, ram: GuestRam, disks: Vec<Arc<Disk>>) -> Self {
+        SourceGuest { owner, vm, ram, disks, log: None, stopped: None, bitmaps: Vec::new(), moved: None }
+    }
+
+    /// Begins to track dirty pages; returns those that hold anything.
+    pub fn start_tracking(&mut self) -> Result<PageSet, String> {
+        let mut populated = PageSet::empty(self.ram.pages());
+        self.log = Some(DirtyLog::start(self.vm.clone(), self.ram.clone(), &mut populated).map_err(|error| error.to_string())?);
+        Ok(populated)
+    }
+
+    /// The pages dirtied since the last harvest.
+    pub fn harvest(&mut self) -> Result<PageSet, String> {
+        let mut dirty = PageSet::empty(self.ram.pages());
+        let log = self.log.as_mut().ok_or("dirty pages are not tracked")?;
+        log.harvest(&mut dirty).map_err(|error| error.to_string())?;
+        Ok(dirty)
+    }
+
+    /// Clears the dirty bits of `pages` within `range`: before any of them is read.
+    pub fn clear(&mut self, pages: &PageSet, range: PageRun) -> Result<(), String> {
+        let log = self.log.as_mut().ok_or("dirty pages are not tracked")?;
+        log.clear(pages, range).map_err(|error| error.to_string())
+    }
+
+    /// Takes the guest over and saves it. After an error it may or may not be in hand; [`SourceGuest::resume`] is right for both.
+    pub fn stop(&mut self) -> Result<Stopped, String> {
+        // Most of what the disks must write back is written while the guest still runs, so that giving the locks up is short. An error
+        // here is none yet: giving up will meet it again.
+        for io in self.disks.iter().filter_map(|disk| disk.io().ok()) {
+            let _ = io.flush();
+        }
+        let begin = Instant::now();
+        let guest = self.stopped.insert(self.owner.take().map_err(|reason| format!("the guest cannot be paused: {reason}"))?);
+        let stopped = Instant::now();
+        let state = guest.vm.save().map_err(|error| format!("the guest cannot be saved: {error}"))?;
+        let machine = saved::encode_guest(guest.was_running, &state)?;
+        let bitmaps = self.reserve_bitmaps();
+        let saved = Instant::now();
+        // After the state was saved, because saving can write guest RAM.
+        let dirty = self.harvest()?;
+        let microseconds = |from: Instant, to: Instant| to.duration_since(from).as_micros() as u64;
+        Ok(Stopped {
+            machine,
+            dirty,
+            bitmaps,
+            stop_us: microseconds(begin, stopped),
+            device_state_us: microseconds(stopped, saved),
+            last_sync_us: microseconds(saved, Instant::now()),
+        })
+    }
+
+    fn reserve_bitmaps(&mut self) -> Vec<BitmapInfo> {
+        let mut infos = Vec::new();
+        for disk in &self.disks {
+            for bitmap in disk.bitmaps().outgoing() {
+                infos.push(BitmapInfo {
+                    disk: disk.config().id.clone(),
+                    name: bitmap.name().to_owned(),
+                    // At most 2 GiB.
+                    granularity: bitmap.granularity().bytes() as u32,
+                    bits: disk.size().div_ceil(bitmap.granularity().bytes()),
+                    enabled: bitmap.enabled(),
+                });
+                self.bitmaps.push(bitmap);
+            }
+        }
+        infos
+    }
+
+    /// The frame with `count` words from `first` on of the bitmap `index`.
+    pub fn bitmap_words(&self, index: u32, first: u64, count: u64) -> Frame {
+        let chunks = first / CHUNK_WORDS..(first + count).div_ceil(CHUNK_WORDS);
+        let bitmap = self.bitmaps.get(index as usize);
+        let words: Vec<u64> = bitmap.into_iter().flat_map(|bitmap| chunks.clone().flat_map(|chunk| bitmap.chunk(chunk).words)).collect();
+        if words.iter().all(|word| *word == 0) {
+            return Frame::Bitmap { index, first, zero: count, words: Vec::new() };
+        }
+        Frame::Bitmap { index, first, zero: 0, words }
+    }
+
+    /// The guest goes on here, if it was stopped.
+    pub fn resume(&mut self) {
+        // First, so that the bitmaps can be used again when the guest runs.
+        self.bitmaps.clear();
+        if let Some(guest) = self.stopped.take() {
+            self.owner.put_back(guest);
+        }
+    }
+
+    /// Gives up the disks and then the guest itself, unless `hindrance` tells a reason not to at the last moment. After an error the disks
+    /// are locked as before and [`SourceGuest::resume`] lets the guest go on.
+    pub fn give_up(&mut self, hindrance: impl FnOnce() -> Option<String>) -> Result<(), String> {
+        let mut released = Vec::new();
+        let mut hindered = None;
+        for disk in self.disks.iter().filter(|disk| disk.io().is_ok()) {
+            released.push(disk);
+            if let Err(error) = disk.release() {
+                hindered = Some(error.to_string());
+                break;
+            }
+        }
+        let Some(mut reason) = hindered.or_else(hindrance) else {
+            self.moved = self.stopped.take().map(|guest| guest.vm.give_up());
+            return Ok(());
+        };
+        for error in released.into_iter().filter_map(|disk| disk.acquire().err()) {
+            reason += &format!("; and the disk cannot be used again: {error}");
+        }
+        Err(reason)
+    }
+
+    /// Ends the tracking; returns the guest if it was given up.
+    pub fn end(self) -> Option<Vm<Moved>> {
+        // A guest that has moved has no use for it, and switching it off takes time.
+        if let (Some(log), None) = (self.log, &self.moved) {
+            // A guest whose log stays on runs slower, no more.
+            let _ = log.stop();
+        }
+        self.moved
+    }
+}

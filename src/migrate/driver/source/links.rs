@@ -1,0 +1,56 @@
+//! The source's readers: what the destination says, and what it asks for.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crossbeam_channel::Sender;
+
+use super::super::frames;
+use super::super::page_io::{PageIo, Piece};
+use super::Shared;
+use crate::memory::{PAGE_SIZE, PageRun};
+use crate::migrate::source::{Input, Sent};
+use crate::migrate::transport::{Reader, Writer};
+use crate::migrate::wire::{Channel, Frame, HEADER_SIZE, Header};
+
+/// Passes on what comes on the main connection until it ends, its end last.
+pub fn read_main(mut reader: Reader, inputs: &Sender<Input>) {
+    loop {
+        let input = match frames::read(&mut reader, None) {
+            Ok(frame) => Input::Frame(frame),
+            Err(error) => Input::Lost(Channel::Main, error.to_string()),
+        };
+        // Behind a `Pages` header no frame can be found again.
+        let last = matches!(input, Input::Lost(..) | Input::Frame(Frame::Pages(_)));
+        if inputs.send(input).is_err() || last {
+            return;
+        }
+    }
+}
+
+/// Answers page requests at once, from the guest's RAM, until the urgent connection ends.
+pub fn serve_requests(shared: &Arc<Shared>, io: &PageIo, mut reader: Reader, mut writer: Writer, inputs: &Sender<Input>) {
+    let input = loop {
+        let run = match frames::read(&mut reader, None) {
+            Ok(Frame::Request(run)) => run,
+            Ok(frame) => break Input::Failed(format!("the destination sent {:?} on the urgent connection", frame.kind())),
+            Err(error) => break Input::Lost(Channel::Urgent, error.to_string()),
+        };
+        let allowed = shared.engine().request(run);
+        if let Err(reason) = allowed {
+            break Input::Failed(reason);
+        }
+        let begin = Instant::now();
+        if let Err(error) = io.send(&[Piece::Bytes(&Header::pages(run).encode()), Piece::Pages(run)], &mut writer, None) {
+            break Input::Lost(Channel::Urgent, error.to_string());
+        }
+        shared.engine().sent_urgent(Sent { normal: run.count, zero: 0, bytes: wire_bytes(run), busy: begin.elapsed() });
+    };
+    // Fails when the migration is over.
+    let _ = inputs.send(input);
+}
+
+/// Bytes that the contents of `run` take on the wire.
+pub fn wire_bytes(run: PageRun) -> u64 {
+    HEADER_SIZE as u64 + run.count * PAGE_SIZE as u64
+}

@@ -1,0 +1,332 @@
+//! The migration's own thread at the source.
+
+use std::sync::{Arc, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, at, bounded, never, select};
+
+use super::super::frames;
+use super::super::owner::SourceOwner;
+use super::super::page_io::PageIo;
+use super::Shared;
+use super::bulk::Parcel;
+use super::guest::SourceGuest;
+use super::links;
+use crate::memory::{GuestRam, PageRun, PageSet};
+use crate::migrate::report::Status;
+use crate::migrate::source::{Action, Bulk, Input, Outcome, Poll, Source};
+use crate::migrate::transport::{Address, Interrupt, Writer, connect};
+use crate::migrate::wire::{Channel, Frame};
+
+/// How long the destination may take to accept a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Background data that may wait unsent in the kernel, in bytes: enough to keep a link busy, little for an urgent page to queue behind.
+const MAX_UNSENT: u32 = 256 << 10;
+/// Inputs that readers may be ahead by.
+const INPUTS: usize = 16;
+/// How long the destination is waited for when a connection is closed, and the last words of it when a send failed.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long sending may take while the guest stands still, beside three times the accepted blackout; then it goes on here.
+const STANDSTILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The migration's thread.
+pub struct Migration {
+    shared: Arc<Shared>,
+    owner: Arc<dyn SourceOwner>,
+    address: Address,
+    session: u128,
+    io: PageIo,
+    guest: SourceGuest,
+    /// The main connection, unless it is broken: then part of a frame may have been sent, so nothing can follow.
+    main: Option<Writer>,
+    /// Ends all waits on the connections when the migration is over.
+    closing: Interrupt,
+    readers: Vec<JoinHandle<()>>,
+    inputs: Receiver<Input>,
+    /// For readers to come.
+    input_sender: Sender<Input>,
+    woken: Receiver<()>,
+    announced: (Status, u32),
+    to_clear: PageSet,
+    /// When the guest has stood still for too long.
+    standstill: Option<Instant>,
+}
+
+impl Migration {
+    #[expect(clippy::too_many_arguments, reason = "the parts that `SourceMigration::start` made, each of another type")]
+    pub fn new(
+        shared: Arc<Shared>,
+        owner: Arc<dyn SourceOwner>,
+        address: Address,
+        session: u128,
+        ram: GuestRam,
+        guest: SourceGuest,
+        closing: Interrupt,
+        woken: Receiver<()>,
+    ) -> Self {
+        let (input_sender, inputs) = bounded(INPUTS);
+        Migration {
+            shared,
+            owner,
+            address,
+            session,
+            to_clear: PageSet::empty(ram.pages()),
+            io: PageIo::new(ram),
+            guest,
+            main: None,
+            closing,
+            readers: Vec::new(),
+            inputs,
+            input_sender,
+            woken,
+            announced: (Status::None, 0),
+            standstill: None,
+        }
+    }
+
+    /// Carries the migration through.
+    pub fn run(mut self) {
+        if let Err(reason) = self.open_main() {
+            self.shared.handle(Input::Failed(reason));
+        }
+        loop {
+            while let Ok(input) = self.inputs.try_recv() {
+                self.shared.handle(input);
+            }
+            let poll = self.shared.engine().poll(self.shared.now());
+            self.announce();
+            match poll {
+                Poll::Act(Action::End(outcome)) => return self.end(*outcome),
+                Poll::Act(action) => self.act(action),
+                Poll::Bulk(Bulk::Pages { run, clear }) => self.send_pages(run, clear),
+                Poll::Bulk(Bulk::Bitmap { index, first, count }) => {
+                    let frame = self.guest.bitmap_words(index, first, count);
+                    if let Some(bytes) = self.send(&frame) {
+                        self.shared.engine().sent_bitmap(bytes);
+                    }
+                }
+                Poll::Wait(until) => {
+                    self.wait(until.map(|until| self.shared.began + until));
+                }
+            }
+        }
+    }
+
+    /// Tells the owner what has changed.
+    fn announce(&mut self) {
+        let progress = self.shared.engine().progress(self.shared.now());
+        let current = (progress.status, progress.pass);
+        if current != self.announced {
+            self.announced = current;
+            self.owner.changed(current.0, current.1);
+        }
+    }
+
+    /// Waits for an input, a wake or `deadline`; returns whether it was the deadline.
+    fn wait(&self, deadline: Option<Instant>) -> bool {
+        select! {
+            recv(self.inputs) -> input => if let Ok(input) = input { self.shared.handle(input) },
+            recv(self.woken) -> _ => {}
+            recv(deadline.map_or_else(never, at)) -> _ => return true,
+        }
+        false
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Send(frame) => {
+                if let Some(bytes) = self.send(&frame) {
+                    self.shared.engine().sent_frame(&frame, bytes);
+                }
+            }
+            Action::OpenUrgent => {
+                if let Err(reason) = self.open_urgent() {
+                    self.shared.handle(Input::Failed(reason));
+                }
+            }
+            Action::StartTracking => {
+                let populated = self.guest.start_tracking();
+                self.shared.handle(populated.map_or_else(Input::Failed, Input::Harvested));
+            }
+            Action::Harvest => {
+                let dirty = self.guest.harvest();
+                self.shared.handle(dirty.map_or_else(Input::Failed, Input::Harvested));
+            }
+            Action::Stop => {
+                let stopped = self.guest.stop();
+                let limit = self.shared.engine().downtime_limit();
+                self.standstill = Some(Instant::now() + STANDSTILL_TIMEOUT + limit * 3);
+                self.shared.handle(stopped.map_or_else(Input::StopFailed, Input::Stopped));
+            }
+            Action::Resume => {
+                self.standstill = None;
+                self.guest.resume();
+            }
+            Action::GiveUp => self.give_up(),
+            // Taken by `run`.
+            Action::End(_) => {}
+        }
+    }
+
+    /// The commit point. Whatever has come after READY (the loss of a connection, or nonsense) is a reason not to pass it.
+    fn give_up(&mut self) {
+        let inputs = &self.inputs;
+        let given_up = self.guest.give_up(|| match inputs.try_recv().ok()? {
+            Input::Lost(_, reason) => Some(format!("the connection to the destination was lost: {reason}")),
+            Input::Failed(reason) => Some(reason),
+            Input::Frame(Frame::Abort(reason)) => Some(format!("the destination says: {reason}")),
+            _ => Some("the destination spoke out of turn".into()),
+        });
+        self.standstill = None;
+        match given_up {
+            // No cancel comes any more, but one that came just before must not cut the commit.
+            Ok(()) => self.main = self.main.take().map(|writer| writer.interrupted_by(&self.closing)),
+            Err(reason) => self.shared.handle(Input::GiveUpFailed(reason)),
+        }
+    }
+
+    fn open_main(&mut self) -> Result<(), String> {
+        let deadline = Instant::now() + CONNECT_TIMEOUT;
+        let connection = connect(&self.address, &self.shared.cancel, Some(deadline)).map_err(|error| error.to_string())?;
+        connection.limit_unsent(MAX_UNSENT).map_err(|error| format!("cannot set up the connection to {}: {error}", self.address))?;
+        let (reader, writer) = connection.interrupted_by(&self.closing).split();
+        self.main = Some(writer.interrupted_by(&self.shared.cancel));
+        let inputs = self.input_sender.clone();
+        self.spawn("migration-read", move || links::read_main(reader, &inputs))
+    }
+
+    fn open_urgent(&mut self) -> Result<(), String> {
+        let deadline = Instant::now() + CONNECT_TIMEOUT;
+        let connection = connect(&self.address, &self.shared.cancel, Some(deadline)).map_err(|error| error.to_string())?;
+        let (reader, mut writer) = connection.interrupted_by(&self.closing).split();
+        let hello = Source::hello(self.session, Channel::Urgent);
+        frames::send(&mut writer, &hello, Some(deadline)).map_err(|error| format!("urgent connection to {}: {error}", self.address))?;
+        let (shared, io, inputs) = (self.shared.clone(), self.io.clone(), self.input_sender.clone());
+        self.spawn("migration-urgent", move || links::serve_requests(&shared, &io, reader, writer, &inputs))
+    }
+
+    fn spawn(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), String> {
+        let thread = std::thread::Builder::new().name(name.into()).spawn(body);
+        self.readers.push(thread.map_err(|error| format!("cannot start a thread: {error}"))?);
+        Ok(())
+    }
+
+    /// Sends `frame` on the main connection, if that can still be; returns its length in bytes.
+    fn send(&mut self, frame: &Frame) -> Option<u64> {
+        let mut writer = self.main.take()?;
+        let mut deadline = self.standstill;
+        if let Frame::Abort(_) = frame {
+            // A courtesy, which a cancel before it must not end.
+            writer = writer.interrupted_by(&self.closing);
+            deadline = Some(Instant::now() + CLOSE_TIMEOUT);
+        } else if self.shared.cancel.is_raised() && !self.shared.engine().is_committed() {
+            // The engine knows of the cancel. Nothing was cut yet, so that it can still be told to the destination.
+            self.main = Some(writer);
+            return None;
+        }
+        match frames::send(&mut writer, frame, deadline) {
+            Ok(bytes) => {
+                self.main = Some(writer);
+                Some(bytes)
+            }
+            Err(error) => {
+                self.link_failed(&error.to_string());
+                None
+            }
+        }
+    }
+
+    fn send_pages(&mut self, run: PageRun, clear: Option<PageRun>) {
+        if self.shared.engine().may_throttle() {
+            self.throttle();
+            if !self.shared.engine().may_throttle() {
+                // It has ended meanwhile.
+                return;
+            }
+        }
+        if let Some(range) = clear {
+            let all = PageRun::new(0, self.to_clear.universe());
+            self.to_clear.remove(all);
+            {
+                let engine = self.shared.engine();
+                engine.unsent().runs_within(range).for_each(|run| {
+                    self.to_clear.insert(run);
+                });
+            }
+            self.to_clear.insert(run);
+            if let Err(reason) = self.guest.clear(&self.to_clear, range) {
+                return self.shared.handle(Input::Failed(reason));
+            }
+        }
+        // After the bits were cleared: a write from here on shows in the next harvest.
+        let parcel = match Parcel::new(&self.io, run) {
+            Ok(parcel) => parcel,
+            Err(error) => return self.shared.handle(Input::Failed(error.to_string())),
+        };
+        let Some(mut writer) = self.main.take() else { return };
+        if self.shared.cancel.is_raised() && !self.shared.engine().is_committed() {
+            self.main = Some(writer);
+            return;
+        }
+        match parcel.send(&self.io, &mut writer, self.standstill) {
+            Ok(sent) => {
+                self.main = Some(writer);
+                let mut engine = self.shared.engine();
+                engine.sent(sent);
+                let (throttled, committed) = (engine.may_throttle(), engine.is_committed());
+                drop(engine);
+                if throttled {
+                    self.with_pace(committed, sent.bytes);
+                }
+            }
+            Err(error) => self.link_failed(&error.to_string()),
+        }
+    }
+
+    /// Waits until what was sent so far is paid for. Any input ends the wait: it may change what is to be done.
+    fn throttle(&mut self) {
+        let committed = self.shared.engine().is_committed();
+        let delay = self.with_pace(committed, 0);
+        if !delay.is_zero() {
+            self.wait(Some(Instant::now() + delay));
+        }
+    }
+
+    fn with_pace(&self, committed: bool, bytes: u64) -> Duration {
+        let pace = if committed { &self.shared.postcopy_pace } else { &self.shared.precopy_pace };
+        pace.lock().unwrap_or_else(PoisonError::into_inner).delay(self.shared.now(), bytes)
+    }
+
+    /// A send failed. The destination may have said why before it closed the connection, so its words are waited for.
+    fn link_failed(&mut self, reason: &str) {
+        let deadline = Instant::now() + CLOSE_TIMEOUT;
+        while !self.shared.engine().is_over() {
+            match self.inputs.recv_deadline(deadline) {
+                Ok(input) => self.shared.handle(input),
+                Err(_) => self.shared.handle(Input::Lost(Channel::Main, reason.into())),
+            }
+        }
+    }
+
+    /// Closes the connections so that nothing under way is destroyed, ends the threads and reports.
+    fn end(mut self, outcome: Outcome) {
+        if let Some(mut writer) = self.main.take()
+            && writer.finish().is_ok()
+        {
+            // What the destination still sends is read away: closing with unread data would reset the connection and destroy our last
+            // words on their way.
+            let deadline = Instant::now() + CLOSE_TIMEOUT;
+            while !matches!(self.inputs.recv_deadline(deadline), Err(_) | Ok(Input::Lost(Channel::Main, _))) {}
+        }
+        self.closing.raise();
+        // A reader that is ahead finds the channel closed.
+        drop(std::mem::replace(&mut self.inputs, never()));
+        for reader in self.readers.drain(..) {
+            // A panic of the thread was printed when it happened.
+            let _ = reader.join();
+        }
+        let moved = self.guest.end();
+        self.owner.ended(outcome, moved);
+    }
+}
