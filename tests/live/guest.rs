@@ -81,6 +81,11 @@ impl Guest {
         assert_ne!(more, More::Bytes, "the guest must stand still, but says {:?}", String::from_utf8_lossy(&self.console.bytes[self.taken..]));
     }
 
+    /// Waits for anything at all.
+    pub fn says_something(&mut self, limit: Duration) -> More {
+        self.console.more(Instant::now() + limit)
+    }
+
     /// The value of `key` in the first fact that begins with `pagestorm: name`.
     pub fn fact(&self, name: &str, key: &str) -> u64 {
         let start = format!("pagestorm: {name} ");
