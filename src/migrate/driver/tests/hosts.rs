@@ -55,7 +55,7 @@ pub struct SourceHost {
 
 pub enum SourceEvent {
     Changed(Status),
-    Ended(source::Outcome, Option<Vm<Moved>>),
+    Ended(Box<source::Outcome>, Option<Vm<Moved>>),
 }
 
 impl SourceHost {
@@ -90,7 +90,7 @@ impl SourceHost {
         let deadline = Instant::now() + LIMIT;
         loop {
             if let SourceEvent::Ended(outcome, moved) = self.seen.recv_deadline(deadline).expect("the source does not end") {
-                return (outcome, moved);
+                return (*outcome, moved);
             }
         }
     }
@@ -134,7 +134,7 @@ impl SourceOwner for SourceHost {
     }
 
     fn ended(&self, outcome: source::Outcome, moved: Option<Vm<Moved>>) {
-        let _ = self.events.send(SourceEvent::Ended(outcome, moved));
+        let _ = self.events.send(SourceEvent::Ended(Box::new(outcome), moved));
     }
 }
 
