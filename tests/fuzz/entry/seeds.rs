@@ -149,7 +149,8 @@ fn setup() -> Vec<u8> {
 fn elf(pvh: Option<u32>) -> Vec<u8> {
     const EHDR: u64 = 64;
     const PHDR: u64 = 56;
-    let note = pvh.map(|entry| [&4u32.to_le_bytes()[..], &4u32.to_le_bytes(), &18u32.to_le_bytes(), b"Xen\0", &entry.to_le_bytes()].concat());
+    let note =
+        pvh.map(|entry| [&4u32.to_le_bytes()[..], &4u32.to_le_bytes(), &18u32.to_le_bytes(), b"Xen\0", &entry.to_le_bytes()].concat());
     let headers = 1 + u16::from(note.is_some());
     let content = EHDR + 2 * PHDR;
     let program = |kind: u32, offset: u64, address: u64, size: u64| {
@@ -203,7 +204,8 @@ fn virtio_blk(kind: u32) -> [u8; 0x260] {
     let mut put = |at: u64, bytes: &[u8]| input[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
     let header = 0x180;
     let writes = u16::from(matches!(kind, 0 | 8)) * 2;
-    let pieces = [(header, 16u32, 1u16, 1u16), (header + 0x20, if writes == 0 { 16 } else { 512 }, 1 | writes, 2), (header + 0x60, 1, 2, 0)];
+    let pieces =
+        [(header, 16u32, 1u16, 1u16), (header + 0x20, if writes == 0 { 16 } else { 512 }, 1 | writes, 2), (header + 0x60, 1, 2, 0)];
     for (index, (address, length, flags, next)) in (0u64..).zip(pieces) {
         put(4 + index * 16, &(DESC + address).to_le_bytes());
         put(12 + index * 16, &length.to_le_bytes());
@@ -239,7 +241,8 @@ fn virtio_mmio(choice: u8) -> Vec<u8> {
     for status in [0, 1, 3] {
         input.extend(write(0x70, status));
     }
-    for (register, value) in [(0x24, 1), (0x20, 1), (0x70, 11), (0x30, 0), (0x38, QUEUE.into()), (0x80, DESC as u32), (0x90, AVAIL as u32)] {
+    for (register, value) in [(0x24, 1), (0x20, 1), (0x70, 11), (0x30, 0), (0x38, QUEUE.into()), (0x80, DESC as u32), (0x90, AVAIL as u32)]
+    {
         input.extend(write(register, value));
     }
     for (register, value) in [(0xa0, super::virtio_blk::USED as u32), (0x44, 1), (0x70, 15), (0x50, 0), (0x64, 1), (0x50, 0)] {

@@ -99,7 +99,8 @@ impl Host {
                 self.stopped = true;
                 let bitmap = |name: &str| BitmapInfo { disk: "root".into(), name: name.into(), granularity: 512, bits: 999, enabled: true };
                 let bitmaps = vec![bitmap("a"), bitmap("b")];
-                let stopped = Stopped { machine: vec![2; 10], dirty: some_pages(), bitmaps, stop_us: 1, device_state_us: 1, last_sync_us: 1 };
+                let stopped =
+                    Stopped { machine: vec![2; 10], dirty: some_pages(), bitmaps, stop_us: 1, device_state_us: 1, last_sync_us: 1 };
                 self.engine.handle(Input::Stopped(stopped), self.now);
             }
             Action::Resume => {
