@@ -15,6 +15,7 @@ pub mod serial;
 mod size;
 mod start;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -43,6 +44,11 @@ enum CliError {
     /// A migration ended otherwise than by completing.
     #[error("{0}")]
     Migration(String),
+}
+
+/// Whether `ferry` takes these arguments, the program's name first; does nothing with them. An error is what its user would read.
+pub fn check(arguments: impl Iterator<Item = OsString>) -> Result<(), String> {
+    Arguments::try_parse_from(arguments).map(drop).map_err(|error| error.to_string())
 }
 
 /// Runs `ferry` with the process's arguments. Exit status: 0 done, 1 failed (with one sentence on stderr), 2 wrong usage.
