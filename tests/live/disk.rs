@@ -1,0 +1,69 @@
+//! A disk's image, checked from outside.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use ferry::block::disk::Disk;
+use ferry::vm::config::DiskConfig;
+use pagestorm::page::{self, Body, PAGE_SIZE, Stamp, WORDS, Words, mix};
+
+/// A raw image.
+pub struct TestDisk {
+    pub path: PathBuf,
+    bytes: u64,
+}
+
+/// The image's blocks at one moment.
+pub struct Snapshot(Vec<Box<Words>>);
+
+impl TestDisk {
+    pub fn create(path: PathBuf, bytes: u64) -> Self {
+        File::create(&path).unwrap().set_len(bytes).unwrap();
+        TestDisk { path, bytes }
+    }
+
+    /// Whether nobody has it.
+    pub fn is_free(&self) -> bool {
+        let config = DiskConfig { id: "root".into(), path: self.path.clone(), readonly: false };
+        Disk::open(config).unwrap().acquire().is_ok()
+    }
+
+    pub fn snapshot(&self) -> Snapshot {
+        let file = File::open(&self.path).unwrap();
+        let mut block = [0; PAGE_SIZE];
+        let blocks = (0..self.bytes / PAGE_SIZE as u64).map(|number| {
+            file.read_exact_at(&mut block, number * PAGE_SIZE as u64).unwrap();
+            let mut words = Box::new([0; WORDS]);
+            for (word, bytes) in words.iter_mut().zip(block.chunks_exact(8)) {
+                *word = u64::from_le_bytes(bytes.try_into().unwrap());
+            }
+            words
+        });
+        Snapshot(blocks.collect())
+    }
+}
+
+impl Snapshot {
+    /// Every block that was ever written in the run with this `magic` must be whole; how many there are, and their digest as pagestorm
+    /// computes it.
+    pub fn check(&self, magic: u64) -> (u64, u64) {
+        let (mut count, mut digest) = (0, 0u64);
+        for (number, words) in self.0.iter().enumerate().filter(|(_, words)| words[3] == magic) {
+            let generation = u32::try_from(words[1]).unwrap();
+            let stamp = Stamp { magic, number: number as u64, generation };
+            page::check(words, stamp, Body::Random).unwrap_or_else(|damage| panic!("block {number}: {damage:?}"));
+            count += 1;
+            digest = digest.wrapping_add(mix(mix(number as u64) ^ u64::from(generation)));
+        }
+        (count, digest)
+    }
+
+    /// How many pieces of `granularity` bytes differ from `before`.
+    pub fn changed(&self, before: &Snapshot, granularity: u64) -> usize {
+        let changed = self.0.iter().zip(&before.0).enumerate().filter(|(_, (now, before))| now != before);
+        let pieces: BTreeSet<u64> = changed.map(|(number, _)| number as u64 * PAGE_SIZE as u64 / granularity).collect();
+        pieces.len()
+    }
+}

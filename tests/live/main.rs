@@ -1,0 +1,32 @@
+//! Real Ferries: processes, sockets, userfaultfd and disks move the test kernel pagestorm, which checks its own RAM and disk all the time.
+//!
+//! | file | concern |
+//! |---|---|
+//! | `lab` | one test's directory, Ferries, disks and guests |
+//! | `process`, `output` | processes, their output, their end within a time limit, and no survivors |
+//! | `ferry` | `ferry run`, `ferry receive` and their control socket |
+//! | `migration` | `ferry migrate` as a user calls it |
+//! | `guest` | what a guest says, followed over all its moves: one unbroken story |
+//! | `disk` | images, checked from outside |
+//! | `pagestorm_kernel` | builds the test kernel |
+//!
+//! All other files are tests.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod disk;
+mod ferry;
+mod guest;
+mod lab;
+mod migration;
+mod output;
+mod pagestorm_kernel;
+mod process;
+
+mod after_commit;
+mod before_commit;
+mod bitmaps;
+mod control;
+mod moves;
+mod qemu_client;
+mod reports;
+mod strangers;
