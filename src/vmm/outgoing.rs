@@ -135,6 +135,10 @@ impl SourceOwner for Vmm {
     }
 
     fn changed(&self, status: Status, pass: u32) {
+        // The end is told by `ended`, with the report.
+        if !status.is_active() {
+            return;
+        }
         let mut outgoing = lock(&self.outgoing);
         let new_pass = std::mem::replace(&mut outgoing.pass, pass) < pass;
         drop(outgoing);

@@ -20,6 +20,8 @@ pub struct DestinationGuest {
     prepared: Option<Prepared>,
     pub bitmaps: IncomingBitmaps,
     stopped: Option<StoppedGuest>,
+    /// When the guest certainly still ran at the source: its state is saved only after an answer that was sent then.
+    pub ran_at: Option<Instant>,
 }
 
 struct Prepared {
@@ -57,10 +59,13 @@ impl DestinationGuest {
             let urgent = urgent.ok_or("there is no urgent connection")?;
             FaultService::start(shared, uffd, &prepared.ram, &package.missing, urgent)?;
         }
-        let (was_running, state) = saved::decode_guest(&package.machine)?;
+        let (was_running, mut state) = saved::decode_guest(&package.machine)?;
         let (vm, disks) = shared.owner.built()?;
         let (bitmaps, warnings) = IncomingBitmaps::new(&package.bitmaps, &disks);
         self.bitmaps = bitmaps;
+        if let Some(ran_at) = self.ran_at {
+            state.bound_blackout(begin.elapsed()..=ran_at.elapsed());
+        }
         // Can touch RAM and so wait for pages, which the fault service asks for.
         let vm = vm.restore(&state).map_err(|error| format!("the guest's state cannot be loaded: {error}"))?;
         self.stopped = Some(StoppedGuest { vm, was_running });

@@ -120,6 +120,9 @@ impl Session {
         if channel == Channel::Urgent {
             return Err(Input::Failed(format!("{:?} does not belong on the urgent connection", frame.kind())));
         }
+        if let Frame::Prepared | Frame::PassAck = frame {
+            self.guest.ran_at = Some(Instant::now());
+        }
         let sent = frames::send(&mut self.writer, frame, Some(Instant::now() + SEND_TIMEOUT));
         sent.map(|_| None).map_err(|error| Input::Lost(Channel::Main, error.to_string()))
     }
