@@ -2,6 +2,7 @@
 
 mod arguments;
 mod bandwidth;
+mod bitmap;
 pub mod console;
 mod control;
 mod disk;
@@ -60,6 +61,8 @@ pub fn main() -> ExitCode {
         Subcommand::Status(target) => control::status(&target.qmp),
         Subcommand::Pause(target) => control::pause(&target.qmp),
         Subcommand::Resume(target) => control::resume(&target.qmp),
+        Subcommand::Powerdown(target) => control::powerdown(&target.qmp),
+        Subcommand::Bitmap(arguments) => bitmap::bitmap(arguments),
         Subcommand::Cancel(target) => control::cancel(&target.qmp),
         Subcommand::StartPostcopy(target) => control::start_postcopy(&target.qmp),
         Subcommand::Quit(target) => control::quit(&target.qmp),
