@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, ValueEnum};
 
+use super::bitmap::BitmapArguments;
 use super::options::{ReceiveOptions, RunOptions};
 use super::serial::SerialTarget;
 use super::{bandwidth, disk, duration, size};
@@ -41,6 +42,10 @@ pub(super) enum Subcommand {
     Pause(Target),
     /// Resume a paused guest
     Resume(Target),
+    /// Ask a guest to power off, as its power button does
+    Powerdown(Target),
+    /// List, add and remove dirty bitmaps of a guest's disks
+    Bitmap(BitmapArguments),
     /// Cancel a migration; the guest goes on where it is
     Cancel(Target),
     /// Switch a running migration to postcopy now

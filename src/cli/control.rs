@@ -46,6 +46,11 @@ pub(super) fn resume(qmp: &Path) -> Result<(), CliError> {
     execute(qmp, &Command::Cont)
 }
 
+/// `ferry powerdown`.
+pub(super) fn powerdown(qmp: &Path) -> Result<(), CliError> {
+    execute(qmp, &Command::SystemPowerdown)
+}
+
 /// `ferry cancel`.
 pub(super) fn cancel(qmp: &Path) -> Result<(), CliError> {
     execute(qmp, &Command::MigrateCancel)
@@ -61,7 +66,8 @@ pub(super) fn quit(qmp: &Path) -> Result<(), CliError> {
     execute(qmp, &Command::Quit)
 }
 
-fn execute(qmp: &Path, command: &Command) -> Result<(), CliError> {
+/// Carries out a command whose answer says nothing.
+pub(super) fn execute(qmp: &Path, command: &Command) -> Result<(), CliError> {
     Client::connect(qmp)?.execute(command)?;
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 mod arguments;
 mod bandwidth;
+mod bitmap;
 pub mod console;
 mod control;
 mod disk;
@@ -15,6 +16,7 @@ pub mod serial;
 mod size;
 mod start;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -45,6 +47,11 @@ enum CliError {
     Migration(String),
 }
 
+/// Whether `ferry` takes these arguments, the program's name first; does nothing with them. An error is what its user would read.
+pub fn check(arguments: impl Iterator<Item = OsString>) -> Result<(), String> {
+    Arguments::try_parse_from(arguments).map(drop).map_err(|error| error.to_string())
+}
+
 /// Runs `ferry` with the process's arguments. Exit status: 0 done, 1 failed (with one sentence on stderr), 2 wrong usage.
 pub fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
@@ -54,6 +61,8 @@ pub fn main() -> ExitCode {
         Subcommand::Status(target) => control::status(&target.qmp),
         Subcommand::Pause(target) => control::pause(&target.qmp),
         Subcommand::Resume(target) => control::resume(&target.qmp),
+        Subcommand::Powerdown(target) => control::powerdown(&target.qmp),
+        Subcommand::Bitmap(arguments) => bitmap::bitmap(arguments),
         Subcommand::Cancel(target) => control::cancel(&target.qmp),
         Subcommand::StartPostcopy(target) => control::start_postcopy(&target.qmp),
         Subcommand::Quit(target) => control::quit(&target.qmp),

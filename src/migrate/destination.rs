@@ -257,6 +257,8 @@ impl Destination {
             }
             (Input::Prepared, State::Preparing) => {
                 self.prepared = true;
+                // Only now: a size that this host has no RAM for must not cost anything.
+                self.written = PageSet::empty(self.ram_pages);
                 self.check_prepared();
             }
             (Input::Loaded { load_us, warnings }, State::Loading) => {
@@ -362,7 +364,6 @@ impl Destination {
             return Err(format!("a guest of {ram_pages} pages of RAM cannot be received"));
         }
         self.ram_pages = ram_pages;
-        self.written = PageSet::empty(ram_pages);
         self.actions.push_back(Action::Prepare { ram_pages, postcopy, machine });
         self.enter(State::Preparing, None);
         Ok(())

@@ -322,8 +322,8 @@ impl Source {
             return self.poll(now);
         }
         match self.state {
-            State::Sending | State::LastPass | State::Committed => match self.next_bulk() {
-                Some(bulk) => Poll::Bulk(bulk),
+            State::Sending | State::LastPass | State::Committed => match self.next_to_send() {
+                Some(poll) => poll,
                 None => {
                     self.all_sent(now);
                     self.poll(now)
@@ -569,22 +569,19 @@ impl Source {
         self.enter(State::LastPass, None);
     }
 
-    fn next_bulk(&mut self) -> Option<Bulk> {
-        match self.state {
-            State::Sending => {
-                let clear = self.outgoing.take_chunk_to_clear();
-                self.outgoing.take_next(MAX_RUN).map(|run| Bulk::Pages { run, clear })
-            }
-            State::LastPass if !self.switch_postcopy => self.outgoing.take_next(MAX_RUN).map(|run| Bulk::Pages { run, clear: None }),
-            State::Committed => loop {
-                match self.bitmaps.take_next() {
-                    Some(BitmapStep::Words { index, first, count }) => return Some(Bulk::Bitmap { index, first, count }),
-                    Some(BitmapStep::Complete(index)) => self.send(Frame::BitmapComplete(index)),
-                    None => return self.outgoing.take_next(POSTCOPY_RUN).map(|run| Bulk::Pages { run, clear: None }),
-                }
+    fn next_to_send(&mut self) -> Option<Poll> {
+        let (max, clear) = match self.state {
+            State::Sending => (MAX_RUN, self.outgoing.take_chunk_to_clear()),
+            State::LastPass if !self.switch_postcopy => (MAX_RUN, None),
+            State::Committed => match self.bitmaps.take_next() {
+                Some(BitmapStep::Words { index, first, count }) => return Some(Poll::Bulk(Bulk::Bitmap { index, first, count })),
+                // In its place between the words of two bitmaps, which is why it does not join the queue of actions.
+                Some(BitmapStep::Complete(index)) => return Some(Poll::Act(Action::Send(Frame::BitmapComplete(index)))),
+                None => (POSTCOPY_RUN, None),
             },
-            _ => None,
-        }
+            _ => return None,
+        };
+        self.outgoing.take_next(max).map(|run| Poll::Bulk(Bulk::Pages { run, clear }))
     }
 
     fn all_sent(&mut self, now: Duration) {

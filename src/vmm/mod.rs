@@ -207,7 +207,14 @@ impl Main {
             }
         };
         // vCPUs stop before the console and the disks go.
-        *lock(&vmm.guest) = Guest::None;
+        let guest = std::mem::take(&mut *lock(&vmm.guest));
+        if vmm.incoming.is_active() {
+            // A thread of an incomplete guest may wait for a page that never comes. It ends with the process, and until then nothing must
+            // take the missing page for zeros and write them to a disk.
+            std::mem::forget(guest);
+        } else {
+            drop(guest);
+        }
         vmm.machine.close();
         if let Some(server) = &self.server {
             server.flush(FLUSH);

@@ -78,7 +78,12 @@ impl Guest {
     pub fn is_silent_for(&mut self, time: Duration) {
         self.hear_all();
         let more = self.console.more(Instant::now() + time);
-        assert_ne!(more, More::Bytes, "the guest must stand still, but says {:?}", String::from_utf8_lossy(&self.console.bytes[self.taken..]));
+        assert_ne!(
+            more,
+            More::Bytes,
+            "the guest must stand still, but says {:?}",
+            String::from_utf8_lossy(&self.console.bytes[self.taken..])
+        );
     }
 
     /// Waits for anything at all.

@@ -59,7 +59,8 @@ impl Migration {
     pub fn fails(self, words: &[&str]) -> Ended {
         let ended = self.end();
         assert_eq!(ended.end, End::Status(1), "{}", ended.said);
-        let sentence = ended.said.lines().find(|line| line.starts_with("ferry: ")).unwrap_or_else(|| panic!("no sentence:\n{}", ended.said));
+        let sentence =
+            ended.said.lines().find(|line| line.starts_with("ferry: ")).unwrap_or_else(|| panic!("no sentence:\n{}", ended.said));
         for word in words {
             assert!(sentence.contains(word), "{word:?} is not said: {sentence}");
         }

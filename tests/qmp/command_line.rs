@@ -47,10 +47,26 @@ fn short_commands_do_what_they_say() {
     assert!(run("pause", &fixture).status.success());
     assert_eq!(text(&run("status", &fixture).stdout), "guest      paused\n");
     assert!(run("resume", &fixture).status.success());
+    assert!(run("powerdown", &fixture).status.success());
     let refused = run("start-postcopy", &fixture);
     assert_eq!(refused.status.code(), Some(1));
     assert_eq!(text(&refused.stderr).lines().count(), 1);
     assert!(run("quit", &fixture).status.success() && fixture.has_quit());
+}
+
+#[test]
+fn bitmaps_are_added_listed_and_removed() {
+    let fixture = Fixture::start();
+    let bitmaps = || {
+        let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+        text(&run("bitmap list", &fixture).stdout).lines().skip(1).map(words).collect::<Vec<_>>()
+    };
+    assert!(run("bitmap add d0 b0 --granularity 4K", &fixture).status.success());
+    assert_eq!(bitmaps(), ["d0 b0 4096 0 recording"]);
+    assert!(run("bitmap remove d0 b0", &fixture).status.success());
+    assert!(bitmaps().is_empty());
+    assert_eq!(run("bitmap add nodisk b0", &fixture).status.code(), Some(1));
+    assert_eq!(run("bitmap add d0 b0 --granularity 3K", &fixture).status.code(), Some(2));
 }
 
 #[test]

@@ -44,6 +44,8 @@ pub struct Migration {
     closing: Interrupt,
     readers: Vec<JoinHandle<()>>,
     inputs: Receiver<Input>,
+    /// The reader of the main connection has come to its end.
+    main_ended: bool,
     /// For readers to come.
     input_sender: Sender<Input>,
     woken: Receiver<()>,
@@ -78,6 +80,7 @@ impl Migration {
             closing,
             readers: Vec::new(),
             inputs,
+            main_ended: false,
             input_sender,
             woken,
             announced: (Status::None, 0),
@@ -92,7 +95,7 @@ impl Migration {
         }
         loop {
             while let Ok(input) = self.inputs.try_recv() {
-                self.shared.handle(input);
+                self.take(input);
             }
             let poll = self.shared.engine().poll(self.shared.now());
             self.announce();
@@ -123,14 +126,19 @@ impl Migration {
         }
     }
 
-    /// Waits for an input, a wake or `deadline`; returns whether it was the deadline.
-    fn wait(&self, deadline: Option<Instant>) -> bool {
+    /// Passes what a reader reports on to the engine.
+    fn take(&mut self, input: Input) {
+        self.main_ended |= matches!(input, Input::Lost(Channel::Main, _));
+        self.shared.handle(input);
+    }
+
+    /// Waits for an input, a wake or `deadline`.
+    fn wait(&mut self, deadline: Option<Instant>) {
         select! {
-            recv(self.inputs) -> input => if let Ok(input) = input { self.shared.handle(input) },
+            recv(self.inputs) -> input => if let Ok(input) = input { self.take(input) },
             recv(self.woken) -> _ => {}
-            recv(deadline.map_or_else(never, at)) -> _ => return true,
+            recv(deadline.map_or_else(never, at)) -> _ => {}
         }
-        false
     }
 
     fn act(&mut self, action: Action) {
@@ -303,7 +311,7 @@ impl Migration {
         let deadline = Instant::now() + CLOSE_TIMEOUT;
         while !self.shared.engine().is_over() {
             match self.inputs.recv_deadline(deadline) {
-                Ok(input) => self.shared.handle(input),
+                Ok(input) => self.take(input),
                 Err(_) => self.shared.handle(Input::Lost(Channel::Main, reason.into())),
             }
         }
@@ -317,7 +325,11 @@ impl Migration {
             // What the destination still sends is read away: closing with unread data would reset the connection and destroy our last
             // words on their way.
             let deadline = Instant::now() + CLOSE_TIMEOUT;
-            while !matches!(self.inputs.recv_deadline(deadline), Err(_) | Ok(Input::Lost(Channel::Main, _))) {}
+            while !self.main_ended
+                && let Ok(input) = self.inputs.recv_deadline(deadline)
+            {
+                self.take(input);
+            }
         }
         self.closing.raise();
         // A reader that is ahead finds the channel closed.

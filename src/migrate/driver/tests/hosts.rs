@@ -55,7 +55,7 @@ pub struct SourceHost {
 
 pub enum SourceEvent {
     Changed(Status),
-    Ended(source::Outcome, Option<Vm<Moved>>),
+    Ended(Box<source::Outcome>, Option<Vm<Moved>>),
 }
 
 impl SourceHost {
@@ -66,12 +66,12 @@ impl SourceHost {
     }
 
     pub fn migrate(self: &Arc<Self>, request: SourceRequest) -> SourceMigration {
-        let fd = match self.guest.lock().unwrap().as_ref().unwrap() {
-            Guest::Running(vm) => vm.fd().clone(),
-            Guest::Paused(vm) => vm.fd().clone(),
+        let (fd, facts) = match self.guest.lock().unwrap().as_ref().unwrap() {
+            Guest::Running(vm) => (vm.fd().clone(), MachineFacts::of(vm)),
+            Guest::Paused(vm) => (vm.fd().clone(), MachineFacts::of(vm)),
         };
         let disk_sizes = self.disks.iter().map(|disk| disk.size()).collect();
-        let setup = MachineSetup { config: self.config.clone(), facts: MachineFacts {}, disk_sizes };
+        let setup = MachineSetup { config: self.config.clone(), facts, disk_sizes };
         SourceMigration::start(request, setup, self.ram.clone(), fd, self.disks.clone(), self.clone()).unwrap()
     }
 
@@ -90,7 +90,7 @@ impl SourceHost {
         let deadline = Instant::now() + LIMIT;
         loop {
             if let SourceEvent::Ended(outcome, moved) = self.seen.recv_deadline(deadline).expect("the source does not end") {
-                return (outcome, moved);
+                return (*outcome, moved);
             }
         }
     }
@@ -134,7 +134,7 @@ impl SourceOwner for SourceHost {
     }
 
     fn ended(&self, outcome: source::Outcome, moved: Option<Vm<Moved>>) {
-        let _ = self.events.send(SourceEvent::Ended(outcome, moved));
+        let _ = self.events.send(SourceEvent::Ended(Box::new(outcome), moved));
     }
 }
 

@@ -1,0 +1,94 @@
+//! A destination that is played by hand, frame by frame, so that it can break off anywhere.
+
+use std::time::Instant;
+
+use super::hosts::LIMIT;
+use crate::memory::PAGE_SIZE;
+use crate::migrate::driver::frames;
+use crate::migrate::transport::{Address, Connection, Interrupt, Listener, Reader, Writer};
+use crate::migrate::wire::{Frame, Kind};
+
+/// How far the played destination goes before it closes both connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    Hello,
+    Setup,
+    Prepared,
+    Switchover,
+    /// READY was sent and COMMIT has come.
+    Commit,
+}
+
+pub struct Peer {
+    listener: Listener,
+    interrupt: Interrupt,
+}
+
+impl Peer {
+    pub fn new() -> (Self, Address) {
+        let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.address().clone();
+        (Peer { listener, interrupt: Interrupt::new().unwrap() }, address)
+    }
+
+    fn accept(&self) -> (Reader, Writer) {
+        let connection: Connection = self.listener.accept(&self.interrupt, Some(Instant::now() + LIMIT)).unwrap();
+        connection.split()
+    }
+
+    /// Gets ready and then reads nothing until `held` is closed.
+    pub fn stall(self, held: &crossbeam_channel::Receiver<()>) {
+        let (mut reader, mut writer) = self.accept();
+        assert!(matches!(next(&mut reader), Frame::Hello(_)));
+        frames::send(&mut writer, &Frame::Welcome("played".into()), None).unwrap();
+        let _urgent = self.accept();
+        frames::send(&mut writer, &Frame::Prepared, None).unwrap();
+        assert!(held.recv_timeout(LIMIT).is_err_and(|error| error.is_disconnected()));
+    }
+
+    /// Plays until then, and is gone.
+    pub fn play(self, until: Until) {
+        let (mut reader, mut writer) = self.accept();
+        let said = |writer: &mut Writer, frame: Frame| frames::send(writer, &frame, Some(Instant::now() + LIMIT)).unwrap();
+        assert!(matches!(next(&mut reader), Frame::Hello(_)));
+        if until == Until::Hello {
+            return;
+        }
+        said(&mut writer, Frame::Welcome("played".into()));
+        wait_for(&mut reader, Kind::Setup);
+        if until == Until::Setup {
+            return;
+        }
+        let (mut urgent, _urgent_writer) = self.accept();
+        assert!(matches!(next(&mut urgent), Frame::Hello(_)));
+        said(&mut writer, Frame::Prepared);
+        if until == Until::Prepared {
+            return;
+        }
+        loop {
+            match next(&mut reader) {
+                Frame::PassEnd(_) => drop(said(&mut writer, Frame::PassAck)),
+                Frame::Switchover(_) => break,
+                _ => {}
+            }
+        }
+        if until == Until::Switchover {
+            return;
+        }
+        said(&mut writer, Frame::Ready { load_us: 1, warnings: Vec::new() });
+        wait_for(&mut reader, Kind::Commit);
+    }
+}
+
+/// The next frame; the contents of pages are read away.
+fn next(reader: &mut Reader) -> Frame {
+    let frame = frames::read(reader, Some(Instant::now() + LIMIT)).unwrap();
+    if let Frame::Pages(run) = frame {
+        reader.read_exact(&mut vec![0; run.count as usize * PAGE_SIZE], Some(Instant::now() + LIMIT)).unwrap();
+    }
+    frame
+}
+
+fn wait_for(reader: &mut Reader, kind: Kind) {
+    while next(reader).kind() != kind {}
+}

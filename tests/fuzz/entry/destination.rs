@@ -1,0 +1,81 @@
+//! The destination's state machine with a hostile source. The driver around it always does what it is told.
+
+use std::time::Duration;
+
+use ferry::memory::PageNumber;
+use ferry::migrate::destination::{Action, Destination, Input, Outcome, Placement, Poll};
+use ferry::migrate::wire::{Frame, Hello};
+
+use super::allocation::{proportionate, within};
+use super::session::{Step, steps};
+
+/// What this host has, in pages: 4 GiB.
+const HOST_PAGES: u64 = 1 << 20;
+
+pub fn run(data: &[u8]) {
+    // A package makes sets of the pages that the host agreed to; nothing else may cost more than its own length.
+    let limit = proportionate(data.len()) + (HOST_PAGES / 8) as usize;
+    within(limit, || Host::default().live(data));
+}
+
+#[derive(Default)]
+struct Host {
+    engine: Destination,
+    now: Duration,
+    committed: bool,
+    ended: bool,
+}
+
+impl Host {
+    fn live(&mut self, data: &[u8]) {
+        for step in steps(data) {
+            match step {
+                Step::Frame(channel, Frame::Hello(Hello { channel: said, session, program })) if channel == said => {
+                    let _ = self.engine.hello(&Hello { channel, session, program }, self.now);
+                }
+                Step::Frame(channel, Frame::Pages(run)) => match self.engine.pages(channel, run) {
+                    Ok(Placement::Fault) => self.engine.placed(run, self.now),
+                    Ok(Placement::Direct) => {}
+                    Err(reason) => self.engine.handle(Input::Failed(reason)),
+                },
+                Step::Frame(channel, frame) => self.engine.handle(Input::Frame(channel, frame)),
+                Step::Lost(channel) => self.engine.handle(Input::Lost(channel, "cut".into())),
+                Step::Wait(time) => self.now += time,
+                Step::Local(byte @ 0..0x80) => {
+                    self.engine.fault(PageNumber(byte.into()), self.now);
+                }
+                Step::Local(byte) if byte.is_multiple_of(2) => self.engine.handle(Input::Failed("no".into())),
+                Step::Local(_) => self.engine.handle(Input::Warning("hm".into())),
+                Step::Poll(_) => {}
+            }
+            while let Poll::Act(action) = self.engine.poll(self.now) {
+                self.act(action);
+            }
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        assert!(!self.ended, "{action:?} after the end");
+        match action {
+            Action::Send(_, frame) => drop(frame.encode().expect("what is sent can be encoded")),
+            Action::Prepare { ram_pages, .. } if ram_pages <= HOST_PAGES => self.engine.handle(Input::Prepared),
+            Action::Prepare { .. } => self.engine.handle(Input::Failed("too large".into())),
+            Action::Load(package) => {
+                assert!(package.postcopy || package.missing.is_empty());
+                self.engine.handle(Input::Loaded { load_us: 1, warnings: Vec::new() });
+            }
+            Action::Run => {
+                self.committed = true;
+                self.engine.handle(Input::Ran(1));
+            }
+            Action::PlaceZero(run) => self.engine.placed(run, self.now),
+            Action::Empty(run) => assert!(run.is_within(HOST_PAGES), "{run}"),
+            Action::LoadBitmap { .. } | Action::CompleteBitmap(_) | Action::AbandonBitmaps => assert!(self.committed),
+            Action::End(outcome) => {
+                self.ended = true;
+                assert_eq!(matches!(outcome, Outcome::Abandoned(_)), !self.committed, "{outcome:?}");
+                assert!(outcome != Outcome::Completed || self.engine.missing().is_empty(), "done, but pages are missing");
+            }
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! What the source says about the machine: its needs, before the migration, and its state, at the switch.
+
+use ferry::migrate::driver::owner::MachineSetup;
+use ferry::vm::facts::HostFacts;
+use ferry::vm::state::MachineState;
+
+use super::allocation::{proportionate, within};
+
+pub fn run(data: &[u8]) {
+    let state = within(proportionate(data.len()), || MachineState::from_bytes(data));
+    if let Ok(state) = state {
+        let bytes = state.to_bytes().expect("what was decoded encodes");
+        assert!(MachineState::from_bytes(&bytes).is_ok());
+    }
+    if let Ok(setup) = within(proportionate(data.len()), || postcard::from_bytes::<MachineSetup>(data)) {
+        let host = HostFacts { cpuid: Vec::new(), max_cpus: 4, tsc_khz: 1_000_000, tsc_scaling: false, msrs: vec![0x10], xsave_size: 4096 };
+        let _ = setup.facts.refusals(&host);
+    }
+}

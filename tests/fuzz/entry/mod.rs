@@ -1,0 +1,32 @@
+//! What is done with bytes from outside, for every place where Ferry takes some. The fuzzer and `tests/corpus.rs` both run these.
+//! They panic where Ferry would be wrong: on a panic of its own, an allocation out of proportion, or a broken promise.
+
+mod allocation;
+mod boot;
+mod command_line;
+mod destination;
+mod machine_state;
+mod qmp;
+mod scratch;
+#[cfg(test)]
+pub mod seeds;
+mod serial;
+mod session;
+mod source;
+mod virtio_blk;
+mod virtio_mmio;
+mod wire;
+
+/// Name and entry function of every target; its corpus is `tests/fuzz/corpus/NAME`.
+pub const TARGETS: [(&str, fn(&[u8])); 10] = [
+    ("boot", boot::run),
+    ("command_line", command_line::run),
+    ("destination", destination::run),
+    ("machine_state", machine_state::run),
+    ("qmp", qmp::run),
+    ("serial", serial::run),
+    ("source", source::run),
+    ("virtio_blk", virtio_blk::run),
+    ("virtio_mmio", virtio_mmio::run),
+    ("wire", wire::run),
+];

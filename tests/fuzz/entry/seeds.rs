@@ -1,0 +1,269 @@
+//! Where the fuzzer begins: inputs made by Ferry's own encoders, so that they follow every change of a format.
+
+use ferry::device::serial::SerialPort;
+use ferry::device::virtio::blk::VirtioBlk;
+use ferry::device::virtio::mmio::VirtioMmio;
+use ferry::device::{Device, DeviceState};
+use ferry::memory::{GuestRam, PageRun};
+use ferry::migrate::driver::owner::MachineSetup;
+use ferry::migrate::report::Faults;
+use ferry::migrate::source::Source;
+use ferry::migrate::wire::{BitmapInfo, Channel, Frame, Package, Totals};
+use ferry::vm::config::{DiskConfig, GuestConfig};
+use ferry::vm::facts::MachineFacts;
+use kvm_bindings::*;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::virtio_blk::{AVAIL, DESC, QUEUE, disk};
+
+/// The seeds of the target with this name.
+pub fn seeds(target: &str) -> Vec<Vec<u8>> {
+    match target {
+        "boot" => vec![elf(None), elf(Some(0x10_0000)), bzimage()],
+        "command_line" => command_lines(),
+        "destination" => vec![destination(true), destination(false)],
+        "machine_state" => vec![machine_state(), setup()],
+        "qmp" => qmp(),
+        "serial" => vec![serial()],
+        "source" => (0..3).map(source).collect(),
+        "virtio_blk" => [0, 1, 8, 11, 13].map(|kind| virtio_blk(kind).to_vec()).to_vec(),
+        "virtio_mmio" => vec![virtio_mmio(0), virtio_mmio(1)],
+        "wire" => [from_source(true), from_destination(true)].concat().iter().map(bytes).collect(),
+        _ => Vec::new(),
+    }
+}
+
+fn bytes(frame: &Frame) -> Vec<u8> {
+    frame.encode().expect("a frame")
+}
+
+fn bitmap(name: &str) -> BitmapInfo {
+    BitmapInfo { disk: "root".into(), name: name.into(), granularity: 65536, bits: 100, enabled: true }
+}
+
+/// All that a source says on its main connection, except for the pages in postcopy.
+fn from_source(postcopy: bool) -> Vec<Frame> {
+    let missing = if postcopy { vec![PageRun::new(2, 1), PageRun::new(40, 8)] } else { Vec::new() };
+    let sent = Totals { normal: 4, zero: 3 };
+    let bitmaps = vec![bitmap("a"), bitmap("b")];
+    let mut frames = vec![
+        Source::hello(7, Channel::Main),
+        Frame::Setup { ram_pages: 64, postcopy, machine: vec![1, 2, 3] },
+        Frame::Pages(PageRun::new(0, 4)),
+        Frame::Zero(vec![PageRun::new(1, 1), PageRun::new(10, 2)]),
+        Frame::PassEnd(sent),
+        Frame::Switchover(Package { sent, postcopy, missing, bitmaps, machine: vec![4, 5, 6] }),
+        Frame::Commit,
+        Frame::Bitmap { index: 0, first: 0, zero: 0, words: vec![1, 2] },
+        Frame::BitmapComplete(0),
+        Frame::Bitmap { index: 1, first: 0, zero: 2, words: Vec::new() },
+        Frame::BitmapComplete(1),
+    ];
+    if postcopy {
+        frames.extend([Frame::Pages(PageRun::new(2, 1)), Frame::Zero(vec![PageRun::new(40, 8)])]);
+    }
+    frames.extend([Frame::End, Frame::Abort("no".into())]);
+    frames
+}
+
+/// All that a destination says on its main connection.
+fn from_destination(postcopy: bool) -> Vec<Frame> {
+    let faults = Faults { requested: u64::from(postcopy), ..Faults::default() };
+    vec![
+        Frame::Welcome("ferry".into()),
+        Frame::Prepared,
+        Frame::PassAck,
+        Frame::Ready { load_us: 5, warnings: vec!["hm".into()] },
+        Frame::Running(3),
+        Frame::Request(PageRun::new(100, 1)),
+        Frame::Done { faults, warnings: Vec::new() },
+        Frame::Abort("no".into()),
+    ]
+}
+
+fn destination(postcopy: bool) -> Vec<u8> {
+    let mut steps = Vec::new();
+    for (index, frame) in from_source(postcopy).iter().enumerate() {
+        steps.extend(bytes(frame));
+        if index == 0 {
+            steps.push(0x80);
+            steps.extend(bytes(&Source::hello(7, Channel::Urgent)));
+        }
+        if *frame == Frame::Commit {
+            steps.extend([0x83, 40, 0x83, 50]);
+        }
+    }
+    steps
+}
+
+fn source(mode: u8) -> Vec<u8> {
+    let mut steps = vec![mode, 0x84, 4];
+    // In mode postcopy there is no pass.
+    for frame in from_destination(true).into_iter().filter(|frame| mode < 2 || *frame != Frame::PassAck) {
+        if frame.kind() == ferry::migrate::wire::Kind::Request {
+            steps.push(0x80);
+        }
+        steps.extend(bytes(&frame));
+        steps.extend([0x82, 1, 0x84, 100]);
+    }
+    steps
+}
+
+fn qmp() -> Vec<Vec<u8>> {
+    let commands = [
+        r#"{"execute": "qmp_capabilities", "arguments": {"enable": []}, "id": 1}"#,
+        r#"{"execute": "migrate", "arguments": {"uri": "tcp:127.0.0.1:4444", "detach": true}}"#,
+        r#"{"execute": "migrate-set-parameters", "arguments": {"downtime-limit": 50, "max-bandwidth": 125000000}}"#,
+        r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": [{"capability": "postcopy-ram", "state": true}]}}"#,
+        r#"{"execute": "block-dirty-bitmap-add", "arguments": {"node": "root", "name": "backup", "granularity": 65536}}"#,
+        "garbage\n{\"execute\": \"query-status\"}",
+    ];
+    commands.map(Vec::from).to_vec()
+}
+
+fn command_lines() -> Vec<Vec<u8>> {
+    let lines = [
+        "run\n--kernel\nvmlinuz\n--memory\n512M\n--cpus\n2\n--disk\npath=a,,b,id=root,readonly=on\n--serial\nunix:s\n--qmp\nq",
+        "receive\n--listen\ntcp:[::1]:4444\n--disk\nid=root,path=/dev/vg/root",
+        "migrate\n--qmp\nq\nunix:/run/in\n--mode\nprecopy\n--downtime\n50ms\n--max-bandwidth\n1Gbit\n--postcopy-bandwidth\n125M",
+    ];
+    lines.map(Vec::from).to_vec()
+}
+
+fn setup() -> Vec<u8> {
+    let disks = vec![DiskConfig { id: "root".into(), path: "disk.img".into(), readonly: false }];
+    let config = GuestConfig {
+        name: "guest".into(),
+        cpus: 2,
+        memory: 512 << 20,
+        kernel: "vmlinuz".into(),
+        initrd: Some("initrd".into()),
+        cmdline: "quiet".into(),
+        disks,
+    };
+    let facts = MachineFacts { cpuid: Vec::new(), cpus: 2, tsc_khz: 1_000_000, msrs: vec![0x10, 0x11], xsave_size: 4096 };
+    postcard::to_stdvec(&MachineSetup { config, facts, disk_sizes: vec![65536] }).expect("a setup")
+}
+
+/// An ELF file of one segment, with a PVH note if there is an entry for it.
+fn elf(pvh: Option<u32>) -> Vec<u8> {
+    const EHDR: u64 = 64;
+    const PHDR: u64 = 56;
+    let note =
+        pvh.map(|entry| [&4u32.to_le_bytes()[..], &4u32.to_le_bytes(), &18u32.to_le_bytes(), b"Xen\0", &entry.to_le_bytes()].concat());
+    let headers = 1 + u16::from(note.is_some());
+    let content = EHDR + 2 * PHDR;
+    let program = |kind: u32, offset: u64, address: u64, size: u64| {
+        let flags = 7u32;
+        let numbers = [offset, address, address, size, size, 0];
+        [&kind.to_le_bytes()[..], &flags.to_le_bytes()].concat().into_iter().chain(numbers.into_iter().flat_map(u64::to_le_bytes))
+    };
+    let mut file = vec![1, 0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    file.extend([2u16, 62].into_iter().flat_map(u16::to_le_bytes));
+    file.extend(1u32.to_le_bytes());
+    file.extend([0x10_0000, EHDR, 0].into_iter().flat_map(u64::to_le_bytes));
+    file.extend(0u32.to_le_bytes());
+    file.extend([EHDR as u16, PHDR as u16, headers, 0, 0, 0].into_iter().flat_map(u16::to_le_bytes));
+    file.extend(program(1, content, 0x10_0000, 4));
+    file.extend(program(4, content + 4, 0, note.as_ref().map_or(0, |note| note.len() as u64)));
+    file.extend([0xf4; 4]);
+    file.extend(note.unwrap_or_default());
+    file
+}
+
+/// A bzImage of one setup sector and 1 KiB of kernel.
+fn bzimage() -> Vec<u8> {
+    let mut file = vec![0; 0x800];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[1]);
+    put(0x1f4, &64u32.to_le_bytes());
+    put(0x1fe, &[0x55, 0xaa, 0xeb, 0x66]);
+    put(0x202, b"HdrS");
+    put(0x206, &0x20fu16.to_le_bytes());
+    put(0x211, &[1]);
+    put(0x214, &0x10_0000u32.to_le_bytes());
+    put(0x22c, &0x7fff_ffffu32.to_le_bytes());
+    put(0x236, &1u16.to_le_bytes());
+    put(0x238, &255u32.to_le_bytes());
+    put(0x258, &0x10_0000u64.to_le_bytes());
+    put(0x260, &0x1000u32.to_le_bytes());
+    file.insert(0, 3);
+    file
+}
+
+fn serial() -> Vec<u8> {
+    let port = SerialPort::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
+    port.input(&[b'x'; 70]);
+    let state = port.save().expect("a state").state;
+    [&[state.len() as u8][..], &state, &[1, 0xff, 2, 1, 3, 0x80, 0, 12, 3, 3, 4, 0x1f, 0, b'a']].concat()
+}
+
+/// One request of a kind: descriptor table, rings, and what the descriptors point to.
+fn virtio_blk(kind: u32) -> [u8; 0x260] {
+    let mut input = [0; 0x260];
+    let mut put = |at: u64, bytes: &[u8]| input[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
+    let header = 0x180;
+    let writes = u16::from(matches!(kind, 0 | 8)) * 2;
+    let pieces =
+        [(header, 16u32, 1u16, 1u16), (header + 0x20, if writes == 0 { 16 } else { 512 }, 1 | writes, 2), (header + 0x60, 1, 2, 0)];
+    for (index, (address, length, flags, next)) in (0u64..).zip(pieces) {
+        put(4 + index * 16, &(DESC + address).to_le_bytes());
+        put(12 + index * 16, &length.to_le_bytes());
+        put(16 + index * 16, &flags.to_le_bytes());
+        put(18 + index * 16, &next.to_le_bytes());
+    }
+    put(4 + AVAIL - DESC + 2, &1u16.to_le_bytes());
+    put(4 + header, &kind.to_le_bytes());
+    put(4 + header + 8, &1u64.to_le_bytes());
+    put(4 + header + 0x28, &8u32.to_le_bytes());
+    put(0, &[2, 0, 0, 0]);
+    input
+}
+
+fn virtio_mmio(choice: u8) -> Vec<u8> {
+    let mut input = Vec::new();
+    if choice == 1 {
+        let device = VirtioMmio::new(GuestRam::allocate(2 << 20).expect("RAM"), VirtioBlk::new(disk())).expect("a device");
+        let DeviceState { state, .. } = device.save().expect("a state");
+        input.push(state.len() as u8);
+        input.extend(state);
+    } else {
+        input.push(0);
+    }
+    let write = |register: u8, value: u32| [&[register / 4][..], &value.to_le_bytes()].concat();
+    let memory = virtio_blk(1);
+    for (index, part) in memory[4..].chunks(0x7f).enumerate() {
+        let address = DESC as u16 + index as u16 * 0x7f;
+        input.push(0x80 + part.len() as u8);
+        input.extend(address.to_le_bytes());
+        input.extend(part);
+    }
+    for status in [0, 1, 3] {
+        input.extend(write(0x70, status));
+    }
+    for (register, value) in [(0x24, 1), (0x20, 1), (0x70, 11), (0x30, 0), (0x38, QUEUE.into()), (0x80, DESC as u32), (0x90, AVAIL as u32)]
+    {
+        input.extend(write(register, value));
+    }
+    for (register, value) in [(0xa0, super::virtio_blk::USED as u32), (0x44, 1), (0x70, 15), (0x50, 0), (0x64, 1), (0x50, 0)] {
+        input.extend(write(register, value));
+    }
+    input
+}
+
+/// A machine with one vCPU and one device, all zeros: only the lengths have to be right.
+fn machine_state() -> Vec<u8> {
+    fn abi<T>() -> Vec<u8> {
+        vec![0; size_of::<T>()]
+    }
+    let cpuid = vec![abi::<kvm_cpuid_entry2>()];
+    let registers = (abi::<kvm_mp_state>(), abi::<kvm_regs>(), abi::<kvm_sregs>(), vec![0u8; 576], abi::<kvm_xcrs>());
+    let more = (abi::<kvm_debugregs>(), abi::<kvm_lapic_state>(), 1_000_000u32, Some(7u64), cpuid.clone(), vec![(0x10u32, 5u64)]);
+    let vcpus = vec![(registers, more, abi::<kvm_vcpu_events>())];
+    let chips = (abi::<kvm_irqchip>(), abi::<kvm_irqchip>(), abi::<kvm_irqchip>(), abi::<kvm_pit_state2>());
+    let devices = vec![DeviceState { id: "serial".into(), version: 1, state: vec![1, 2, 3] }];
+    let state = (cpuid, vcpus, chips, (abi::<kvm_clock_data>(), 9u64), devices);
+    let bytes = postcard::to_extend(&state, b"FRYM\x01\x00".to_vec()).expect("a state");
+    assert!(ferry::vm::state::MachineState::from_bytes(&bytes).is_ok(), "the seed follows the structure");
+    bytes
+}

@@ -1,0 +1,131 @@
+//! The source's state machine with a hostile destination. The first byte chooses the mode; the driver does what it is told, step by step.
+
+use std::time::Duration;
+
+use ferry::memory::{PageRun, PageSet};
+use ferry::migrate::bitmaps::IncomingBitmaps;
+use ferry::migrate::report::Mode;
+use ferry::migrate::source::{Action, Bulk, Config, Input, Outcome, Poll, Sent, Source, Stopped};
+use ferry::migrate::wire::{BitmapInfo, Channel, Frame};
+
+use super::allocation::{proportionate, within};
+use super::session::{Step, steps};
+
+const PAGES: u64 = 1024;
+
+pub fn run(data: &[u8]) {
+    let Some((&choice, data)) = data.split_first() else { return };
+    let mode = [Mode::Auto, Mode::Precopy, Mode::Postcopy][usize::from(choice % 3)];
+    let config = Config { mode, downtime_limit: Duration::from_millis(50), ram_pages: PAGES, session: 1, machine: vec![1; 10] };
+    let engine = Source::new(config);
+    let (now, bitmaps) = (Duration::ZERO, IncomingBitmaps::default());
+    let mut host = Host { engine, now, stopped: false, given_up: false, ended: false, bitmaps };
+    within(proportionate(data.len()), || host.live(data));
+}
+
+struct Host {
+    engine: Source,
+    now: Duration,
+    stopped: bool,
+    given_up: bool,
+    ended: bool,
+    /// How the destination accounts for bitmaps.
+    bitmaps: IncomingBitmaps,
+}
+
+impl Host {
+    fn live(&mut self, data: &[u8]) {
+        for step in steps(data) {
+            match step {
+                Step::Frame(Channel::Main, frame) => self.engine.handle(Input::Frame(frame), self.now),
+                Step::Frame(Channel::Urgent, Frame::Request(run)) => match self.engine.request(run) {
+                    Ok(()) => self.engine.sent_urgent(sent(run)),
+                    Err(reason) => self.engine.handle(Input::Lost(Channel::Urgent, reason), self.now),
+                },
+                Step::Frame(Channel::Urgent, frame) => {
+                    self.engine.handle(Input::Lost(Channel::Urgent, format!("{:?}", frame.kind())), self.now);
+                }
+                Step::Lost(channel) => self.engine.handle(Input::Lost(channel, "cut".into()), self.now),
+                Step::Wait(time) => self.now += time,
+                Step::Local(byte) => {
+                    let input = match byte % 4 {
+                        0 => Input::Cancel,
+                        1 => Input::StartPostcopy,
+                        2 => Input::DowntimeLimit(Duration::from_millis(byte.into())),
+                        _ => Input::Failed("no".into()),
+                    };
+                    self.engine.handle(input, self.now);
+                }
+                Step::Poll(times) => self.poll(times.into()),
+            }
+            let _ = self.engine.progress(self.now);
+        }
+        self.poll(100_000);
+        assert!(matches!(self.engine.poll(self.now), Poll::Wait(_)), "it never waits");
+    }
+
+    fn poll(&mut self, times: usize) {
+        for _ in 0..times {
+            match self.engine.poll(self.now) {
+                Poll::Act(action) => self.act(action),
+                Poll::Bulk(Bulk::Pages { run, .. }) => self.engine.sent(sent(run)),
+                Poll::Bulk(Bulk::Bitmap { index, first, count }) => {
+                    self.bitmaps.words(index, first, count).expect("words in order");
+                    self.engine.sent_bitmap(count * 8);
+                }
+                Poll::Wait(_) => return,
+            }
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        assert!(!self.ended, "{action:?} after the end");
+        match action {
+            Action::Send(frame) => {
+                assert!(frame != Frame::Commit || self.given_up, "committed before the guest was given up");
+                match &frame {
+                    Frame::Switchover(package) => self.bitmaps = IncomingBitmaps::new(&package.bitmaps),
+                    Frame::BitmapComplete(index) => self.bitmaps.complete(*index).expect("all its words went"),
+                    Frame::End => assert!(self.bitmaps.all_complete()),
+                    _ => {}
+                }
+                let length = frame.encode().expect("what is sent can be encoded").len();
+                self.engine.sent_frame(&frame, length as u64);
+            }
+            Action::OpenUrgent => {}
+            Action::StartTracking => self.engine.handle(Input::Harvested(PageSet::full(PAGES)), self.now),
+            Action::Harvest => self.engine.handle(Input::Harvested(some_pages()), self.now),
+            Action::Stop => {
+                self.stopped = true;
+                let bitmap = |name: &str| BitmapInfo { disk: "root".into(), name: name.into(), granularity: 512, bits: 999, enabled: true };
+                let bitmaps = vec![bitmap("a"), bitmap("b")];
+                let stopped =
+                    Stopped { machine: vec![2; 10], dirty: some_pages(), bitmaps, stop_us: 1, device_state_us: 1, last_sync_us: 1 };
+                self.engine.handle(Input::Stopped(stopped), self.now);
+            }
+            Action::Resume => {
+                assert!(!self.given_up, "the guest runs again though it was given up");
+                self.stopped = false;
+            }
+            Action::GiveUp => {
+                assert!(self.stopped);
+                self.given_up = true;
+            }
+            Action::End(outcome) => {
+                self.ended = true;
+                assert_eq!(matches!(*outcome, Outcome::NotMoved(_)), !self.given_up, "{outcome:?}");
+                assert!(self.given_up || !self.stopped, "the guest stands still and belongs to nobody");
+            }
+        }
+    }
+}
+
+fn some_pages() -> PageSet {
+    let mut pages = PageSet::empty(PAGES);
+    pages.insert(PageRun::new(100, 70));
+    pages
+}
+
+fn sent(run: PageRun) -> Sent {
+    Sent { normal: run.count, zero: 0, bytes: run.bytes(), busy: Duration::from_micros(run.count) }
+}
