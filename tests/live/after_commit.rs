@@ -30,7 +30,7 @@ fn half_moved(lab: &Lab, cmdline: &str) -> HalfMoved {
     let mut client = here.client();
     let migration = lab.migrate(&here, &there.address, &TRICKLE);
     wait_for_migration(&mut client, "postcopy-active");
-    assert_eq!(here.state(), "postmigrate");
+    assert_eq!(here.state(), "finish-migrate");
     guest.moved_to(&mut there);
     guest.beats(3);
     HalfMoved { here, there, guest, migration }
