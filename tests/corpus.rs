@@ -8,10 +8,10 @@ mod entry;
 
 use std::path::{Path, PathBuf};
 
-use entry::TARGETS;
+use entry::{Entry, TARGETS};
 
 /// Runs one input. Panics in threads of devices count as well, so the first panic ends the whole program.
-fn run(name: &str, target: fn(&[u8]), input: &[u8], from: &str) {
+fn run(name: &str, target: Entry, input: &[u8], from: &str) {
     eprintln!("{name}: {from}");
     target(input);
 }

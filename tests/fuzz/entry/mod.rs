@@ -17,8 +17,11 @@ mod virtio_blk;
 mod virtio_mmio;
 mod wire;
 
+/// What is run with every input. Panics if something is wrong.
+pub type Entry = fn(&[u8]);
+
 /// Name and entry function of every target; its corpus is `tests/fuzz/corpus/NAME`.
-pub const TARGETS: [(&str, fn(&[u8])); 10] = [
+pub const TARGETS: [(&str, Entry); 10] = [
     ("boot", boot::run),
     ("command_line", command_line::run),
     ("destination", destination::run),
