@@ -5,6 +5,8 @@
 
 #[path = "fuzz/entry/mod.rs"]
 mod entry;
+#[path = "fuzz/seeds.rs"]
+mod seeds;
 
 use std::path::{Path, PathBuf};
 
@@ -23,7 +25,7 @@ fn over_corpus(name: &str) {
         std::process::abort();
     }));
     let (_, target) = *TARGETS.iter().find(|(known, _)| *known == name).expect("a target");
-    let seeds = entry::seeds::seeds(name);
+    let seeds = seeds::seeds(name);
     assert!(!seeds.is_empty());
     let directory = std::env::var_os("FERRY_WRITE_SEEDS").map(|root| PathBuf::from(root).join(name));
     for (index, seed) in seeds.iter().enumerate() {

@@ -8,12 +8,10 @@ mod destination;
 mod machine_state;
 mod qmp;
 mod scratch;
-#[cfg(test)]
-pub mod seeds;
 mod serial;
 mod session;
 mod source;
-mod virtio_blk;
+pub mod virtio_blk;
 mod virtio_mmio;
 mod wire;
 
