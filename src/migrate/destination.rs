@@ -192,6 +192,7 @@ impl Destination {
     /// A connection says what it is. An error refuses that connection, with words for its other end, and harms no migration under way.
     pub fn hello(&mut self, hello: &Hello, now: Duration) -> Result<(), String> {
         match (hello.channel, self.session) {
+            (Channel::Main, None) if self.state == State::Ended => Err("this side has given up waiting for a migration".into()),
             (Channel::Main, None) => {
                 self.session = Some(hello.session);
                 self.send(Channel::Main, Frame::Welcome(concat!("ferry ", env!("CARGO_PKG_VERSION")).into()));

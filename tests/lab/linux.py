@@ -1,0 +1,288 @@
+#!/usr/bin/env python3
+"""Linux guests, a stock Debian kernel and a tiny one, on two emulated hosts: they boot, hear the power button, restart,
+and move, running, in every mode, and their agent finds nothing wrong with memory, disk and clocks.
+
+One line for each check; exit status 0 if all passed. Guests and Ferry are built first.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from hosts import ROOT, Failed, Pair
+
+BLOCK = 64 << 10  # the bitmap's granularity
+BOOT, MOVE, END = 180, 120, 120  # seconds that each may take on a busy machine
+# Host b's wall clock, which must not become the guest's.
+HOUR = 3600
+
+
+def run_here(*command):
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+class Guest:
+    """A guest and the Ferry that has it."""
+
+    def __init__(self, host, kernel, initrd, disk, options=""):
+        self.host = host
+        self.last = None
+        self.job = host.start(
+            f"ferry run --kernel /g/{kernel} --initrd /g/{initrd} --cpus 2 --memory 256M --disk path={disk},id=d "
+            f"--qmp /tmp/guest --cmdline 'console=ttyS0 quiet agent.memory=16 agent.threads=2 {options}'")
+
+    def control(self, command, seconds=60):
+        return self.host.run(f"ferry {command} --qmp /tmp/guest", seconds)
+
+    def agent(self, kind, seconds, what=lambda fields: True):
+        """The agent's next line of a kind; a line that tells of a failure ends the test."""
+        def matches(line):
+            fields = line.json()
+            if fields.get("agent") == "failure" or fields.get("ok") is False:
+                raise Failed(f"the guest at {self.host.name} says: {line.text}")
+            return fields if fields.get("agent") == kind and what(fields) else None
+        line, fields = self.job.expect(matches, seconds)
+        return line, fields
+
+    def ticks(self, count, seconds):
+        """Waits for heartbeats and compares the guest's clocks with this machine's."""
+        for _ in range(count):
+            line, tick = self.agent("tick", seconds)
+            if self.last:
+                last_line, last = self.last
+                passed = (tick["mono_ms"] - last["mono_ms"]) / 1000
+                if abs(passed - (line.monotonic - last_line.monotonic)) > 1.5:
+                    raise Failed(f"{passed} s passed in the guest, {line.monotonic - last_line.monotonic:.2f} s outside")
+                if tick["seq"] <= last["seq"]:
+                    raise Failed(f"heartbeat {tick['seq']} after {last['seq']}")
+            if abs(tick["wall_ms"] / 1000 - line.wall) > 3:
+                raise Failed(f"the guest's wall clock is wrong by {tick['wall_ms'] / 1000 - line.wall:.1f} s")
+            self.last = line, tick
+
+    def move(self, host, mode, options=""):
+        """Moves the guest; gives the report. The source's Ferry must end well."""
+        source, source_job = self.host, self.job
+        receive = host.start("ferry receive --listen tcp:0.0.0.0:7000 --qmp /tmp/guest")
+        receive.expect(lambda line: "waiting for a guest" in line.text, MOVE)
+        migrate = source.start(f"ferry migrate --qmp /tmp/guest --mode {mode} {options} tcp:{host.address}:7000")
+        _, event = migrate.expect(lambda line: line.json().get("data", {}).get("report") and line.json(), MOVE)
+        migrate.wait(MOVE)
+        # What the guest said before it went, failures included.
+        self.last = self.last and self.newest_tick(source_job)
+        source_job.wait(MOVE)
+        self.host, self.job = host, receive
+        report = event["data"]["report"]
+        if mode != "auto" and report["postcopy"] != (mode == "postcopy"):
+            raise Failed(f"mode {mode}, but the report says postcopy: {report['postcopy']}")
+        return report
+
+    def newest_tick(self, job):
+        deadline = time.monotonic() + MOVE
+        while line := job.next_line(deadline):
+            fields = line.json()
+            if fields.get("agent") == "failure" or fields.get("ok") is False:
+                raise Failed(f"the guest at {self.host.name} says: {line.text}")
+            if fields.get("agent") == "tick":
+                self.last = line, fields
+        return self.last
+
+    def power_off(self):
+        """Presses the power button: the last verdict must be good, and so must Ferry's exit status."""
+        self.control("powerdown")
+        _, verdict = self.agent("verdict", END)
+        if verdict["reason"] != "power_button":
+            raise Failed(f"the agent ended by {verdict['reason']}, not by the power button")
+        self.job.wait(END)
+
+
+class Checks:
+    """Names and counts."""
+
+    def __init__(self):
+        self.passed = self.failed = 0
+        self.lock = threading.Lock()
+
+    def run(self, name, check, *arguments):
+        """Runs a check; gives whether it passed. It may give something to tell."""
+        begin = time.monotonic()
+        try:
+            said = check(*arguments)
+            result = f"ok      {name}" + (f": {said}" if said else "")
+        except (Failed, OSError, subprocess.CalledProcessError) as error:
+            result = f"FAILED  {name}: {error}"
+        good = result.startswith("ok")
+        with self.lock:
+            self.passed, self.failed = self.passed + good, self.failed + (not good)
+            print(f"{result} ({time.monotonic() - begin:.1f} s)", flush=True)
+        return good
+
+
+def clean(image):
+    """The guest's file system is as a power-off leaves it."""
+    result = subprocess.run(["e2fsck", "-fn", image], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise Failed(f"e2fsck: {result.stdout.strip()}")
+
+
+def boots_and_powers_off(host, kernel, initrd, disk, image):
+    guest = Guest(host, kernel, initrd, disk)
+    _, start = guest.agent("start", BOOT)
+    if start["cpus"] != 2 or start["clocksource"] != "kvm-clock" or not start["power_button"]:
+        raise Failed(f"not the machine that was asked for: {start}")
+    guest.ticks(2, BOOT)
+    guest.power_off()
+    clean(image)
+
+
+def restarts(host, disk, image):
+    guest = Guest(host, "bzImage-tiny", "initramfs-tiny.cpio.gz", disk, "agent.run=1 end=reboot")
+    guest.agent("verdict", BOOT)
+    guest.agent("start", BOOT)
+    guest.agent("verdict", BOOT)
+    guest.control("quit")
+    guest.job.wait(END)
+
+
+def snapshot(guest, image):
+    """The disk's bytes of a paused guest."""
+    guest.host.run("sync")
+    return image.read_bytes()
+
+
+def dirty_bytes(guest):
+    """What the guest's bitmap says."""
+    for line in guest.control("bitmap list"):
+        if match := re.fullmatch(r"d\s+backup\s+65536\s+(\d+)\s+recording", line):
+            return int(match[1])
+    raise Failed(f"no bitmap at {guest.host.name}")
+
+
+def bitmap_fits(guest, image, before):
+    """Every changed block is dirty, and next to no others: of what was written, little stays as it was."""
+    after = snapshot(guest, image)
+    changed = sum(before[at:at + BLOCK] != after[at:at + BLOCK] for at in range(0, len(after), BLOCK))
+    dirty = dirty_bytes(guest) // BLOCK
+    if not 10 < changed <= dirty <= changed + 4:
+        raise Failed(f"{changed} blocks have changed, {dirty} are dirty")
+    return f"{changed} blocks changed, {dirty} dirty"
+
+
+def describe(report):
+    faults = (report.get("faults") or {}).get("requested", 0)
+    return f"{report['total-us'] / 1e6:.2f} s, downtime {report['downtime']['total-us'] / 1e3:.0f} ms, {faults} faults"
+
+
+class Moves:
+    """A guest that moves between a and b, and back, with a bitmap."""
+
+    def __init__(self, pair, kernel, initrd, image):
+        self.pair, self.image = pair, image
+        self.guest = Guest(pair.a, kernel, initrd, "/dev/vda")
+        self.before = None
+
+    def boot(self):
+        self.guest.ticks(1, BOOT)
+        self.guest.control("pause")
+        self.before = snapshot(self.guest, self.image)
+        self.guest.control("bitmap add d backup")
+        self.guest.control("resume")
+        self.guest.last = None  # time has stood still
+        self.guest.ticks(2, MOVE)
+
+    def move(self, mode, options=""):
+        there = self.pair.b if self.guest.host is self.pair.a else self.pair.a
+        report = self.guest.move(there, mode, options)
+        self.guest.ticks(3, MOVE)
+        return describe(report)
+
+    def compare(self):
+        self.guest.control("pause")
+        return bitmap_fits(self.guest, self.image, self.before)
+
+    def move_paused(self):
+        """Nothing is written on the way: the bitmap must arrive as it was."""
+        expected = dirty_bytes(self.guest)
+        there = self.pair.b if self.guest.host is self.pair.a else self.pair.a
+        report = self.guest.move(there, "postcopy")
+        if (arrived := dirty_bytes(self.guest)) != expected:
+            raise Failed(f"{expected} bytes were dirty, {arrived} are")
+        if not any("paused" in line for line in self.guest.control("status")):
+            raise Failed("the guest was paused and is not any more")
+        self.guest.control("resume")
+        self.guest.last = None
+        self.guest.ticks(2, MOVE)
+        return describe(report)
+
+    def end(self):
+        self.guest.power_off()
+        clean(self.image)
+
+
+def moves(checks, pair, name, image, kernel, initrd):
+    """A failed check ends the guest's journey, as the others have nothing to start from."""
+    journey = Moves(pair, kernel, initrd, image)
+    steps = [
+        ("boots at a", journey.boot),
+        ("a to b, auto", journey.move, "auto"),
+        ("b to a, postcopy", journey.move, "postcopy"),
+        ("a to b, precopy", journey.move, "precopy", "--downtime 500ms"),
+        ("its bitmap at b has what was written", journey.compare),
+        ("b to a, paused", journey.move_paused),
+        ("powers off, all well", journey.end),
+    ]
+    for number, (step, *call) in enumerate(steps):
+        if not checks.run(f"{name}: {step}", *call):
+            checks.failed += len(steps) - number - 1
+            journey.guest.host.start("ferry quit --qmp /tmp/guest")
+            return
+
+
+def in_parallel(*calls):
+    threads = [threading.Thread(target=call, args=arguments) for call, *arguments in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def main():
+    run_here("cargo", "build", "--release", "--quiet", "--locked")
+    run_here("scripts/guest-linux", "--tiny")
+    begin = time.monotonic()
+    checks = Checks()
+    guests = ROOT / "target/guest/linux"
+    names = ["bzImage-debian", "initramfs-debian.cpio.gz", "bzImage-tiny", "vmlinux-tiny", "initramfs-tiny.cpio.gz"]
+    files = [f"{ROOT}/target/release/ferry:/bin/ferry"] + [f"{guests / name}:/g/{name}" for name in names]
+    with tempfile.TemporaryDirectory(prefix="lab-test.") as directory:
+        images = [Path(directory) / name for name in ("shared", "a", "b")]
+        for image in images:
+            shutil.copy(guests / "disk.img", image)
+        shared, image_a, image_b = images
+        with Pair(files, images, seconds=1800) as pair:
+            for host in (pair.a, pair.b):
+                host.run(f"date -s @{time.time():.0f}")
+
+            def on_b():
+                tiny = "initramfs-tiny.cpio.gz"
+                checks.run("tiny bzImage restarts", restarts, pair.b, "/dev/vdc", image_b)
+                for kernel, how in [("bzImage-tiny", "bzImage"), ("vmlinux-tiny", "vmlinux by PVH")]:
+                    checks.run(f"tiny {how} boots and powers off", boots_and_powers_off, pair.b, kernel, tiny, "/dev/vdc", image_b)
+
+            in_parallel(
+                (on_b,),
+                (checks.run, "stock Debian bzImage boots and powers off", boots_and_powers_off, pair.a,
+                 "bzImage-debian", "initramfs-debian.cpio.gz", "/dev/vdb", image_a))
+            moves(checks, pair, "stock Debian", shared, "bzImage-debian", "initramfs-debian.cpio.gz")
+            pair.b.run(f"date -s @{time.time() + HOUR:.0f}")
+            moves(checks, pair, "tiny, b's clock wrong", shared, "bzImage-tiny", "initramfs-tiny.cpio.gz")
+    print(f"lab: {checks.passed} passed, {checks.failed} failed ({time.monotonic() - begin:.0f} s)")
+    return 1 if checks.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
