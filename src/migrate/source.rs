@@ -412,8 +412,9 @@ impl Source {
         let status = match self.state {
             State::Hello | State::Preparing => Status::Setup,
             State::Harvesting | State::Sending | State::PassAck => Status::Active,
-            State::Stopping | State::LastPass | State::Switching => Status::Device,
-            State::Committed | State::Ending => Status::PostcopyActive,
+            // After a precopy without bitmaps, too: nothing is to come but the destination's words that all is there.
+            State::Committed | State::Ending if self.switch_postcopy || !self.bitmaps.is_empty() => Status::PostcopyActive,
+            State::Stopping | State::LastPass | State::Switching | State::Committed | State::Ending => Status::Device,
             State::Ended => self.report.status,
         };
         let remaining = self.outgoing.unsent().len();

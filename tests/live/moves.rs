@@ -10,7 +10,7 @@ fn a_busy_guest_moves_twenty_times() {
     let lab = Lab::new();
     let disk = lab.disk(64 << 20);
     let hardware = Hardware { memory: "256M", cpus: 2, disk: Some(&disk), ..Hardware::default() };
-    let mut here = lab.run(&hardware, "fill=160M rate=max disk=on disk_rate=1000 heartbeat=20");
+    let mut here = lab.run(&hardware, "fill=160M rate=max order=random disk=on disk_rate=1000 heartbeat=20");
     let mut guest = Guest::booting_at(&mut here);
     guest.checks_every_page();
     for number in 0..20 {

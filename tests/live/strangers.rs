@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use ferry::migrate::wire::{Channel, Frame, Hello};
 
@@ -153,7 +154,7 @@ fn a_link_cut_anywhere_leaves_the_guest_in_one_place() {
         (here, guest)
     };
     let (mut here, mut guest) = boot();
-    let mut committed = 0;
+    let mut arrived = 0;
     // In the greeting, the setup, the first pass, and, in postcopy, before, in and after the package.
     let cuts = [("auto", 7), ("auto", 100), ("precopy", 1000), ("precopy", 5 << 20), ("auto", 12 << 20)];
     let late = [40_000, 60_000, 90_000, 150_000, 1 << 20, 9 << 20].map(|bytes| ("postcopy", bytes));
@@ -171,16 +172,24 @@ fn a_link_cut_anywhere_leaves_the_guest_in_one_place() {
             assert_eq!(there.console().text_so_far(), "");
             continue;
         }
-        committed += 1;
         assert!(mode == "postcopy", "cut after {bytes} bytes in mode {mode}: {}", ended.said);
         assert!(ended.said.contains("does not run here again"), "{}", ended.said);
         assert_eq!(here.state(), "postmigrate");
-        there.process.stderr.wait_for("pages are missing");
-        guest.moved_to(&mut there);
+        // A cut connection can lose what was sent last, the commit too: then the guest is nowhere, which is better than twice.
+        if there.process.ends_within(Duration::from_millis(200)).is_some() {
+            there.ends_with(1);
+            assert_eq!(there.console().text_so_far(), "");
+            there.process.stderr.wait_for("no guest was received");
+        } else {
+            there.process.stderr.wait_for("pages are missing");
+            guest.moved_to(&mut there);
+            guest.hear_all();
+            arrived += 1;
+        }
         here.command("quit");
         here.ends_with(1);
         (here, guest) = boot();
     }
-    assert!(committed > 0, "no cut came after the commit");
+    assert!(arrived > 0, "no cut came after the commit had arrived");
     guest.checks_every_page();
 }
