@@ -73,6 +73,8 @@ pub enum Action {
         /// The machine's configuration and needs.
         machine: Vec<u8>,
     },
+    /// Wait until the machine is built: what is to be acknowledged next allows the source to stop the guest.
+    FinishBuilding,
     /// These pages, written before, are zero now: empty them.
     Empty(PageRun),
     /// Discard every page in `package.missing`: of some an old version is in place, and of others a zero page, because a transparent
@@ -337,7 +339,10 @@ impl Destination {
         let checked = match (frame, self.state) {
             (Frame::Setup { ram_pages, postcopy, machine }, State::Setup) => self.on_setup(ram_pages, postcopy, machine),
             (Frame::Zero(runs), State::Receiving | State::Running) => self.on_zero(&runs),
-            (Frame::PassEnd(totals), State::Receiving) => self.check_totals(totals).map(|()| self.send(Channel::Main, Frame::PassAck)),
+            (Frame::PassEnd(totals), State::Receiving) => self.check_totals(totals).map(|()| {
+                self.actions.push_back(Action::FinishBuilding);
+                self.send(Channel::Main, Frame::PassAck);
+            }),
             (Frame::Switchover(package), State::Receiving) => self.on_switchover(package),
             (Frame::Commit, State::Ready) => {
                 self.actions.push_back(Action::Run);

@@ -205,6 +205,7 @@ pub struct Source {
     outgoing: Outgoing,
     bitmaps: OutgoingBitmaps,
     package: Option<Stopped>,
+    destination_built: bool,
     switch_postcopy: bool,
     postcopy_requested: bool,
     /// The right to run the guest is gone: [`Action::GiveUp`] was handed to the driver.
@@ -250,6 +251,7 @@ impl Source {
             deadline: Some(HELLO_TIMEOUT),
             bitmaps: OutgoingBitmaps::default(),
             package: None,
+            destination_built: false,
             switch_postcopy: false,
             postcopy_requested: false,
             given_up: false,
@@ -470,6 +472,7 @@ impl Source {
                 self.enter(State::Harvesting, None);
             }
             (Frame::PassAck, State::PassAck) => {
+                self.destination_built = true;
                 self.measure_bandwidth();
                 self.actions.push_back(Action::Harvest);
                 self.enter(State::Harvesting, None);
@@ -495,6 +498,12 @@ impl Source {
     fn on_harvested(&mut self, dirty: &PageSet, now: Duration) {
         let dirtied = dirty.len();
         self.outgoing.begin_pass(dirty);
+        if self.config.mode == Mode::Postcopy && !self.destination_built {
+            // A pass without pages: its acknowledgement says that the machine is built, which must not happen in the blackout.
+            self.send(Frame::PassEnd(self.totals));
+            self.enter(State::PassAck, Some(now + ANSWER_TIMEOUT));
+            return;
+        }
         let remaining_pages = self.unsent().len();
         let first = self.pass.number == 0;
         let decision = if first && self.config.mode != Mode::Postcopy && !self.postcopy_requested {

@@ -163,7 +163,11 @@ fn whoever_is_killed_the_guest_is_never_in_two_places() {
         let (mode, kill_source) = (["auto", "postcopy", "precopy"][round % 3], round % 4 == 3);
         let begin = Instant::now();
         let left = kill_one_side(&lab, here, guest, mode, kill_source, after);
-        println!("round {round}: {mode}, {} killed after {after:?}, decided after {:?}", if kill_source { "source" } else { "destination" }, begin.elapsed());
+        println!(
+            "round {round}: {mode}, {} killed after {after:?}, decided after {:?}",
+            if kill_source { "source" } else { "destination" },
+            begin.elapsed()
+        );
         (here, guest) = match left {
             Left::AtTheSource(ferry, guest) => {
                 counts[0] += 1;

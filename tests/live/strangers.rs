@@ -72,7 +72,8 @@ fn strangers_do_not_keep_a_guest_away() {
 #[test]
 fn garbage_after_a_greeting_ends_the_wait_with_a_sentence() {
     let lab = Lab::new();
-    let frames: [&[u8]; 4] = [&[0xff; 4096], &[4, 0, 0, 0, 0, 0, 0x40, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[6, 0, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[]];
+    let frames: [&[u8]; 4] =
+        [&[0xff; 4096], &[4, 0, 0, 0, 0, 0, 0x40, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[6, 0, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[]];
     for garbage in frames {
         let mut there = lab.receive(Transport::Tcp);
         let mut stranger = connect(&there.address);
