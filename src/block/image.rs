@@ -90,13 +90,19 @@ impl Image {
     /// Opens the file or block device at `path` and measures it. Takes no lock.
     pub fn open(path: &Path, readonly: bool) -> Result<Self, ImageError> {
         let path = path.to_owned();
+        let io_error = |action, source| ImageError::Io { action, path: path.clone(), source };
+        let image_kind = |kind: std::fs::FileType| kind.is_block_device() || kind.is_file();
+        // Before the open: opening some devices does something, and the path may come from another host.
+        let metadata = std::fs::metadata(&path).map_err(|source| ImageError::Open { path: path.clone(), source })?;
+        if !image_kind(metadata.file_type()) {
+            return Err(ImageError::Kind { path });
+        }
         // O_NONBLOCK has no effect on files and disks; it keeps a path that names a pipe from blocking us before it is refused.
         let options = OpenOptions::new().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(&path);
         let mut file = options.map_err(|source| ImageError::Open { path: path.clone(), source })?;
-        let io_error = |action, source| ImageError::Io { action, path: path.clone(), source };
         let kind = file.metadata().map_err(|source| io_error("examine", source))?.file_type();
         let block_device = kind.is_block_device();
-        if !block_device && !kind.is_file() {
+        if !image_kind(kind) {
             return Err(ImageError::Kind { path });
         }
         let size = file.seek(SeekFrom::End(0)).map_err(|source| io_error("measure", source))?;

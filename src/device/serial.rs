@@ -38,6 +38,8 @@ pub struct Uart {
     serial: Serial<Interrupt, NoEvents, Output>,
     interrupt: Arc<EventFd>,
     backlog: VecDeque<u8>,
+    /// Input waits outside, so that the state that is saved stays the last one.
+    paused: bool,
 }
 
 /// The serial port as the rest of the machine sees it.
@@ -73,7 +75,7 @@ impl SerialPort {
     pub fn new(interrupt: EventFd) -> Self {
         let interrupt = Arc::new(interrupt);
         let serial = Serial::new(Interrupt(interrupt.clone()), Box::new(std::io::sink()) as Output);
-        let uart = Uart { serial, interrupt, backlog: VecDeque::new() };
+        let uart = Uart { serial, interrupt, backlog: VecDeque::new(), paused: false };
         SerialPort { uart: Arc::new(Mutex::new(uart)), room: Arc::default() }
     }
 
@@ -91,6 +93,10 @@ impl SerialPort {
     /// Gives `bytes` to the guest as far as there is room. Returns how many were taken.
     pub fn input(&self, bytes: &[u8]) -> usize {
         let mut uart = self.lock();
+        if uart.paused {
+            // It would come too late for the saved state.
+            return 0;
+        }
         let count = bytes.len().min(BACKLOG - uart.backlog.len());
         uart.backlog.extend(bytes.iter().take(count));
         uart.refill();
@@ -99,9 +105,9 @@ impl SerialPort {
 
     /// Waits until [`SerialPort::input`] can take something, at most for `timeout`. Returns whether it can.
     pub fn wait_for_room(&self, timeout: Duration) -> bool {
-        let full = |uart: &mut Uart| uart.backlog.len() >= BACKLOG;
+        let full = |uart: &mut Uart| uart.paused || uart.backlog.len() >= BACKLOG;
         let (uart, _) = self.room.wait_timeout_while(self.lock(), timeout, full).unwrap_or_else(PoisonError::into_inner);
-        uart.backlog.len() < BACKLOG
+        !uart.paused && uart.backlog.len() < BACKLOG
     }
 
     fn lock(&self) -> MutexGuard<'_, Uart> {
@@ -149,11 +155,15 @@ impl Device for SerialPort {
 
     fn pause(&self) -> Result<(), DeviceError> {
         // Output is written by the vCPUs, which are stopped.
-        let _ = self.lock().serial.writer_mut().flush();
+        let mut uart = self.lock();
+        let _ = uart.serial.writer_mut().flush();
+        uart.paused = true;
         Ok(())
     }
 
     fn resume(&self) -> Result<(), DeviceError> {
+        self.lock().paused = false;
+        self.room.notify_all();
         Ok(())
     }
 

@@ -96,8 +96,9 @@ impl PageSet {
 
     /// The first run of the set at or after page `from`, at most `max` pages long.
     pub fn next_run(&self, from: u64, max: u64) -> Option<PageRun> {
-        let first = self.next_bit(from, 0)?;
-        let end = self.next_bit(first, !0).unwrap_or(self.pages).min(first.saturating_add(max));
+        let first = self.next_bit(from, self.pages, 0)?;
+        let limit = first.saturating_add(max).min(self.pages);
+        let end = self.next_bit(first, limit, !0).unwrap_or(limit);
         Some(PageRun::new(first, end - first))
     }
 
@@ -111,19 +112,20 @@ impl PageSet {
         Runs { set: self, from: range.first.0, end: range.end() }
     }
 
-    /// The first page number at or after `from` whose bit differs from that of `flip` (all zeros: the next member; all ones: the next
+    /// The first page number from `from` on and below `end` whose bit differs from that of `flip` (all zeros: the next member; all ones: the next
     /// page that is no member).
-    fn next_bit(&self, from: u64, flip: u64) -> Option<u64> {
-        if from >= self.pages {
+    fn next_bit(&self, from: u64, end: u64, flip: u64) -> Option<u64> {
+        if from >= end {
             return None;
         }
         let start = (from / 64) as usize;
+        let words = self.words.get(start..end.div_ceil(64) as usize)?;
         let mut skip = !0 << (from % 64);
-        for (index, &word) in self.words.iter().enumerate().skip(start) {
+        for (index, &word) in (start..).zip(words) {
             let bits = (word ^ flip) & skip;
             if bits != 0 {
                 let page = index as u64 * 64 + u64::from(bits.trailing_zeros());
-                return (page < self.pages).then_some(page);
+                return (page < end).then_some(page);
             }
             skip = !0;
         }

@@ -462,7 +462,14 @@ impl Destination {
         if !self.bitmaps.all_complete() {
             self.actions.push_back(Action::AbandonBitmaps);
         }
-        let missing = self.incoming.missing().len();
+        // Zero pages that have come are placed before the end, all the same.
+        let mut missing = self.incoming.missing().clone();
+        for action in &self.actions {
+            if let Action::PlaceZero(run) = action {
+                missing.remove(*run);
+            }
+        }
+        let missing = missing.len();
         self.finish(if missing == 0 { Outcome::Completed } else { Outcome::Incomplete(format!("{reason}; {missing} pages are missing")) });
     }
 

@@ -39,6 +39,8 @@ pub enum Decision {
 const ASSUMED_BANDWIDTH: f64 = 100e6;
 /// The part of the blackout that does not depend on RAM: stop, state, load, commit.
 pub const FIXED_DOWNTIME: Duration = Duration::from_millis(3);
+/// Pages that go in less time than the fixed part of the blackout takes.
+const LITTLE: u64 = 64;
 /// Another pass pays when it leaves less than this part of what the last one sent.
 const WORTHWHILE: f64 = 0.7;
 
@@ -46,6 +48,11 @@ const WORTHWHILE: f64 = 0.7;
 pub fn expected_downtime(pages: u64, bandwidth: Option<f64>) -> Duration {
     let bytes = pages as f64 * PAGE_SIZE as f64;
     FIXED_DOWNTIME + Duration::from_secs_f64(bytes / bandwidth.unwrap_or(ASSUMED_BANDWIDTH).max(1.0))
+}
+
+/// Whether sending `pages` while the guest stands still keeps within `limit`, or is so little that another pass would not leave less.
+pub fn fits(pages: u64, bandwidth: Option<f64>, limit: Duration) -> bool {
+    pages <= LITTLE || expected_downtime(pages, bandwidth) <= limit
 }
 
 /// Decides what comes after a pass, and says why.
@@ -65,8 +72,8 @@ pub fn decide(measured: &Measured) -> (Decision, String) {
     if postcopy_requested && mode != Mode::Precopy {
         return (Decision::SwitchPostcopy, format!("{left}; postcopy was asked for"));
     }
-    if expected <= downtime_limit {
-        return (Decision::SwitchPrecopy, format!("{left}: within {limit}"));
+    if fits(remaining_pages, bandwidth, downtime_limit) {
+        return (Decision::SwitchPrecopy, format!("{left}: within {limit}, or as near to it as can be"));
     }
     let helps = (remaining_pages as f64) < sent_pages as f64 * WORTHWHILE;
     match mode {

@@ -31,6 +31,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 const SWITCH_TIMEOUT: Duration = Duration::from_secs(10);
 /// Postcopy's background runs are short, so that the link is soon free for an urgent page.
 const POSTCOPY_RUN: u64 = 64;
+/// Passes that are reported; of more, the last ones.
+const MAX_PASSES: usize = 100;
 /// A pass that sent less than this says nothing about bandwidth.
 const MEASURABLE_BYTES: u64 = 1 << 20;
 
@@ -501,7 +503,7 @@ impl Source {
     fn on_harvested(&mut self, dirty: &PageSet, now: Duration) {
         let dirtied = dirty.len();
         self.outgoing.begin_pass(dirty);
-        if self.config.mode == Mode::Postcopy && !self.destination_built {
+        if (self.config.mode == Mode::Postcopy || self.postcopy_requested) && !self.destination_built {
             // A pass without pages: its acknowledgement says that the machine is built, which must not happen in the blackout.
             self.send(Frame::PassEnd(self.totals));
             self.enter(State::PassAck, Some(now + ANSWER_TIMEOUT));
@@ -522,6 +524,9 @@ impl Source {
                 postcopy_requested: self.postcopy_requested,
             });
             if !first {
+                if self.report.passes.len() == MAX_PASSES {
+                    self.report.passes.remove(0);
+                }
                 self.report.passes.push(Pass {
                     number: self.pass.number,
                     duration_us: (now - self.pass.began).as_micros() as u64,
@@ -556,8 +561,7 @@ impl Source {
             return self.fail_here(failure, now);
         }
         let left = self.unsent().len();
-        let expected = policy::expected_downtime(left, self.bandwidth);
-        if !self.switch_postcopy && expected > self.config.downtime_limit * 2 {
+        if !self.switch_postcopy && !policy::fits(left, self.bandwidth, self.config.downtime_limit * 2) {
             if self.config.mode == Mode::Auto {
                 self.switch_postcopy = true;
                 self.report.reason = format!("{left} pages were dirtied until the guest stood still: postcopy");

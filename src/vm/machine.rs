@@ -297,8 +297,14 @@ impl Machine {
 
     /// Resumes: the devices first, so that they are there when a vCPU asks for them.
     fn resume(&self) -> Result<(), VmError> {
-        for device in &self.devices {
-            device.resume()?;
+        for (index, device) in self.devices.iter().enumerate() {
+            if let Err(error) = device.resume() {
+                // None of them may work on for a guest that stays paused.
+                for resumed in self.devices.iter().take(index) {
+                    let _ = resumed.pause();
+                }
+                return Err(error.into());
+            }
         }
         for vcpu in &self.vcpus.0 {
             vcpu.run(&self.buses)?;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, unbounded};
 use kvm_ioctls::VcpuFd;
@@ -11,6 +11,9 @@ use super::VmError;
 use super::events::{EventSink, VmEvent};
 use super::exits::{Buses, Outcome, run_once};
 use super::kick::{Kickable, kick};
+
+/// How often a thread that is to end is kicked.
+const KICK_INTERVAL: Duration = Duration::from_millis(1);
 
 /// What a vCPU thread can be told. A closed channel tells it to end.
 enum Command {
@@ -116,6 +119,12 @@ impl VcpuThread {
 impl Drop for VcpuThread {
     fn drop(&mut self) {
         self.dismiss();
+        // A kick that comes just before the thread blocks, in a write to the console for example, is lost: unlike KVM_RUN, other calls do
+        // not look for it.
+        while self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            self.kick();
+            std::thread::park_timeout(KICK_INTERVAL);
+        }
         if let Some(thread) = self.thread.take() {
             // A panic of the thread was printed when it happened.
             let _ = thread.join();

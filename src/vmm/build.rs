@@ -1,6 +1,7 @@
 //! A machine from its configuration: memory, disks, console.
 
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ const INPUT_TICK: Duration = Duration::from_millis(200);
 
 /// What every machine of this process is connected to.
 pub(super) struct Machine {
-    console: Arc<Mutex<Output>>,
+    console: Arc<Console>,
     serial: Mutex<Option<Arc<SerialPort>>>,
     events: Sender<VmEvent>,
 }
@@ -28,22 +29,35 @@ pub(super) struct Machine {
 type Output = Box<dyn Write + Send>;
 
 /// The console, which outlives machines: a restarted guest writes on.
-struct SharedOutput(Arc<Mutex<Output>>);
+struct Console {
+    output: Mutex<Output>,
+    closed: AtomicBool,
+}
+
+struct SharedOutput(Arc<Console>);
 
 impl Write for SharedOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        lock(&self.0).write(bytes)
+        match lock(&self.0.output).write(bytes) {
+            // The kick of a vCPU that is to end: nobody waits any more for a terminal or pipe that takes nothing.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted && self.0.closed.load(Ordering::Acquire) => Ok(bytes.len()),
+            result => result,
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        lock(&self.0).flush()
+        lock(&self.0.output).flush()
     }
 }
 
 impl Machine {
     /// Machines whose serial port writes to `console` and which report to `events`.
     pub fn new(console: Output, events: Sender<VmEvent>) -> Self {
-        Machine { console: Arc::new(Mutex::new(console)), serial: Mutex::default(), events }
+        Machine {
+            console: Arc::new(Console { output: Mutex::new(console), closed: AtomicBool::new(false) }),
+            serial: Mutex::default(),
+            events,
+        }
     }
 
     /// Builds a machine over `ram` with its disks and its console.
@@ -73,8 +87,9 @@ impl Machine {
         }
     }
 
-    /// No guest takes input any more.
+    /// The guest is about to end: nobody takes input any more, and nobody waits for output.
     pub fn close(&self) {
+        self.console.closed.store(true, Ordering::Release);
         lock(&self.serial).take();
     }
 }

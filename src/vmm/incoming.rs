@@ -126,10 +126,15 @@ impl DestinationOwner for Arc<Vmm> {
     fn run(&self, stopped: StoppedGuest) -> Result<(), String> {
         let mut guest = lock(&self.guest);
         guest.put(stopped.vm);
-        if stopped.was_running {
-            self.own_disks()?;
-            guest.resume()?;
-            self.events.emit(&Event::Resume);
+        // Also for a guest that stays paused: from the commit on its disks are nobody else's.
+        let running = self.own_disks().and_then(|()| if stopped.was_running { guest.resume() } else { Ok(false) });
+        match running {
+            Ok(true) => self.events.emit(&Event::Resume),
+            Ok(false) => {}
+            Err(reason) => {
+                eprintln!("ferry: the guest has arrived but stays paused: {reason}; `ferry resume` tries again\r");
+                return Err(reason);
+            }
         }
         Ok(())
     }

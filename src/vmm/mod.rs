@@ -41,6 +41,8 @@ use signals::Signals;
 
 /// How long a process whose guest has moved away waits for its control socket's clients to see it.
 const LINGER: Duration = Duration::from_secs(2);
+/// Why a process whose guest has moved does not end yet.
+const STILL_NEEDED: &str = "ferry: the guest has moved, but its destination still needs pages from here; this ends when it has them";
 /// How long a client has to take the last events.
 const FLUSH: Duration = Duration::from_millis(500);
 
@@ -155,8 +157,8 @@ struct Main {
     vm_events: Receiver<VmEvent>,
     signals: Signals,
     server: Option<Server>,
-    /// The guest asked to restart before all of it was here.
-    restart_when_received: bool,
+    /// What the guest did to end itself before all of it was here: its source is let go first.
+    ended_early: Option<VmEvent>,
     /// A first signal has asked the guest to power off.
     signalled: bool,
     lost: Option<String>,
@@ -176,8 +178,7 @@ impl Main {
             outgoing_ended: Condvar::new(),
             incoming,
         });
-        let mut main =
-            Main { console, messages, vm_events, signals, server: None, restart_when_received: false, signalled: false, lost: None };
+        let mut main = Main { console, messages, vm_events, signals, server: None, ended_early: None, signalled: false, lost: None };
         let (input, quit) = (vmm.clone(), vmm.messages.clone());
         main.console.start_input(
             move |bytes| input.machine.console_input(bytes),
@@ -206,6 +207,7 @@ impl Main {
                 Err(error) => break Err(error),
             }
         };
+        vmm.machine.close();
         // vCPUs stop before the console and the disks go.
         let guest = std::mem::take(&mut *lock(&vmm.guest));
         if vmm.incoming.is_active() {
@@ -215,7 +217,6 @@ impl Main {
         } else {
             drop(guest);
         }
-        vmm.machine.close();
         if let Some(server) = &self.server {
             server.flush(FLUSH);
         }
@@ -229,7 +230,10 @@ impl Main {
     fn on_message(&mut self, vmm: &Arc<Vmm>, message: Message) -> Result<Option<()>, VmmError> {
         match message {
             Message::Quit(reason) => {
-                vmm.cancel_outgoing();
+                if !vmm.cancel_outgoing() {
+                    eprintln!("{STILL_NEEDED}\r");
+                    return Ok(None);
+                }
                 self.shutdown(vmm, reason);
                 return self.lost.take().map_or(Ok(Some(())), |text| Err(VmmError::Incomplete(text)));
             }
@@ -247,20 +251,32 @@ impl Main {
             Message::Lost(text) | Message::Incomplete(text) => {
                 eprintln!("ferry: {text}\r");
                 self.lost = Some(text);
-                if self.restart_when_received {
-                    return Err(VmmError::RestartIncomplete);
+                match self.ended_early.take() {
+                    Some(VmEvent::Reset) => return Err(VmmError::RestartIncomplete),
+                    Some(event) => return self.on_guest_end(vmm, event),
+                    None => {}
                 }
             }
             Message::Received => {
-                if self.restart_when_received {
-                    return self.restart(vmm);
+                if let Some(event) = self.ended_early.take() {
+                    return self.on_guest_end(vmm, event);
                 }
             }
         }
         Ok(None)
     }
 
+    /// While pages are still to come, the end of the guest waits for them: otherwise the source would take it for a loss, and pages would
+    /// land in a restarted guest.
     fn on_vm_event(&mut self, vmm: &Arc<Vmm>, event: VmEvent) -> Result<Option<()>, VmmError> {
+        if vmm.incoming.is_active() && self.lost.is_none() {
+            self.ended_early = Some(event);
+            return Ok(None);
+        }
+        self.on_guest_end(vmm, event)
+    }
+
+    fn on_guest_end(&mut self, vmm: &Arc<Vmm>, event: VmEvent) -> Result<Option<()>, VmmError> {
         match event {
             VmEvent::PowerOff => {
                 vmm.cancel_outgoing();
@@ -275,9 +291,7 @@ impl Main {
             VmEvent::Reset => {
                 vmm.events.emit(&Event::Reset(ShutdownReason::GuestReset.into()));
                 if vmm.incoming.is_active() {
-                    // Pages that are still to come must not land in the restarted guest.
-                    self.restart_when_received = true;
-                    return Ok(None);
+                    return Err(VmmError::RestartIncomplete);
                 }
                 self.restart(vmm)
             }
@@ -286,7 +300,6 @@ impl Main {
 
     /// Builds the machine anew over the same RAM and disks and boots it.
     fn restart(&mut self, vmm: &Arc<Vmm>) -> Result<Option<()>, VmmError> {
-        self.restart_when_received = false;
         // Emptied RAM is not in the dirty log, and the machine is another one: a migration begins again after the restart.
         vmm.cancel_outgoing();
         let mut guest = lock(&vmm.guest);
@@ -303,13 +316,15 @@ impl Main {
 
     /// The first signal presses the power button; the second, or the first where no guest runs that could hear it, ends at once.
     fn on_signal(&mut self, vmm: &Arc<Vmm>) -> Result<Option<()>, VmmError> {
-        let pressed = !self.signalled && vmm.power_button().is_ok();
-        self.signalled = true;
-        if pressed {
+        let first = !std::mem::replace(&mut self.signalled, true);
+        if first && vmm.power_button().is_ok() {
             eprintln!("ferry: asked the guest to power off; a second signal ends it at once\r");
             return Ok(None);
         }
-        vmm.cancel_outgoing();
+        if !vmm.cancel_outgoing() && first {
+            eprintln!("{STILL_NEEDED}; a second signal ends it at once\r");
+            return Ok(None);
+        }
         self.shutdown(vmm, ShutdownReason::HostSignal);
         if let Some(text) = self.lost.take() {
             return Err(VmmError::Incomplete(text));

@@ -80,13 +80,16 @@ impl Vmm {
     }
 
     /// Cancels the migration under way, if there is one, and waits until it is over: the guest is back and the destination was told.
-    pub fn cancel_outgoing(&self) {
-        let Ok(migration) = self.migration() else { return };
-        // After the commit there is nothing to cancel, and nothing to wait for.
-        if migration.cancel().is_ok() {
+    /// False if it cannot be cancelled any more: the destination needs pages that only this process has.
+    pub fn cancel_outgoing(&self) -> bool {
+        let Ok(migration) = self.migration() else { return true };
+        let cancelled = migration.cancel().is_ok();
+        if cancelled {
             let outgoing = lock(&self.outgoing);
             let _ = self.outgoing_ended.wait_timeout_while(outgoing, CANCEL_LIMIT, |outgoing| outgoing.active);
         }
+        // One that completed in between is over as well.
+        cancelled || self.migration().is_err()
     }
 
     /// Changes parameters, also of the migration under way.

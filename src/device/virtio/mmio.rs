@@ -253,8 +253,7 @@ impl<D: VirtioDevice> Device for VirtioMmio<D> {
     }
 
     fn pause(&self) -> Result<(), DeviceError> {
-        self.worker.pause();
-        Ok(())
+        self.worker.pause().map_err(|reason| DeviceError::Failed { id: self.id.clone(), reason })
     }
 
     fn resume(&self) -> Result<(), DeviceError> {
@@ -282,7 +281,7 @@ impl<D: VirtioDevice> Device for VirtioMmio<D> {
         let (offered, config) = (self.device().features(), self.device().config());
         let decoded = SavedState::decode(&state.state, offered, config, self.worker.ram().memory());
         let (state, queue) = decoded.map_err(|reason| self.error(reason))?;
-        self.worker.pause();
+        self.worker.pause().map_err(|reason| DeviceError::Failed { id: self.id.clone(), reason })?;
         self.worker.set_queue(queue);
         *self.registers() = state.registers;
         self.worker.interrupt().set(state.interrupt_status, state.needs_reset);

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
@@ -11,6 +12,9 @@ use vmm_sys_util::eventfd::EventFd;
 use super::interrupt::Interrupt;
 use super::{DriverError, VirtioDevice};
 use crate::memory::GuestRam;
+
+/// How long a pause waits for the request in flight.
+const IDLE_LIMIT: Duration = Duration::from_secs(10);
 
 /// A device, its thread, and what the thread shares with the vCPUs. Dropping it ends the thread after the request in flight.
 pub(super) struct QueueWorker<D: VirtioDevice> {
@@ -86,16 +90,15 @@ impl<D: VirtioDevice> QueueWorker<D> {
         self.shared.kick();
     }
 
-    /// Waits for the request in flight and takes the backend away.
-    pub(super) fn pause(&self) {
-        self.shared.when_idle(|state| state.backend = None);
+    /// Waits for the request in flight and takes the backend away. An error if it takes too long: it may wait for a page that is lost.
+    pub(super) fn pause(&self) -> Result<(), String> {
+        self.shared.when_idle_within(IDLE_LIMIT, |state| state.backend = None)
     }
 
     /// Opens the backend and lets the thread look at the queue once.
     pub(super) fn resume(&self) -> Result<(), String> {
         let backend = self.shared.device.open_backend()?;
-        self.shared.when_idle(|state| state.backend = Some(backend));
-        Ok(())
+        self.shared.when_idle_within(IDLE_LIMIT, |state| state.backend = Some(backend))
     }
 
     /// Gives the thread another queue, or none, when the request in flight is done.
@@ -143,6 +146,22 @@ impl<D: VirtioDevice> Shared<D> {
         let result = change(&mut state);
         self.kick();
         result
+    }
+
+    /// Like [`Shared::when_idle`], but gives up after `limit`, with nothing changed.
+    fn when_idle_within<R>(&self, limit: Duration, change: impl FnOnce(&mut State<D::Backend>) -> R) -> Result<R, String> {
+        let state = self.lock();
+        if state.busy {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+        let (mut state, waited) = self.idle.wait_timeout_while(state, limit, |state| state.busy).unwrap_or_else(PoisonError::into_inner);
+        self.stop.store(false, Ordering::Relaxed);
+        if waited.timed_out() {
+            return Err(format!("a request has not ended for {} s", limit.as_secs()));
+        }
+        let result = change(&mut state);
+        self.kick();
+        Ok(result)
     }
 
     fn run(&self) {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use crate::migrate::transport::{LinkError, Reader, Writer};
-use crate::migrate::wire::{Frame, HEADER_SIZE, Header, WireError};
+use crate::migrate::wire::{Frame, HEADER_SIZE, Header, Kind, WireError};
 
 /// How long the rest of a frame may take once its header has come. Far more than any link needs, so that a peer which stops in the middle
 /// is not waited for for ever.
@@ -22,16 +22,48 @@ pub enum FrameError {
     /// The frame makes no sense.
     #[error(transparent)]
     Wire(#[from] WireError),
+    /// The frame is none that the peer may send here and now; its body was not read.
+    #[error("{kind:?} frame of {length} bytes out of place")]
+    OutOfPlace {
+        /// Its kind.
+        kind: Kind,
+        /// Length of its body.
+        length: usize,
+    },
 }
 
-/// Reads one frame. Of a `Pages` frame only the header is read: the contents are the next bytes on the connection. Waits for the frame to
+/// What the destination may say on the main connection.
+pub fn from_destination(header: Header) -> bool {
+    matches!(header.kind, Kind::Welcome | Kind::Abort | Kind::Prepared | Kind::PassAck | Kind::Ready | Kind::Running | Kind::Done)
+}
+
+/// What the source may say on the main connection before its guest's size is known and its RAM is there.
+pub fn from_new_source(header: Header) -> bool {
+    matches!(header.kind, Kind::Setup | Kind::Abort)
+}
+
+/// What the source of a guest of `ram_pages` may say on the main connection. Of the lists in a package only that of the missing pages
+/// grows with RAM: a run takes at most six bytes and covers at least one page and a gap.
+pub fn from_source(ram_pages: u64) -> impl Fn(Header) -> bool {
+    let longest_package = (16 << 20) + ram_pages.saturating_mul(4);
+    move |header| match header.kind {
+        Kind::Switchover => header.length as u64 <= longest_package,
+        Kind::Abort | Kind::Pages | Kind::Zero | Kind::PassEnd | Kind::Commit | Kind::Bitmap | Kind::BitmapComplete | Kind::End => true,
+        _ => false,
+    }
+}
+
+/// Reads one frame for which `allowed` holds: of any other the body is not even read. Of a `Pages` frame only the header is read: the contents are the next bytes on the connection. Waits for the frame to
 /// begin until `deadline`, and then [`FRAME_TIMEOUT`] for its body.
-pub fn read(reader: &mut Reader, deadline: Option<Instant>) -> Result<Frame, FrameError> {
+pub fn read(reader: &mut Reader, allowed: impl Fn(Header) -> bool, deadline: Option<Instant>) -> Result<Frame, FrameError> {
     let mut header = [0; HEADER_SIZE];
     reader.read_exact(&mut header, deadline)?;
     let header = Header::decode(header)?;
+    if !allowed(header) {
+        return Err(FrameError::OutOfPlace { kind: header.kind, length: header.length });
+    }
     let mut body = Vec::new();
-    if !matches!(header.kind, crate::migrate::wire::Kind::Pages) {
+    if header.kind != Kind::Pages {
         let deadline = Instant::now() + FRAME_TIMEOUT;
         while body.len() < header.length {
             let start = body.len();

@@ -11,7 +11,7 @@ use crate::memory::{GuestRam, PageNumber, PageRun};
 use crate::migrate::destination::{Input, Placement};
 use crate::migrate::pages::FaultAnswer;
 use crate::migrate::transport::{Interrupt, Reader, Writer};
-use crate::migrate::wire::{Channel, Frame};
+use crate::migrate::wire::{Channel, Frame, Kind};
 
 /// The pages that are missing, and the thread that asks for those somebody touches.
 pub struct FaultService {
@@ -88,7 +88,7 @@ fn serve_faults(shared: &Arc<Shared>, mut urgent: Writer) {
 /// Receives the answers until the urgent connection ends.
 pub fn receive_urgent(shared: &Arc<Shared>, mut reader: Reader) {
     let input = loop {
-        match frames::read(&mut reader, None) {
+        match frames::read(&mut reader, |header| header.kind == Kind::Pages, None) {
             Ok(Frame::Pages(run)) => {
                 if let Err(input) = receive_pages(shared, Channel::Urgent, run, &mut reader) {
                     break input;

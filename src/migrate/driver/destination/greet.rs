@@ -10,7 +10,7 @@ use super::faults;
 use super::session::Session;
 use crate::migrate::destination::Outcome;
 use crate::migrate::transport::{Connection, Listener, TransportError};
-use crate::migrate::wire::{Channel, Frame};
+use crate::migrate::wire::{Channel, Frame, Kind};
 
 /// How long a connection may take to say what it is.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -61,7 +61,7 @@ pub fn listen(shared: &Arc<Shared>, listener: Listener) {
 fn serve(shared: &Arc<Shared>, connection: Connection) {
     let peer = connection.peer().to_owned();
     let (mut reader, mut writer) = connection.split();
-    let refusal = match frames::read(&mut reader, Some(Instant::now() + HELLO_TIMEOUT)) {
+    let refusal = match frames::read(&mut reader, |header| header.kind == Kind::Hello, Some(Instant::now() + HELLO_TIMEOUT)) {
         Ok(Frame::Hello(hello)) => {
             let mut engine = shared.engine();
             match (engine.hello(&hello, shared.now()), hello.channel) {

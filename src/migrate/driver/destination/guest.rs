@@ -47,6 +47,11 @@ impl DestinationGuest {
         Ok(())
     }
 
+    /// Size of the guest's RAM, once it is there.
+    pub fn ram_pages(&self) -> Option<u64> {
+        self.prepared.as_ref().map(|prepared| prepared.ram.pages())
+    }
+
     /// The guest's RAM, for precopy.
     pub fn io(&self) -> Result<&PageIo, String> {
         self.prepared.as_ref().map(|prepared| &prepared.io).ok_or_else(|| "there is no RAM yet".into())

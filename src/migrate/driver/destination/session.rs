@@ -63,14 +63,21 @@ impl Session {
 
     /// Reads one frame and tells the engine, which has nothing to do before that: things are done in the order in which they came.
     fn read(&mut self) {
-        match frames::read(&mut self.reader, Some(Instant::now() + FRAME_TIMEOUT)) {
+        let deadline = Some(Instant::now() + FRAME_TIMEOUT);
+        let frame = match self.guest.ram_pages() {
+            Some(ram_pages) => frames::read(&mut self.reader, frames::from_source(ram_pages), deadline),
+            None => frames::read(&mut self.reader, frames::from_new_source, deadline),
+        };
+        match frame {
             Ok(Frame::Pages(run)) => {
                 if let Err(input) = self.read_pages(run) {
                     self.handle(input);
                 }
             }
             Ok(frame) => self.handle(Input::Frame(Channel::Main, frame)),
-            Err(error @ frames::FrameError::Wire(_)) => self.handle(Input::Failed(format!("the source's stream makes no sense: {error}"))),
+            Err(error @ (frames::FrameError::Wire(_) | frames::FrameError::OutOfPlace { .. })) => {
+                self.handle(Input::Failed(format!("the source's stream makes no sense: {error}")))
+            }
             Err(error) => self.handle(Input::Lost(Channel::Main, error.to_string())),
         }
     }

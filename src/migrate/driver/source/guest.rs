@@ -65,6 +65,10 @@ impl SourceGuest {
         let begin = Instant::now();
         let guest = self.stopped.insert(self.owner.take().map_err(|reason| format!("the guest cannot be paused: {reason}"))?);
         let stopped = Instant::now();
+        if !Arc::ptr_eq(guest.vm.fd(), &self.vm) {
+            // Its writes are in another machine's dirty log.
+            return Err("the guest has restarted in the meantime; try again".into());
+        }
         let state = guest.vm.save().map_err(|error| format!("the guest cannot be saved: {error}"))?;
         let machine = saved::encode_guest(guest.was_running, &state)?;
         let bitmaps = self.reserve_bitmaps();

@@ -11,12 +11,12 @@ use super::Shared;
 use crate::memory::{PAGE_SIZE, PageRun};
 use crate::migrate::source::{Input, Sent};
 use crate::migrate::transport::{Reader, Writer};
-use crate::migrate::wire::{Channel, Frame, HEADER_SIZE, Header};
+use crate::migrate::wire::{Channel, Frame, HEADER_SIZE, Header, Kind};
 
 /// Passes on what comes on the main connection until it ends, its end last.
 pub fn read_main(mut reader: Reader, inputs: &Sender<Input>) {
     loop {
-        let input = match frames::read(&mut reader, None) {
+        let input = match frames::read(&mut reader, frames::from_destination, None) {
             Ok(frame) => Input::Frame(frame),
             Err(error) => Input::Lost(Channel::Main, error.to_string()),
         };
@@ -31,7 +31,7 @@ pub fn read_main(mut reader: Reader, inputs: &Sender<Input>) {
 /// Answers page requests at once, from the guest's RAM, until the urgent connection ends.
 pub fn serve_requests(shared: &Arc<Shared>, io: &PageIo, mut reader: Reader, mut writer: Writer, inputs: &Sender<Input>) {
     let input = loop {
-        let run = match frames::read(&mut reader, None) {
+        let run = match frames::read(&mut reader, |header| header.kind == Kind::Request, None) {
             Ok(Frame::Request(run)) => run,
             Ok(frame) => break Input::Failed(format!("the destination sent {:?} on the urgent connection", frame.kind())),
             Err(error) => break Input::Lost(Channel::Urgent, error.to_string()),

@@ -82,7 +82,7 @@ impl Peer {
 
 /// The next frame; the contents of pages are read away.
 fn next(reader: &mut Reader) -> Frame {
-    let frame = frames::read(reader, Some(Instant::now() + LIMIT)).unwrap();
+    let frame = frames::read(reader, |_| true, Some(Instant::now() + LIMIT)).unwrap();
     if let Frame::Pages(run) = frame {
         reader.read_exact(&mut vec![0; run.count as usize * PAGE_SIZE], Some(Instant::now() + LIMIT)).unwrap();
     }
