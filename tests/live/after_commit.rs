@@ -110,7 +110,9 @@ fn kill_one_side(lab: &Lab, mut here: Ferry, mut guest: Guest, mode: &str, kill_
         // Its first word, its last, or the sentence that it waits in vain.
         if there.process.ends_within(Duration::ZERO).is_none() && guest.says_something(Duration::from_secs(5)) == More::Nothing {
             let said = there.process.stderr.text_so_far();
-            assert!(said.contains("the guest waits for"), "the guest neither runs nor ends, and nobody says why: {said}");
+            // Killed before it had said anything, the source is one that never came, and the destination waits on.
+            let never_began = there.state() == "inmigrate" && there.migration_status() == "none";
+            assert!(never_began || said.contains("the guest waits for"), "the guest neither runs nor ends, and nobody says why: {said}");
             return Left::Nowhere;
         }
         if there.process.ends_within(Duration::from_millis(500)).is_some() {
@@ -159,8 +161,9 @@ fn whoever_is_killed_the_guest_is_never_in_two_places() {
     let (mut here, mut guest) = boot();
     let mut counts = [0; 3];
     for round in 0..20 {
-        let after = Duration::from_micros(random() % 400_000);
         let (mode, kill_source) = (["auto", "postcopy", "precopy"][round % 3], round % 4 == 3);
+        // A source is now and then killed when its guest has arrived, too.
+        let after = Duration::from_micros(random() % if kill_source { 1_000_000 } else { 400_000 });
         let begin = Instant::now();
         let left = kill_one_side(&lab, here, guest, mode, kill_source, after);
         println!(
