@@ -40,7 +40,9 @@ fn half_moved(lab: &Lab, cmdline: &str) -> HalfMoved {
 fn a_guest_that_lost_its_source_runs_until_it_touches_a_missing_page() {
     let lab = Lab::new();
     // Nothing is touched until the last check of everything.
-    let HalfMoved { mut here, mut there, mut guest, migration } = half_moved(&lab, "fill=64M rate=0 verify=0 heartbeat=20 run=6");
+    let HalfMoved { mut here, mut there, mut guest, migration } = half_moved(&lab, "fill=64M rate=0 verify=0 heartbeat=20 run=10");
+    // So long that a line of counters was said here, too: of the kernel's own pages none is missing any more.
+    guest.beats(60);
     here.process.kill();
     migration.fails(&["the guest had been handed over to the destination, which may miss pages of it"]);
     let said = there.process.stderr.wait_for("pages are missing");
@@ -110,7 +112,9 @@ fn kill_one_side(lab: &Lab, mut here: Ferry, mut guest: Guest, mode: &str, kill_
         // Its first word, its last, or the sentence that it waits in vain.
         if there.process.ends_within(Duration::ZERO).is_none() && guest.says_something(Duration::from_secs(5)) == More::Nothing {
             let said = there.process.stderr.text_so_far();
-            assert!(said.contains("the guest waits for"), "the guest neither runs nor ends, and nobody says why: {said}");
+            // Killed before it had said anything, the source is one that never came, and the destination waits on.
+            let never_began = there.state() == "inmigrate" && there.migration_status() == "none";
+            assert!(never_began || said.contains("the guest waits for"), "the guest neither runs nor ends, and nobody says why: {said}");
             return Left::Nowhere;
         }
         if there.process.ends_within(Duration::from_millis(500)).is_some() {
@@ -159,8 +163,9 @@ fn whoever_is_killed_the_guest_is_never_in_two_places() {
     let (mut here, mut guest) = boot();
     let mut counts = [0; 3];
     for round in 0..20 {
-        let after = Duration::from_micros(random() % 400_000);
         let (mode, kill_source) = (["auto", "postcopy", "precopy"][round % 3], round % 4 == 3);
+        // A source is now and then killed when its guest has arrived, too.
+        let after = Duration::from_micros(random() % if kill_source { 1_000_000 } else { 400_000 });
         let begin = Instant::now();
         let left = kill_one_side(&lab, here, guest, mode, kill_source, after);
         println!(

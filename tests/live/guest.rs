@@ -99,6 +99,12 @@ impl Guest {
         number(line, key)
     }
 
+    /// The runs of its pages: first page, guest address, count.
+    pub fn segments(&self) -> Vec<(u64, u64, u64)> {
+        let segments = self.facts.iter().filter(|fact| fact.starts_with("pagestorm: segment "));
+        segments.map(|line| (number(line, "first_page"), number(line, "gpa"), number(line, "pages"))).collect()
+    }
+
     /// Hears what has been said until now.
     pub fn hear_all(&mut self) {
         while self.console.more(Instant::now()) == More::Bytes {}

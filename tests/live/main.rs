@@ -8,6 +8,7 @@
 //! | `migration` | `ferry migrate` as a user calls it |
 //! | `guest` | what a guest says, followed over all its moves: one unbroken story |
 //! | `disk` | images, checked from outside |
+//! | `ram` | a stopped guest's RAM, checked from outside |
 //! | `pagestorm_kernel` | builds the test kernel |
 //!
 //! All other files are tests.
@@ -21,6 +22,7 @@ mod migration;
 mod output;
 mod pagestorm_kernel;
 mod process;
+mod ram;
 
 mod after_commit;
 mod before_commit;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::guest::Guest;
 use super::lab::{Hardware, Lab, Transport};
+use super::ram;
 
 #[test]
 fn a_busy_guest_moves_twenty_times() {
@@ -29,6 +30,7 @@ fn a_busy_guest_moves_twenty_times() {
     }
     here.ask("stop");
     guest.hear_all();
+    assert!(ram::check(&here, &guest, 256 << 20) >= (160 << 20) / 4096 - 2);
     let (written, _) = disk.snapshot().check(guest.fact("disk", "magic"));
     assert!(written > 0 && guest.disk_writes > 0);
     here.command("quit");
@@ -71,6 +73,9 @@ fn a_guest_with_memory_on_both_sides_of_the_hole_moves() {
         here = there;
     }
     guest.checks_every_page();
+    here.ask("stop");
+    guest.hear_all();
+    ram::check(&here, &guest, 3200 << 20);
 }
 
 #[test]
