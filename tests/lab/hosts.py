@@ -99,7 +99,7 @@ class Host:
         number = len(self.jobs) - 1
         # Not sed, which holds every line back until the next one has come.
         mark = f"while IFS= read -r line; do echo \"{number}: $line\"; done"
-        self.send(f"{{ ( {command} ) </dev/null 2>&1; echo status $?; }} | {mark} &")
+        self.send(f"{{ ( {command} ) </dev/null 2>&1; printf '\\nstatus %s\\n' $?; }} | {mark} &")
         return job
 
     def run(self, command, seconds=60):

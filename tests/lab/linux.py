@@ -5,6 +5,7 @@ and move, running, in every mode, and their agent finds nothing wrong with memor
 One line for each check; exit status 0 if all passed. Guests and Ferry are built first.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -79,14 +80,12 @@ class Guest:
         source, source_job = self.host, self.job
         receive = host.start("ferry receive --listen tcp:0.0.0.0:7000 --qmp /tmp/guest")
         receive.expect(lambda line: "waiting for a guest" in line.text, MOVE)
-        migrate = source.start(f"ferry migrate --qmp /tmp/guest --mode {mode} {options} tcp:{host.address}:7000")
-        _, event = migrate.expect(lambda line: line.json().get("data", {}).get("report") and line.json(), MOVE)
-        migrate.wait(MOVE)
+        source.run(f"ferry migrate --qmp /tmp/guest --mode {mode} {options} --report /tmp/report tcp:{host.address}:7000", MOVE)
+        report = json.loads("".join(source.run("cat /tmp/report")))
         # What the guest said before it went, failures included.
         self.last = self.last and self.newest_tick(source_job)
         source_job.wait(MOVE)
         self.host, self.job = host, receive
-        report = event["data"]["report"]
         if mode != "auto" and report["postcopy"] != (mode == "postcopy"):
             raise Failed(f"mode {mode}, but the report says postcopy: {report['postcopy']}")
         return report
