@@ -5,13 +5,15 @@
 
 #[path = "fuzz/entry/mod.rs"]
 mod entry;
+#[path = "fuzz/seeds.rs"]
+mod seeds;
 
 use std::path::{Path, PathBuf};
 
-use entry::TARGETS;
+use entry::{Entry, TARGETS};
 
 /// Runs one input. Panics in threads of devices count as well, so the first panic ends the whole program.
-fn run(name: &str, target: fn(&[u8]), input: &[u8], from: &str) {
+fn run(name: &str, target: Entry, input: &[u8], from: &str) {
     eprintln!("{name}: {from}");
     target(input);
 }
@@ -23,7 +25,7 @@ fn over_corpus(name: &str) {
         std::process::abort();
     }));
     let (_, target) = *TARGETS.iter().find(|(known, _)| *known == name).expect("a target");
-    let seeds = entry::seeds::seeds(name);
+    let seeds = seeds::seeds(name);
     assert!(!seeds.is_empty());
     let directory = std::env::var_os("FERRY_WRITE_SEEDS").map(|root| PathBuf::from(root).join(name));
     for (index, seed) in seeds.iter().enumerate() {

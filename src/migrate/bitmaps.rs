@@ -32,6 +32,11 @@ impl OutgoingBitmaps {
         OutgoingBitmaps { words: infos.iter().map(BitmapInfo::words).collect(), index: 0, next: 0 }
     }
 
+    /// Whether there are no bitmaps to send, not even sent ones.
+    pub fn is_empty(&self) -> bool {
+        self.words.is_empty()
+    }
+
     /// Takes the next step; nothing when all bitmaps are complete.
     pub fn take_next(&mut self) -> Option<BitmapStep> {
         let words = *self.words.get(self.index)?;

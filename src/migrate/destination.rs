@@ -73,6 +73,8 @@ pub enum Action {
         /// The machine's configuration and needs.
         machine: Vec<u8>,
     },
+    /// Wait until the machine is built: what is to be acknowledged next allows the source to stop the guest.
+    FinishBuilding,
     /// These pages, written before, are zero now: empty them.
     Empty(PageRun),
     /// Discard every page in `package.missing`: of some an old version is in place, and of others a zero page, because a transparent
@@ -192,6 +194,7 @@ impl Destination {
     /// A connection says what it is. An error refuses that connection, with words for its other end, and harms no migration under way.
     pub fn hello(&mut self, hello: &Hello, now: Duration) -> Result<(), String> {
         match (hello.channel, self.session) {
+            (Channel::Main, None) if self.state == State::Ended => Err("this side has given up waiting for a migration".into()),
             (Channel::Main, None) => {
                 self.session = Some(hello.session);
                 self.send(Channel::Main, Frame::Welcome(concat!("ferry ", env!("CARGO_PKG_VERSION")).into()));
@@ -336,7 +339,10 @@ impl Destination {
         let checked = match (frame, self.state) {
             (Frame::Setup { ram_pages, postcopy, machine }, State::Setup) => self.on_setup(ram_pages, postcopy, machine),
             (Frame::Zero(runs), State::Receiving | State::Running) => self.on_zero(&runs),
-            (Frame::PassEnd(totals), State::Receiving) => self.check_totals(totals).map(|()| self.send(Channel::Main, Frame::PassAck)),
+            (Frame::PassEnd(totals), State::Receiving) => self.check_totals(totals).map(|()| {
+                self.actions.push_back(Action::FinishBuilding);
+                self.send(Channel::Main, Frame::PassAck);
+            }),
             (Frame::Switchover(package), State::Receiving) => self.on_switchover(package),
             (Frame::Commit, State::Ready) => {
                 self.actions.push_back(Action::Run);

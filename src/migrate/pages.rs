@@ -35,9 +35,11 @@ impl Outgoing {
         &self.unsent
     }
 
-    /// Takes the next run in the background, at most `max` pages; after a request it goes on behind the requested pages.
+    /// Takes the next run in the background, at most `max` pages; after a request it goes on behind the requested pages. A run ends with
+    /// its chunk: the bits of what lies behind have not been cleared, and no write to a page sent with its bit set is ever reported.
     pub fn take_next(&mut self, max: u64) -> Option<PageRun> {
-        let run = self.unsent.next_run(self.cursor, max).or_else(|| self.unsent.next_run(0, max))?;
+        let first = self.unsent.next_run(self.cursor, 1).or_else(|| self.unsent.next_run(0, 1))?.first.0;
+        let run = self.unsent.next_run(first, max.min(CLEAR_CHUNK - first % CLEAR_CHUNK))?;
         self.unsent.remove(run);
         self.cursor = run.end();
         Some(run)
@@ -122,5 +124,28 @@ impl Incoming {
         let mut waiting: Vec<_> = self.since.iter().map(|(page, since)| (*since, *page)).collect();
         waiting.sort();
         waiting.into_iter().map(|(_, page)| page).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_lies_in_the_chunk_that_was_cleared_for_it() {
+        let mut dirty = PageSet::empty(3 * CLEAR_CHUNK);
+        // So that runs of 256 pages do not end with a chunk by themselves.
+        dirty.insert(PageRun::new(100, 3 * CLEAR_CHUNK - 100));
+        let mut outgoing = Outgoing::new(3 * CLEAR_CHUNK);
+        outgoing.begin_pass(&dirty);
+        let (mut cleared, mut sent) = (None, 0);
+        loop {
+            cleared = outgoing.take_chunk_to_clear().or(cleared);
+            let Some(run) = outgoing.take_next(256) else { break };
+            let chunk = cleared.unwrap();
+            assert!(chunk.first <= run.first && run.end() <= chunk.end(), "{run} was sent when {chunk} had been cleared");
+            sent += run.count;
+        }
+        assert_eq!(sent, 3 * CLEAR_CHUNK - 100);
     }
 }

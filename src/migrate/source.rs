@@ -205,6 +205,7 @@ pub struct Source {
     outgoing: Outgoing,
     bitmaps: OutgoingBitmaps,
     package: Option<Stopped>,
+    destination_built: bool,
     switch_postcopy: bool,
     postcopy_requested: bool,
     /// The right to run the guest is gone: [`Action::GiveUp`] was handed to the driver.
@@ -250,6 +251,7 @@ impl Source {
             deadline: Some(HELLO_TIMEOUT),
             bitmaps: OutgoingBitmaps::default(),
             package: None,
+            destination_built: false,
             switch_postcopy: false,
             postcopy_requested: false,
             given_up: false,
@@ -350,6 +352,9 @@ impl Source {
             }
             (Input::Harvested(_) | Input::Stopped(_) | Input::StopFailed(_) | Input::GiveUpFailed(_), _) => {}
             (Input::Failed(reason), _) => self.fail(Failure::Failed(reason), now),
+            // The destination may hold everything and have closed it, answers to late requests unread. Its last word on the other
+            // connection, or that one's loss, decides.
+            (Input::Lost(Channel::Urgent, _), State::Ending) => {}
             (Input::Lost(_, reason), _) => {
                 self.fail(Failure::Failed(format!("the connection to the destination was lost: {reason}")), now);
             }
@@ -412,8 +417,9 @@ impl Source {
         let status = match self.state {
             State::Hello | State::Preparing => Status::Setup,
             State::Harvesting | State::Sending | State::PassAck => Status::Active,
-            State::Stopping | State::LastPass | State::Switching => Status::Device,
-            State::Committed | State::Ending => Status::PostcopyActive,
+            // After a precopy without bitmaps, too: nothing is to come but the destination's words that all is there.
+            State::Committed | State::Ending if self.switch_postcopy || !self.bitmaps.is_empty() => Status::PostcopyActive,
+            State::Stopping | State::LastPass | State::Switching | State::Committed | State::Ending => Status::Device,
             State::Ended => self.report.status,
         };
         let remaining = self.outgoing.unsent().len();
@@ -469,6 +475,7 @@ impl Source {
                 self.enter(State::Harvesting, None);
             }
             (Frame::PassAck, State::PassAck) => {
+                self.destination_built = true;
                 self.measure_bandwidth();
                 self.actions.push_back(Action::Harvest);
                 self.enter(State::Harvesting, None);
@@ -494,6 +501,12 @@ impl Source {
     fn on_harvested(&mut self, dirty: &PageSet, now: Duration) {
         let dirtied = dirty.len();
         self.outgoing.begin_pass(dirty);
+        if self.config.mode == Mode::Postcopy && !self.destination_built {
+            // A pass without pages: its acknowledgement says that the machine is built, which must not happen in the blackout.
+            self.send(Frame::PassEnd(self.totals));
+            self.enter(State::PassAck, Some(now + ANSWER_TIMEOUT));
+            return;
+        }
         let remaining_pages = self.unsent().len();
         let first = self.pass.number == 0;
         let decision = if first && self.config.mode != Mode::Postcopy && !self.postcopy_requested {

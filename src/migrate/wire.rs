@@ -270,7 +270,7 @@ pub enum Frame {
     Zero(Vec<PageRun>),
     /// S: a precopy pass ends here; all of it together with those before amounts to the totals.
     PassEnd(Totals),
-    /// D: everything before the `PassEnd` is in place.
+    /// D: everything before the `PassEnd` is in place, and the machine is built.
     PassAck,
     /// S: the guest stands still; here is its state.
     Switchover(Package),

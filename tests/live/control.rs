@@ -1,1 +1,120 @@
-//! TODO
+//! What people do while a migration goes on.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::ferry::{wait_for_event, wait_for_migration};
+use super::guest::Guest;
+use super::lab::{Hardware, Lab, Transport};
+
+const SLOW: [&str; 2] = ["--max-bandwidth", "4M"];
+
+#[test]
+fn postcopy_on_demand() {
+    let lab = Lab::new();
+    let mut here = lab.run(&Hardware { memory: "256M", cpus: 2, ..Hardware::default() }, "fill=64M rate=5000");
+    let mut guest = Guest::booting_at(&mut here);
+    guest.checks_every_page();
+    let mut there = lab.receive(Transport::Tcp);
+    let mut client = here.client();
+    let migration = lab.migrate(&here, &there.address, &SLOW);
+    wait_for_migration(&mut client, "active");
+    here.command("start-postcopy");
+    let (_, report) = migration.succeeds();
+    assert!(report.postcopy && report.passes.len() == 1, "{report:?}");
+    // The pass would take 16 seconds.
+    assert!(report.total_us < 10_000_000, "{report:?}");
+    here.ends_with(0);
+    guest.moved_to(&mut there);
+    guest.checks_every_page();
+}
+
+#[test]
+fn a_guest_is_paused_and_resumed_while_it_moves() {
+    let lab = Lab::new();
+    let disk = lab.disk(16 << 20);
+    let hardware = Hardware { memory: "256M", cpus: 2, disk: Some(&disk), ..Hardware::default() };
+    let mut here = lab.run(&hardware, "fill=32M rate=5000 disk=on heartbeat=20");
+    let mut guest = Guest::booting_at(&mut here);
+    guest.checks_every_page();
+    let mut there = lab.receive(Transport::Unix);
+    let other = lab.receive(Transport::Unix);
+    let mut client = here.client();
+    let migration = lab.migrate(&here, &there.address, &["--mode", "precopy", "--max-bandwidth", "4M"]);
+    wait_for_migration(&mut client, "active");
+
+    here.command("pause");
+    guest.is_silent_for(Duration::from_millis(200));
+    here.command("resume");
+    guest.beats(5);
+
+    let refusal = here.refusal("migrate", json!({ "uri": other.address }));
+    assert!(refusal.contains("a migration is under way"), "{refusal}");
+    let refusal = here.command_fails("start-postcopy");
+    assert!(refusal.contains("mode precopy"), "{refusal}");
+    assert!(here.command("status").contains("migration  active, pass 1"));
+
+    // The migration must hear of it, or this would take a quarter of a minute.
+    here.execute("migrate-set-parameters", json!({ "max-bandwidth": 0, "downtime-limit": 2000 })).unwrap();
+    let (_, report) = migration.succeeds();
+    assert!(!report.postcopy && report.total_us < 7_000_000, "{report:?}");
+    here.ends_with(0);
+    guest.moved_to(&mut there);
+    guest.checks_every_page();
+}
+
+#[test]
+fn a_guest_that_is_paused_while_it_moves_arrives_paused() {
+    let lab = Lab::new();
+    let mut here = lab.run(&Hardware { memory: "256M", cpus: 1, ..Hardware::default() }, "fill=32M rate=2000 heartbeat=20");
+    let mut guest = Guest::booting_at(&mut here);
+    guest.checks_every_page();
+    let mut there = lab.receive(Transport::Tcp);
+    let mut client = here.client();
+    let migration = lab.migrate(&here, &there.address, &SLOW);
+    wait_for_migration(&mut client, "active");
+    here.command("pause");
+    here.execute("migrate-set-parameters", json!({ "max-bandwidth": 0 })).unwrap();
+    migration.succeeds();
+    here.ends_with(0);
+    assert_eq!(there.state(), "paused");
+    guest.moved_to(&mut there);
+    guest.is_silent_for(Duration::from_millis(200));
+    there.command("resume");
+    guest.checks_every_page();
+}
+
+#[test]
+fn a_guest_powers_off_while_it_moves() {
+    let lab = Lab::new();
+    let mut here = lab.run(&Hardware { memory: "256M", cpus: 1, ..Hardware::default() }, "fill=32M rate=2000 run=2");
+    let mut guest = Guest::booting_at(&mut here);
+    guest.beats(1);
+    let mut there = lab.receive(Transport::Tcp);
+    let mut client = here.client();
+    let migration = lab.migrate(&here, &there.address, &["--max-bandwidth", "1M"]);
+    wait_for_migration(&mut client, "active");
+    let event = wait_for_event(&mut client, "SHUTDOWN", |event| event["event"] == "SHUTDOWN");
+    assert_eq!(event["data"], json!({ "guest": true, "reason": "guest-shutdown" }));
+    guest.finishes();
+    here.ends_with(0);
+    migration.fails(&[]);
+    there.ends_with(1);
+}
+
+#[test]
+fn quitting_the_source_ends_the_migration() {
+    let lab = Lab::new();
+    let mut here = lab.run(&Hardware { memory: "256M", cpus: 1, ..Hardware::default() }, "fill=32M rate=2000");
+    let mut guest = Guest::booting_at(&mut here);
+    guest.beats(1);
+    let mut there = lab.receive(Transport::Tcp);
+    let mut client = here.client();
+    let migration = lab.migrate(&here, &there.address, &SLOW);
+    wait_for_migration(&mut client, "active");
+    here.command("quit");
+    here.ends_with(0);
+    migration.fails(&[]);
+    there.ends_with(1);
+}

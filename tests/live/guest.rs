@@ -86,6 +86,11 @@ impl Guest {
         );
     }
 
+    /// Waits for anything at all.
+    pub fn says_something(&mut self, limit: Duration) -> More {
+        self.console.more(Instant::now() + limit)
+    }
+
     /// The value of `key` in the first fact that begins with `pagestorm: name`.
     pub fn fact(&self, name: &str, key: &str) -> u64 {
         let start = format!("pagestorm: {name} ");

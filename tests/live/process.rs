@@ -36,10 +36,6 @@ impl Process {
         Process { child, pidfd, stdout, stderr }
     }
 
-    pub fn id(&self) -> u32 {
-        self.child.id()
-    }
-
     /// How it ended, if it does within `limit`.
     pub fn ends_within(&mut self, limit: Duration) -> Option<End> {
         if !readable(&self.pidfd, Instant::now() + limit) {

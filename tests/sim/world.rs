@@ -145,12 +145,16 @@ struct DestinationHost {
 /// The destination's bitmap: the source's bits, and the successor that records meanwhile.
 #[derive(Default)]
 struct BitmapCopy {
+    /// The bitmap that records nothing.
+    disabled: BTreeSet<u64>,
     loaded: BTreeSet<u64>,
     successor: BTreeSet<u64>,
     complete: bool,
     abandoned: bool,
 }
 
+/// Index of the bitmap that records nothing.
+const DISABLED: u32 = 0;
 const BITS: u64 = 66_000;
 /// After so many writes the guest at the source only reads: precopy alone need not converge before.
 const CALM: Version = 3000;
@@ -417,7 +421,8 @@ impl World {
             return;
         }
         self.source.right = Right::Paused;
-        let bitmaps = vec![BitmapInfo { disk: "root".into(), name: "backup".into(), granularity: 65536, bits: BITS, enabled: true }];
+        let info = |name: &str, enabled| BitmapInfo { disk: "root".into(), name: name.into(), granularity: 65536, bits: BITS, enabled };
+        let bitmaps = vec![info("last-week", false), info("backup", true)];
         let dirty = self.source.ram.harvest();
         let stopped = Stopped { machine: vec![7; 100], dirty, bitmaps, stop_us: 1, device_state_us: 1, last_sync_us: 1 };
         self.source.inputs.push_back(source::Input::Stopped(stopped));
@@ -439,7 +444,7 @@ impl World {
                 self.source.engine.sent(sent);
             }
             Bulk::Bitmap { index: bitmap, first, count } => {
-                let bits = self.bits_at_stop();
+                let bits = if bitmap == DISABLED { disabled_bits() } else { self.bits_at_stop() };
                 let words: Vec<u64> = (first..first + count)
                     .map(|word| bits.range(word * 64..word * 64 + 64).fold(0, |bits, bit| bits | 1 << (bit % 64)))
                     .collect();
@@ -554,6 +559,7 @@ impl World {
                 };
                 self.destination.engine.handle(input);
             }
+            destination::Action::FinishBuilding => {}
             destination::Action::Empty(run) => self.destination.ram.discard(run),
             destination::Action::Load(package) => {
                 if self.fails(Fault::LoadFails) {
@@ -577,9 +583,16 @@ impl World {
                 }
                 self.destination.engine.placed(run, self.now);
             }
-            destination::Action::LoadBitmap { first, words, .. } => {
+            destination::Action::LoadBitmap { index, first, words, .. } => {
+                let bitmap = &mut self.destination.bitmap;
+                let loaded = if index == DISABLED { &mut bitmap.disabled } else { &mut bitmap.loaded };
                 for (word, bits) in (first..).zip(words) {
-                    self.destination.bitmap.loaded.extend((0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| word * 64 + bit));
+                    loaded.extend((0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| word * 64 + bit));
+                }
+            }
+            destination::Action::CompleteBitmap(DISABLED) => {
+                if self.destination.bitmap.disabled != disabled_bits() {
+                    return Err("the disabled bitmap is wrong".into());
                 }
             }
             destination::Action::CompleteBitmap(_) => {
@@ -689,6 +702,11 @@ impl World {
             (false, _) => Ok(Some(Ending::DiedWithSource)),
         }
     }
+}
+
+/// What the disabled bitmap holds.
+fn disabled_bits() -> BTreeSet<u64> {
+    [3, 9, BITS - 1].into()
 }
 
 fn config(plan: &Plan) -> Config {

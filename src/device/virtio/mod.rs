@@ -1,6 +1,6 @@
 //! Virtio devices over the MMIO transport (virtio 1.2).
 //!
-//! A vCPU reaches the transport's registers ([`mmio`]); one thread for each device works on its queue ([`queue_worker`]) and asks the device what to
+//! A vCPU reaches the transport's registers ([`mmio`]); one thread for each device works on its queue (`queue_worker`) and asks the device what to
 //! do with each descriptor chain. The thread touches guest memory and does I/O with no lock held: in postcopy a guest page can be missing, and
 //! then the thread waits for it while the vCPUs go on.
 

@@ -69,6 +69,7 @@ impl Host {
                 self.engine.handle(Input::Ran(1));
             }
             Action::PlaceZero(run) => self.engine.placed(run, self.now),
+            Action::FinishBuilding => {}
             Action::Empty(run) => assert!(run.is_within(HOST_PAGES), "{run}"),
             Action::LoadBitmap { .. } | Action::CompleteBitmap(_) | Action::AbandonBitmaps => assert!(self.committed),
             Action::End(outcome) => {

@@ -8,17 +8,18 @@ mod destination;
 mod machine_state;
 mod qmp;
 mod scratch;
-#[cfg(test)]
-pub mod seeds;
 mod serial;
 mod session;
 mod source;
-mod virtio_blk;
+pub mod virtio_blk;
 mod virtio_mmio;
 mod wire;
 
+/// What is run with every input. Panics if something is wrong.
+pub type Entry = fn(&[u8]);
+
 /// Name and entry function of every target; its corpus is `tests/fuzz/corpus/NAME`.
-pub const TARGETS: [(&str, fn(&[u8])); 10] = [
+pub const TARGETS: [(&str, Entry); 10] = [
     ("boot", boot::run),
     ("command_line", command_line::run),
     ("destination", destination::run),

@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
 
-static TARGET: LazyLock<fn(&[u8])> = LazyLock::new(|| {
+static TARGET: LazyLock<entry::Entry> = LazyLock::new(|| {
     let name = std::env::var("FUZZ_TARGET").unwrap_or_default();
     let target = entry::TARGETS.iter().find(|(known, _)| *known == name);
     target.unwrap_or_else(|| panic!("FUZZ_TARGET is none of {:?}", entry::TARGETS.map(|(name, _)| name))).1

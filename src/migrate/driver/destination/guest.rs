@@ -9,15 +9,18 @@ use super::super::saved;
 use super::Shared;
 use super::bitmaps::IncomingBitmaps;
 use super::faults::FaultService;
+use crate::block::disk::Disk;
 use crate::memory::GuestRam;
 use crate::memory::uffd::Userfaultfd;
 use crate::migrate::destination::Input;
 use crate::migrate::wire::Package;
+use crate::vm::{Built, Vm};
 
 /// What the migration holds of the guest.
 #[derive(Default)]
 pub struct DestinationGuest {
     prepared: Option<Prepared>,
+    built: Option<(Vm<Built>, Vec<Arc<Disk>>)>,
     pub bitmaps: IncomingBitmaps,
     stopped: Option<StoppedGuest>,
     /// When the guest certainly still ran at the source: its state is saved only after an answer that was sent then.
@@ -49,6 +52,14 @@ impl DestinationGuest {
         self.prepared.as_ref().map(|prepared| &prepared.io).ok_or_else(|| "there is no RAM yet".into())
     }
 
+    /// Waits until the machine is built, if that was not done before.
+    pub fn finish_building(&mut self, owner: &dyn DestinationOwner) -> Result<(), String> {
+        if self.built.is_none() {
+            self.built = Some(owner.built()?);
+        }
+        Ok(())
+    }
+
     /// Loads the package: everything but the commit. Returns the time it took and warnings.
     pub fn load(&mut self, shared: &Arc<Shared>, package: &Package) -> Result<Input, String> {
         let begin = Instant::now();
@@ -60,7 +71,8 @@ impl DestinationGuest {
             FaultService::start(shared, uffd, &prepared.ram, &package.missing, urgent)?;
         }
         let (was_running, mut state) = saved::decode_guest(&package.machine)?;
-        let (vm, disks) = shared.owner.built()?;
+        self.finish_building(&*shared.owner)?;
+        let (vm, disks) = self.built.take().ok_or("the machine was used already")?;
         let (bitmaps, warnings) = IncomingBitmaps::new(&package.bitmaps, &disks);
         self.bitmaps = bitmaps;
         if let Some(ran_at) = self.ran_at {

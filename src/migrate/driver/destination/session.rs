@@ -95,6 +95,7 @@ impl Session {
                 let prepared = self.guest.prepare(&*self.shared.owner, ram_pages, postcopy, &machine);
                 prepared.map(|()| Some(Input::Prepared)).map_err(Input::Failed)
             }
+            Action::FinishBuilding => self.guest.finish_building(&*self.shared.owner).map(|()| None).map_err(Input::Failed),
             Action::Empty(run) => self.empty(run).map(|()| None).map_err(Input::Failed),
             Action::Load(package) => self.guest.load(&self.shared, &package).map(Some).map_err(Input::Failed),
             Action::Run => Ok(Some(self.start())),

@@ -14,7 +14,7 @@ use ferry::vm::facts::MachineFacts;
 use kvm_bindings::*;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::virtio_blk::{AVAIL, DESC, QUEUE, disk};
+use crate::entry::virtio_blk::{AVAIL, DESC, QUEUE, USED, disk};
 
 /// The seeds of the target with this name.
 pub fn seeds(target: &str) -> Vec<Vec<u8>> {
@@ -245,7 +245,7 @@ fn virtio_mmio(choice: u8) -> Vec<u8> {
     {
         input.extend(write(register, value));
     }
-    for (register, value) in [(0xa0, super::virtio_blk::USED as u32), (0x44, 1), (0x70, 15), (0x50, 0), (0x64, 1), (0x50, 0)] {
+    for (register, value) in [(0xa0, USED as u32), (0x44, 1), (0x70, 15), (0x50, 0), (0x64, 1), (0x50, 0)] {
         input.extend(write(register, value));
     }
     input
