@@ -137,7 +137,7 @@ class Pair:
         hosts = {"a| ": self.a, "b| ": self.b}
         for line in self.process.stdout:
             if line[:3] in hosts:
-                hosts[line[:3]].received(line[3:].strip())
+                hosts[line[:3]].received(line[3:].rstrip("\r\n"))
 
     def __enter__(self):
         for host in (self.a, self.b):
