@@ -37,7 +37,10 @@ pub fn restore(vcpu: &VcpuFd, state: &VcpuState, limits: &Limits, tsc: TscPlan) 
     vcpu.set_regs(&state.regs.0).map_err(VmError::kvm("KVM_SET_REGS"))?;
     vcpu.set_sregs(&state.sregs.0).map_err(VmError::kvm("KVM_SET_SREGS"))?;
     set_xsave(vcpu, &state.xsave, limits.xsave_size)?;
-    vcpu.set_xcrs(&state.xcrs.0).map_err(VmError::kvm("KVM_SET_XCRS"))?;
+    // KVM gives none on a host without XSAVE, and there refuses even to set none.
+    if state.xcrs.0.nr_xcrs > 0 {
+        vcpu.set_xcrs(&state.xcrs.0).map_err(VmError::kvm("KVM_SET_XCRS"))?;
+    }
     vcpu.set_debug_regs(&state.debug_regs.0).map_err(VmError::kvm("KVM_SET_DEBUGREGS"))?;
     // After SREGS, which carry the APIC's base address and mode. Before the MSRs, because TSC_DEADLINE is refused unless the APIC's timer
     // is in that mode.

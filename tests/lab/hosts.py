@@ -97,7 +97,9 @@ class Host:
         job = Job(f"{self.name}: {command}")
         self.jobs.append(job)
         number = len(self.jobs) - 1
-        self.send(f"{{ ( {command} ) </dev/null 2>&1; echo status $?; }} | sed 's/^/{number}: /' &")
+        # Not sed, which holds every line back until the next one has come.
+        mark = f"while IFS= read -r line; do echo \"{number}: $line\"; done"
+        self.send(f"{{ ( {command} ) </dev/null 2>&1; printf '\\nstatus %s\\n' $?; }} | {mark} &")
         return job
 
     def run(self, command, seconds=60):
@@ -110,10 +112,12 @@ class Host:
     def received(self, text):
         if text == "ready":
             self.ready.set()
+            return
         number, _, rest = text.partition(": ")
         if number.isdigit() and int(number) < len(self.jobs):
             self.jobs[int(number)].lines.put(Line(rest))
-        elif text.startswith("lab:") or "Oops" in text or "BUG:" in text:
+        else:
+            # The emulated host's own kernel.
             print(f"{self.name}| {text}", flush=True)
 
 
@@ -133,7 +137,7 @@ class Pair:
         hosts = {"a| ": self.a, "b| ": self.b}
         for line in self.process.stdout:
             if line[:3] in hosts:
-                hosts[line[:3]].received(line[3:].strip())
+                hosts[line[:3]].received(line[3:].rstrip("\r\n"))
 
     def __enter__(self):
         for host in (self.a, self.b):

@@ -5,6 +5,7 @@ and move, running, in every mode, and their agent finds nothing wrong with memor
 One line for each check; exit status 0 if all passed. Guests and Ferry are built first.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ class Guest:
 
     def __init__(self, host, kernel, initrd, disk, options=""):
         self.host = host
-        self.last = None
+        self.last = self.wrong = None
         self.job = host.start(
             f"ferry run --kernel /g/{kernel} --initrd /g/{initrd} --cpus 2 --memory 256M --disk path={disk},id=d "
             f"--qmp /tmp/guest --cmdline 'console=ttyS0 quiet agent.memory=16 agent.threads=2 {options}'")
@@ -60,23 +61,31 @@ class Guest:
                     raise Failed(f"{passed} s passed in the guest, {line.monotonic - last_line.monotonic:.2f} s outside")
                 if tick["seq"] <= last["seq"]:
                     raise Failed(f"heartbeat {tick['seq']} after {last['seq']}")
-            if abs(tick["wall_ms"] / 1000 - line.wall) > 3:
-                raise Failed(f"the guest's wall clock is wrong by {tick['wall_ms'] / 1000 - line.wall:.1f} s")
+            # The first host's wall clock and the way of the line here may add up to some seconds, but no move may change them.
+            wrong = tick["wall_ms"] / 1000 - line.wall
+            self.wrong = wrong if self.wrong is None else self.wrong
+            if abs(wrong) > 5 or abs(wrong - self.wrong) > 1.5:
+                raise Failed(f"the guest's wall clock is wrong by {wrong:.1f} s, at first by {self.wrong:.1f} s")
             self.last = line, tick
+
+    def resume(self):
+        """Ends a pause. The heartbeat on its way at the pause came late, and is not compared."""
+        self.job.drain()
+        self.control("resume")
+        self.agent("tick", MOVE)
+        self.last = self.wrong = None
 
     def move(self, host, mode, options=""):
         """Moves the guest; gives the report. The source's Ferry must end well."""
         source, source_job = self.host, self.job
         receive = host.start("ferry receive --listen tcp:0.0.0.0:7000 --qmp /tmp/guest")
         receive.expect(lambda line: "waiting for a guest" in line.text, MOVE)
-        migrate = source.start(f"ferry migrate --qmp /tmp/guest --mode {mode} {options} tcp:{host.address}:7000")
-        _, event = migrate.expect(lambda line: line.json().get("data", {}).get("report") and line.json(), MOVE)
-        migrate.wait(MOVE)
+        source.run(f"ferry migrate --qmp /tmp/guest --mode {mode} {options} --report /tmp/report tcp:{host.address}:7000", MOVE)
+        report = json.loads("".join(source.run("cat /tmp/report")))
         # What the guest said before it went, failures included.
         self.last = self.last and self.newest_tick(source_job)
         source_job.wait(MOVE)
         self.host, self.job = host, receive
-        report = event["data"]["report"]
         if mode != "auto" and report["postcopy"] != (mode == "postcopy"):
             raise Failed(f"mode {mode}, but the report says postcopy: {report['postcopy']}")
         return report
@@ -190,8 +199,7 @@ class Moves:
         self.guest.control("pause")
         self.before = snapshot(self.guest, self.image)
         self.guest.control("bitmap add d backup")
-        self.guest.control("resume")
-        self.guest.last = None  # time has stood still
+        self.guest.resume()
         self.guest.ticks(2, MOVE)
 
     def move(self, mode, options=""):
@@ -213,8 +221,7 @@ class Moves:
             raise Failed(f"{expected} bytes were dirty, {arrived} are")
         if not any("paused" in line for line in self.guest.control("status")):
             raise Failed("the guest was paused and is not any more")
-        self.guest.control("resume")
-        self.guest.last = None
+        self.guest.resume()
         self.guest.ticks(2, MOVE)
         return describe(report)
 
@@ -264,9 +271,6 @@ def main():
             shutil.copy(guests / "disk.img", image)
         shared, image_a, image_b = images
         with Pair(files, images, seconds=1800) as pair:
-            for host in (pair.a, pair.b):
-                host.run(f"date -s @{time.time():.0f}")
-
             def on_b():
                 tiny = "initramfs-tiny.cpio.gz"
                 checks.run("tiny bzImage restarts", restarts, pair.b, "/dev/vdc", image_b)
