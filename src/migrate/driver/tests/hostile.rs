@@ -132,11 +132,16 @@ fn sessions_cut_at_any_frame_end_with_a_reason() {
 
 #[test]
 fn a_length_alone_allocates_nothing_and_is_not_waited_for() {
-    // A package of 256 MiB is announced, and nothing of it comes.
-    let mut header = vec![10, 0, 0, 0];
-    header.extend((256u32 << 20).to_le_bytes());
-    header.extend([0; 8]);
-    assert!(ends(&header).contains("closed the connection"));
+    let announces = |kind: u8, length: u32| {
+        let mut header = vec![kind, 0, 0, 0];
+        header.extend(length.to_le_bytes());
+        header.extend([0; 8]);
+        header
+    };
+    // A setup of 4 MiB is announced, and nothing of it comes.
+    assert!(ends(&announces(4, 4 << 20)).contains("closed the connection"));
+    // A package has no place before the guest's size is known: its body is not even waited for.
+    assert!(ends(&announces(10, 256 << 20)).contains("out of place"));
 }
 
 #[test]
