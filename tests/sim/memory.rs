@@ -12,13 +12,20 @@ pub type Version = u32;
 pub struct Ram {
     pages: Vec<Option<Version>>,
     log: PageSet,
+    /// Pages of the log that were harvested and not cleared: a write to one of them is not seen, as its bit is set already.
+    reported: PageSet,
     touched: PageSet,
 }
 
 impl Ram {
     /// RAM in which no page is populated.
     pub fn new(pages: u64) -> Self {
-        Ram { pages: vec![None; pages as usize], log: PageSet::empty(pages), touched: PageSet::empty(pages) }
+        Ram {
+            pages: vec![None; pages as usize],
+            log: PageSet::empty(pages),
+            reported: PageSet::empty(pages),
+            touched: PageSet::empty(pages),
+        }
     }
 
     /// What a reader finds, a page that is not populated being zero.
@@ -60,19 +67,24 @@ impl Ram {
 
     /// Starts the log; returns the pages that have ever been touched.
     pub fn start_log(&mut self) -> PageSet {
-        self.log = PageSet::empty(self.log.universe());
+        self.log = self.touched.clone();
+        self.reported = self.touched.clone();
         self.touched.clone()
     }
 
-    /// The log; reading it clears nothing.
-    pub fn harvest(&self) -> PageSet {
-        self.log.clone()
+    /// What has come into the log since the last harvest; reading it clears nothing.
+    pub fn harvest(&mut self) -> PageSet {
+        let mut fresh = self.log.clone();
+        fresh.subtract(&self.reported);
+        self.reported = self.log.clone();
+        fresh
     }
 
     /// Clears what was harvested of `range`.
     pub fn clear(&mut self, harvested: &PageSet, range: PageRun) {
         for run in harvested.runs_within(range) {
             self.log.remove(run);
+            self.reported.remove(run);
         }
     }
 }

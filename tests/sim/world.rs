@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ferry::memory::{PageNumber, PageRun};
 use ferry::migrate::destination::{self, Destination, Placement};
-use ferry::migrate::pages::FaultAnswer;
+use ferry::migrate::pages::{CLEAR_CHUNK, FaultAnswer};
 use ferry::migrate::report::Mode;
 use ferry::migrate::source::{self, Bulk, Config, Sent, Source, Stopped};
 use ferry::migrate::wire::{BitmapInfo, Channel, Frame};
@@ -75,7 +75,8 @@ impl Plan {
         let mut choices = Choices(seed ^ 0x5eed);
         Plan {
             mode: [Mode::Auto, Mode::Precopy, Mode::Postcopy][choices.below(3) as usize],
-            pages: 1 + choices.below(400),
+            // Now and then more than one chunk of pages whose dirty bits are cleared together.
+            pages: if choices.below(40) == 0 { CLEAR_CHUNK + choices.below(300) } else { 1 + choices.below(400) },
             guest_share: [1, 5, 20][choices.below(3) as usize],
             downtime_limit: Duration::from_millis([4, 10, 300][choices.below(3) as usize]),
             fault: None,
@@ -231,7 +232,7 @@ impl World {
 
     /// Runs until nothing moves any more, and judges.
     pub fn run(&mut self) -> Result<Ending, String> {
-        for _ in 0..200_000 {
+        for _ in 0..1_000_000 {
             self.step += 1;
             self.now += Duration::from_micros(20);
             self.disturb();
@@ -309,7 +310,12 @@ impl World {
     // --- the guest ---
 
     fn guest_step(&mut self) -> Result<(), String> {
-        let page = PageNumber(self.choices.below(self.plan.pages));
+        let page = if self.plan.pages > CLEAR_CHUNK + 4 && self.choices.chance(30) {
+            // Where a run might cross the border between two chunks.
+            PageNumber(CLEAR_CHUNK - 4 + self.choices.below(8))
+        } else {
+            PageNumber(self.choices.below(self.plan.pages))
+        };
         if self.choices.chance(10) {
             let bit = self.choices.below(BITS);
             if self.source.alive && self.source.right == Right::Running {
