@@ -258,13 +258,13 @@ def in_parallel(*calls):
 
 
 def main():
-    run_here("cargo", "build", "--release", "--quiet", "--locked")
+    run_here("cargo", "build", "--quiet", "--locked")
     run_here("scripts/guest-linux", "--tiny")
     begin = time.monotonic()
     checks = Checks()
     guests = ROOT / "target/guest/linux"
     names = ["bzImage-debian", "initramfs-debian.cpio.gz", "bzImage-tiny", "vmlinux-tiny", "initramfs-tiny.cpio.gz"]
-    files = [f"{ROOT}/target/release/ferry:/bin/ferry"] + [f"{guests / name}:/g/{name}" for name in names]
+    files = [f"{ROOT}/target/debug/ferry:/bin/ferry"] + [f"{guests / name}:/g/{name}" for name in names]
     with tempfile.TemporaryDirectory(prefix="lab-test.") as directory:
         images = [Path(directory) / name for name in ("shared", "a", "b")]
         for image in images:
