@@ -17,6 +17,11 @@ const WAY: &str = "FERRY_TEST_WAY_OUT";
 #[test]
 fn child() {
     let Ok(way) = std::env::var(WAY) else { return };
+    for signal in FATAL {
+        // Whoever runs the tests may ignore some of them (nohup), which children inherit.
+        // SAFETY: signal with SIG_DFL installs no handler.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
     let terminal = RawTerminal::enter().unwrap();
     assert!(terminal.is_some(), "standard input must be a terminal");
     println!("raw: {}", !is_cooked(&stdin()));
