@@ -2,7 +2,7 @@
 """Linux guests, a stock Debian kernel and a tiny one, on two emulated hosts: they boot, hear the power button, restart,
 and move, running, in every mode, and their agent finds nothing wrong with memory, disk and clocks.
 
-One line for each check; exit status 0 if all passed. Guests and Ferry are built first.
+One line for each check; exit status 0 if all passed. Guests and Ferry are built first. With --boots nothing is moved.
 """
 
 import json
@@ -137,11 +137,11 @@ class Checks:
 
 class Attempts:
     """An emulated host kills or stalls a guest now and then: nested SVM under QEMU's emulation does so to QEMU's guests as well. So what
-    fails for the first time is told, and tried once more from its beginning; where KVM is real, the first failure counts."""
+    fails there is told, and tried again from its beginning, three times in all; where KVM is real, the first failure counts."""
 
     def __init__(self):
         flags = Path("/proc/cpuinfo").read_text()
-        self.left = 0 if re.search(r"\b(vmx|svm)\b", flags) else 1
+        self.left = 0 if re.search(r"\b(vmx|svm)\b", flags) else 2
 
     def again(self):
         self.left -= 1
@@ -157,9 +157,8 @@ def end_all(*hosts):
 def run_on(checks, host, name, check, *arguments):
     """A check of one guest on one host."""
     attempts = Attempts()
-    if not checks.run(name, check, host, *arguments, again=attempts.again) and attempts.left == 0:
+    while not checks.run(name, check, host, *arguments, again=attempts.again) and attempts.left >= 0:
         end_all(host)
-        checks.run(f"{name}, second try", check, host, *arguments)
 
 
 def clean(image):
@@ -328,9 +327,15 @@ def main():
                 (on_b,),
                 (run_on, checks, pair.a, "stock Debian bzImage boots and powers off", boots_and_powers_off,
                  "bzImage-debian", "initramfs-debian.cpio.gz", "/dev/vdb", image_a))
+            if "--boots" in sys.argv:
+                return report(checks, begin)
             moves(checks, pair, "stock Debian", shared, "bzImage-debian", "initramfs-debian.cpio.gz")
             pair.b.run(f"date -s @{time.time() + HOUR:.0f}")
             moves(checks, pair, "tiny, b's clock wrong", shared, "bzImage-tiny", "initramfs-tiny.cpio.gz")
+    return report(checks, begin)
+
+
+def report(checks, begin):
     print(f"lab: {checks.passed} passed, {checks.failed} failed ({time.monotonic() - begin:.0f} s)")
     return 1 if checks.failed else 0
 
