@@ -136,7 +136,7 @@ class Checks:
 
 
 class Attempts:
-    """An emulated host kills or stalls a guest now and then: nested SVM under QEMU's emulation does so to QEMU's guests as well. So what
+    """In emulated hosts guests die or stall now and then, and whether Ferry or the emulation is at fault is not known. Until it is, what
     fails there is told, and tried again from its beginning, three times in all; where KVM is real, the first failure counts."""
 
     def __init__(self):
