@@ -10,10 +10,16 @@
 //!
 //! Before `COMMIT` every failure ends with [`Outcome::Abandoned`]: nothing ran here. After it the guest is ours, whatever happens.
 
+mod action;
+mod input;
+
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
+
+pub use action::{Action, Outcome, Placement, Poll};
+pub use input::Input;
 
 use super::bitmaps::IncomingBitmaps;
 use super::pages::{FaultAnswer, Incoming};
@@ -25,104 +31,6 @@ use crate::memory::{PageNumber, PageRun, PageSet};
 const MAX_RAM_PAGES: u64 = 1 << 36;
 /// How long the source may take from its `Hello` to its `Setup`.
 const SETUP_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// What the driver tells the destination.
-#[derive(Clone, Debug)]
-pub enum Input {
-    /// A frame came on a connection, `Hello` and `Pages` excepted.
-    Frame(Channel, Frame),
-    /// The host can run the guest and RAM of the asked size is there: the answer to [`Action::Prepare`].
-    Prepared,
-    /// The package is loaded: the answer to [`Action::Load`].
-    Loaded {
-        /// How long it took, in microseconds.
-        load_us: u64,
-        /// What went wrong without harming the guest.
-        warnings: Vec<String>,
-    },
-    /// The vCPUs run: the answer to [`Action::Run`], with the time it took in microseconds.
-    Ran(u64),
-    /// Something could not be done here, said so that the person at the source understands it.
-    Failed(String),
-    /// Something went wrong that does not harm the guest; the person at the source is told at the end.
-    Warning(String),
-    /// A connection is gone.
-    Lost(Channel, String),
-}
-
-/// What the driver is to do next.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Poll {
-    /// Do this.
-    Act(Action),
-    /// Nothing until the next input, or until this time.
-    Wait(Option<Duration>),
-}
-
-/// Things to do.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Action {
-    /// Send on a connection.
-    Send(Channel, Frame),
-    /// Check host and disks, allocate RAM and begin to build the machine; answer with [`Input::Prepared`] or [`Input::Failed`].
-    Prepare {
-        /// RAM size in pages.
-        ram_pages: u64,
-        /// Whether userfaultfd must work.
-        postcopy: bool,
-        /// The machine's configuration and needs.
-        machine: Vec<u8>,
-    },
-    /// Wait until the machine is built: what is to be acknowledged next allows the source to stop the guest.
-    FinishBuilding,
-    /// These pages, written before, are zero now: empty them.
-    Empty(PageRun),
-    /// Discard every page in `package.missing`: of some an old version is in place, and of others a zero page, because a transparent
-    /// huge page came into being around a neighbour. Serve page faults if `package.postcopy` (before anything is restored, because
-    /// restoring can fault), create the bitmaps, load the state; answer with [`Input::Loaded`].
-    Load(Box<Package>),
-    /// Take the disks' locks and run the guest; answer with [`Input::Ran`].
-    Run,
-    /// Place zero pages by userfaultfd and report them with [`Destination::placed`].
-    PlaceZero(PageRun),
-    /// Put words into a bitmap; where `words` is empty there is nothing to set.
-    LoadBitmap {
-        /// Index in the package.
-        index: u32,
-        /// First word.
-        first: u64,
-        /// How many words.
-        count: u64,
-        /// The words.
-        words: Vec<u64>,
-    },
-    /// Merge the successor of this bitmap back: all bits have come.
-    CompleteBitmap(u32),
-    /// Drop the bitmaps that are not complete: the source is gone. A wrong bitmap would be worse than none.
-    AbandonBitmaps,
-    /// The migration is over for this side. Nothing follows.
-    End(Outcome),
-}
-
-/// How it ended.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Outcome {
-    /// The guest is whole and runs here.
-    Completed,
-    /// Nothing runs here; with the reason.
-    Abandoned(String),
-    /// The guest runs here, but pages are missing and the source is gone; with the reason.
-    Incomplete(String),
-}
-
-/// Where the contents of pages go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Placement {
-    /// Straight into guest RAM: nobody looks at it yet.
-    Direct,
-    /// By userfaultfd, which wakes who waits; report it with [`Destination::placed`].
-    Fault,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {

@@ -13,15 +13,23 @@
 //! The commit point is in `Source::on_ready`: [`Action::GiveUp`] comes before the `Commit` frame is sent. Up to there every failure ends
 //! with the guest running here; from there on none does.
 
+mod account;
+mod action;
+mod input;
+
 use std::collections::VecDeque;
 use std::time::Duration;
+
+pub use account::Sent;
+pub use action::{Action, Bulk, Outcome, Poll};
+pub use input::{Input, Stopped};
 
 use super::bitmaps::{BitmapStep, OutgoingBitmaps};
 use super::pages::Outgoing;
 use super::policy::{self, Decision, Measured};
-use super::report::{BytesByKind, Downtime, Mode, Pass, Progress, Report, Status};
-use super::wire::{BitmapInfo, Channel, Frame, Hello, MAX_RUN, Package, Totals};
-use crate::memory::{PAGE_SIZE, PageRun, PageSet};
+use super::report::{Downtime, Mode, Pass, Report, Status};
+use super::wire::{Channel, Frame, Hello, MAX_RUN, Package, Totals};
+use crate::memory::{PageRun, PageSet};
 
 /// How long the destination may take to answer a `Hello`.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -33,8 +41,6 @@ const SWITCH_TIMEOUT: Duration = Duration::from_secs(10);
 const POSTCOPY_RUN: u64 = 64;
 /// Passes that are reported; of more, the last ones.
 const MAX_PASSES: usize = 100;
-/// A pass that sent less than this says nothing about bandwidth.
-const MEASURABLE_BYTES: u64 = 1 << 20;
 
 /// What a migration is to do; fixed when it begins, but for the limits.
 #[derive(Clone, Debug)]
@@ -49,136 +55,6 @@ pub struct Config {
     pub session: u128,
     /// The machine's configuration and needs, for the destination to check.
     pub machine: Vec<u8>,
-}
-
-/// What the driver tells the source.
-#[derive(Clone, Debug)]
-pub enum Input {
-    /// A frame came on the main connection.
-    Frame(Frame),
-    /// The answer to [`Action::StartTracking`] and [`Action::Harvest`]: pages dirtied since the last one.
-    Harvested(PageSet),
-    /// The guest stands still, and its state was saved: the answer to [`Action::Stop`].
-    Stopped(Stopped),
-    /// The guest could not be stopped or saved: the answer to [`Action::Stop`] otherwise.
-    StopFailed(String),
-    /// The right to run the guest could not be given up: the answer to [`Action::GiveUp`] if it fails, before anything else is polled. The
-    /// `Commit` frame is not sent, and the guest goes on.
-    GiveUpFailed(String),
-    /// Something else failed here. Before the commit the guest goes on.
-    Failed(String),
-    /// A connection is gone.
-    Lost(Channel, String),
-    /// A person wants it ended.
-    Cancel,
-    /// A person wants postcopy now.
-    StartPostcopy,
-    /// A person changed the limit.
-    DowntimeLimit(Duration),
-}
-
-/// The stopped guest.
-#[derive(Clone, Debug)]
-pub struct Stopped {
-    /// Devices, vCPUs and VM, encoded.
-    pub machine: Vec<u8>,
-    /// Pages dirtied since the last harvest, harvested after the state was saved because saving can write guest RAM.
-    pub dirty: PageSet,
-    /// Dirty bitmaps that are to move.
-    pub bitmaps: Vec<BitmapInfo>,
-    /// Time until everything stood still, in microseconds.
-    pub stop_us: u64,
-    /// Time for saving, in microseconds.
-    pub device_state_us: u64,
-    /// Time for the last harvest, in microseconds.
-    pub last_sync_us: u64,
-}
-
-/// What the driver is to do next.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Poll {
-    /// Something that is not bulk data; in order.
-    Act(Action),
-    /// Send this in the background and report it with [`Source::sent`].
-    Bulk(Bulk),
-    /// Wait for an input, at most until this time, and poll again.
-    Wait(Option<Duration>),
-}
-
-/// Things to do.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Action {
-    /// Send on the main connection.
-    Send(Frame),
-    /// Open the urgent connection and say [`Source::hello`] on it.
-    OpenUrgent,
-    /// Begin to track dirty pages; answer with the pages that have ever been used as [`Input::Harvested`].
-    StartTracking,
-    /// Answer with [`Input::Harvested`].
-    Harvest,
-    /// Pause the guest, save its state, harvest last; answer with [`Input::Stopped`].
-    Stop,
-    /// The guest goes on here, if it stands still: the switch did not take place.
-    Resume,
-    /// The commit point: give up for good the right to run the guest, and its disks' locks. What comes next is the `Commit` frame,
-    /// unless it is answered with [`Input::GiveUpFailed`].
-    GiveUp,
-    /// The migration is over; stop tracking, close the connections. Nothing follows.
-    End(Box<Outcome>),
-}
-
-/// Bulk data on the main connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bulk {
-    /// Pages, as contents or as zero runs. Where `clear` is set, first clear the dirty bits of [`Source::unsent`] and of `run` in it.
-    Pages {
-        /// The pages.
-        run: PageRun,
-        /// Pages about to be sent, whose dirty bits are cleared first.
-        clear: Option<PageRun>,
-    },
-    /// Words of a bitmap.
-    Bitmap {
-        /// Index in the package.
-        index: u32,
-        /// First word.
-        first: u64,
-        /// How many.
-        count: u64,
-    },
-}
-
-/// What the driver made of a [`Bulk`] or an urgent answer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Sent {
-    /// Pages that went as contents.
-    pub normal: u64,
-    /// Pages that went as zero runs.
-    pub zero: u64,
-    /// Bytes of everything on the wire.
-    pub bytes: u64,
-    /// Time spent in sending, without looking at pages or waiting for a bandwidth limit.
-    pub busy: Duration,
-}
-
-/// How it ended.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Outcome {
-    /// The destination runs the guest and holds all of it.
-    Completed(Report),
-    /// The guest runs here as if nothing had been tried.
-    NotMoved(Report),
-    /// The commit was sent, or may have been, and then the destination was lost: the guest never runs here again.
-    LostAfterCommit(Report),
-}
-
-impl Outcome {
-    /// What it cost.
-    pub fn report(&self) -> &Report {
-        match self {
-            Outcome::Completed(report) | Outcome::NotMoved(report) | Outcome::LostAfterCommit(report) => report,
-        }
-    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -367,34 +243,6 @@ impl Source {
         }
     }
 
-    /// The driver has sent a [`Bulk`].
-    pub fn sent(&mut self, sent: Sent) {
-        self.count(sent);
-        let pass = &mut self.pass.sent;
-        *pass = Sent {
-            normal: pass.normal + sent.normal,
-            zero: pass.zero + sent.zero,
-            bytes: pass.bytes + sent.bytes,
-            busy: pass.busy + sent.busy,
-        };
-    }
-
-    /// The driver has sent words of a bitmap.
-    pub fn sent_bitmap(&mut self, bytes: u64) {
-        self.report.bytes.bitmaps += bytes;
-    }
-
-    /// The driver has sent control frames, or the package.
-    pub fn sent_frame(&mut self, frame: &Frame, bytes: u64) {
-        match frame {
-            Frame::Switchover(package) => {
-                self.report.bytes.device_state += package.machine.len() as u64;
-                self.report.bytes.control += bytes.saturating_sub(package.machine.len() as u64);
-            }
-            _ => self.report.bytes.control += bytes,
-        }
-    }
-
     /// The destination asks for pages on the urgent connection: send them there, at once, and report it with
     /// [`Source::sent_urgent`]. An error is the destination's fault and ends what can be ended.
     pub fn request(&mut self, run: PageRun) -> Result<(), String> {
@@ -407,50 +255,6 @@ impl Source {
         self.outgoing.take_requested(run);
         self.requests += 1;
         Ok(())
-    }
-
-    /// The driver has answered a request.
-    pub fn sent_urgent(&mut self, sent: Sent) {
-        self.count(sent);
-    }
-
-    /// Where the migration stands.
-    pub fn progress(&self, now: Duration) -> Progress {
-        let status = match self.state {
-            State::Hello | State::Preparing => Status::Setup,
-            State::Harvesting | State::Sending | State::PassAck => Status::Active,
-            // After a precopy without bitmaps, too: nothing is to come but the destination's words that all is there.
-            State::Committed | State::Ending if self.switch_postcopy || !self.bitmaps.is_empty() => Status::PostcopyActive,
-            State::Stopping | State::LastPass | State::Switching | State::Committed | State::Ending => Status::Device,
-            State::Ended => self.report.status,
-        };
-        let remaining = self.outgoing.unsent().len();
-        Progress {
-            status,
-            total_time_ms: if status.is_active() { now } else { Duration::from_micros(self.report.total_us) }.as_millis() as u64,
-            setup_time_ms: self.setup_time.as_millis() as u64,
-            ram_total: self.config.ram_pages * PAGE_SIZE as u64,
-            ram_remaining: remaining * PAGE_SIZE as u64,
-            normal_pages: self.report.normal_pages,
-            zero_pages: self.report.zero_pages,
-            postcopy_requests: self.requests,
-            pass: self.pass.number,
-            dirty_pages_rate: self.report.passes.last().map_or(0, |pass| pass.dirtied_pages * 1_000_000 / pass.duration_us.max(1)),
-            bandwidth: self.bandwidth.unwrap_or(0.0) as u64,
-            bytes: self.report.bytes,
-            expected_downtime_ms: policy::expected_downtime(remaining, self.bandwidth).as_millis() as u64,
-            error: self.report.error.clone(),
-        }
-    }
-
-    fn count(&mut self, sent: Sent) {
-        self.totals.normal += sent.normal;
-        self.totals.zero += sent.zero;
-        self.report.normal_pages += sent.normal;
-        self.report.zero_pages += sent.zero;
-        let contents = sent.normal * PAGE_SIZE as u64;
-        let bytes = &mut self.report.bytes;
-        *bytes = BytesByKind { pages: bytes.pages + contents, control: bytes.control + sent.bytes.saturating_sub(contents), ..*bytes };
     }
 
     fn send(&mut self, frame: Frame) {
@@ -639,13 +443,6 @@ impl Source {
         self.actions.push_back(Action::GiveUp);
         self.send(Frame::Commit);
         self.enter(State::Committed, None);
-    }
-
-    fn measure_bandwidth(&mut self) {
-        let Sent { bytes, busy, .. } = self.pass.sent;
-        if bytes >= MEASURABLE_BYTES && !busy.is_zero() {
-            self.bandwidth = Some(bytes as f64 / busy.as_secs_f64());
-        }
     }
 
     /// Ends the migration. Before the commit the guest goes on here, after it the rest of the guest is out of reach.

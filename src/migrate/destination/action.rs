@@ -1,0 +1,80 @@
+//! What the destination tells its driver to do.
+
+use std::time::Duration;
+
+use crate::memory::PageRun;
+use crate::migrate::wire::{Channel, Frame, Package};
+
+/// What the driver is to do next.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Poll {
+    /// Do this.
+    Act(Action),
+    /// Nothing until the next input, or until this time.
+    Wait(Option<Duration>),
+}
+
+/// Things to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Send on a connection.
+    Send(Channel, Frame),
+    /// Check host and disks, allocate RAM and begin to build the machine; answer with [`Input::Prepared`] or [`Input::Failed`].
+    Prepare {
+        /// RAM size in pages.
+        ram_pages: u64,
+        /// Whether userfaultfd must work.
+        postcopy: bool,
+        /// The machine's configuration and needs.
+        machine: Vec<u8>,
+    },
+    /// Wait until the machine is built: what is to be acknowledged next allows the source to stop the guest.
+    FinishBuilding,
+    /// These pages, written before, are zero now: empty them.
+    Empty(PageRun),
+    /// Discard every page in `package.missing`: of some an old version is in place, and of others a zero page, because a transparent
+    /// huge page came into being around a neighbour. Serve page faults if `package.postcopy` (before anything is restored, because
+    /// restoring can fault), create the bitmaps, load the state; answer with [`Input::Loaded`].
+    Load(Box<Package>),
+    /// Take the disks' locks and run the guest; answer with [`Input::Ran`].
+    Run,
+    /// Place zero pages by userfaultfd and report them with [`Destination::placed`].
+    PlaceZero(PageRun),
+    /// Put words into a bitmap; where `words` is empty there is nothing to set.
+    LoadBitmap {
+        /// Index in the package.
+        index: u32,
+        /// First word.
+        first: u64,
+        /// How many words.
+        count: u64,
+        /// The words.
+        words: Vec<u64>,
+    },
+    /// Merge the successor of this bitmap back: all bits have come.
+    CompleteBitmap(u32),
+    /// Drop the bitmaps that are not complete: the source is gone. A wrong bitmap would be worse than none.
+    AbandonBitmaps,
+    /// The migration is over for this side. Nothing follows.
+    End(Outcome),
+}
+
+/// How it ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// The guest is whole and runs here.
+    Completed,
+    /// Nothing runs here; with the reason.
+    Abandoned(String),
+    /// The guest runs here, but pages are missing and the source is gone; with the reason.
+    Incomplete(String),
+}
+
+/// Where the contents of pages go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placement {
+    /// Straight into guest RAM: nobody looks at it yet.
+    Direct,
+    /// By userfaultfd, which wakes who waits; report it with [`Destination::placed`].
+    Fault,
+}

@@ -1,0 +1,107 @@
+//! What the source counts and measures of what its driver has sent, and how it tells of it.
+
+use std::time::Duration;
+
+use super::{Source, State};
+use crate::memory::PAGE_SIZE;
+use crate::migrate::policy;
+use crate::migrate::report::{BytesByKind, Progress, Status};
+use crate::migrate::wire::Frame;
+
+/// A pass that sent less than this says nothing about bandwidth.
+const MEASURABLE_BYTES: u64 = 1 << 20;
+
+/// What the driver made of a [`Bulk`] or an urgent answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Pages that went as contents.
+    pub normal: u64,
+    /// Pages that went as zero runs.
+    pub zero: u64,
+    /// Bytes of everything on the wire.
+    pub bytes: u64,
+    /// Time spent in sending, without looking at pages or waiting for a bandwidth limit.
+    pub busy: Duration,
+}
+
+impl Source {
+    /// The driver has sent a [`Bulk`].
+    pub fn sent(&mut self, sent: Sent) {
+        self.count(sent);
+        let pass = &mut self.pass.sent;
+        *pass = Sent {
+            normal: pass.normal + sent.normal,
+            zero: pass.zero + sent.zero,
+            bytes: pass.bytes + sent.bytes,
+            busy: pass.busy + sent.busy,
+        };
+    }
+
+    /// The driver has sent words of a bitmap.
+    pub fn sent_bitmap(&mut self, bytes: u64) {
+        self.report.bytes.bitmaps += bytes;
+    }
+
+    /// The driver has sent control frames, or the package.
+    pub fn sent_frame(&mut self, frame: &Frame, bytes: u64) {
+        match frame {
+            Frame::Switchover(package) => {
+                self.report.bytes.device_state += package.machine.len() as u64;
+                self.report.bytes.control += bytes.saturating_sub(package.machine.len() as u64);
+            }
+            _ => self.report.bytes.control += bytes,
+        }
+    }
+
+    /// The driver has answered a request.
+    pub fn sent_urgent(&mut self, sent: Sent) {
+        self.count(sent);
+    }
+
+    /// Where the migration stands.
+    pub fn progress(&self, now: Duration) -> Progress {
+        let status = match self.state {
+            State::Hello | State::Preparing => Status::Setup,
+            State::Harvesting | State::Sending | State::PassAck => Status::Active,
+            // After a precopy without bitmaps, too: nothing is to come but the destination's words that all is there.
+            State::Committed | State::Ending if self.switch_postcopy || !self.bitmaps.is_empty() => Status::PostcopyActive,
+            State::Stopping | State::LastPass | State::Switching | State::Committed | State::Ending => Status::Device,
+            State::Ended => self.report.status,
+        };
+        let remaining = self.outgoing.unsent().len();
+        Progress {
+            status,
+            total_time_ms: if status.is_active() { now } else { Duration::from_micros(self.report.total_us) }.as_millis() as u64,
+            setup_time_ms: self.setup_time.as_millis() as u64,
+            ram_total: self.config.ram_pages * PAGE_SIZE as u64,
+            ram_remaining: remaining * PAGE_SIZE as u64,
+            normal_pages: self.report.normal_pages,
+            zero_pages: self.report.zero_pages,
+            postcopy_requests: self.requests,
+            pass: self.pass.number,
+            dirty_pages_rate: self.report.passes.last().map_or(0, |pass| pass.dirtied_pages * 1_000_000 / pass.duration_us.max(1)),
+            bandwidth: self.bandwidth.unwrap_or(0.0) as u64,
+            bytes: self.report.bytes,
+            expected_downtime_ms: policy::expected_downtime(remaining, self.bandwidth).as_millis() as u64,
+            error: self.report.error.clone(),
+        }
+    }
+
+    fn count(&mut self, sent: Sent) {
+        self.totals.normal += sent.normal;
+        self.totals.zero += sent.zero;
+        self.report.normal_pages += sent.normal;
+        self.report.zero_pages += sent.zero;
+        let contents = sent.normal * PAGE_SIZE as u64;
+        let bytes = &mut self.report.bytes;
+        *bytes = BytesByKind { pages: bytes.pages + contents, control: bytes.control + sent.bytes.saturating_sub(contents), ..*bytes };
+    }
+
+    /// Takes the bandwidth from the pass that was acknowledged.
+    pub(super) fn measure_bandwidth(&mut self) {
+        let Sent { bytes, busy, .. } = self.pass.sent;
+        if bytes >= MEASURABLE_BYTES && !busy.is_zero() {
+            self.bandwidth = Some(bytes as f64 / busy.as_secs_f64());
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! What the source tells its driver to do.
+
+use std::time::Duration;
+
+use crate::memory::PageRun;
+use crate::migrate::report::Report;
+use crate::migrate::wire::Frame;
+
+/// What the driver is to do next.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Poll {
+    /// Something that is not bulk data; in order.
+    Act(Action),
+    /// Send this in the background and report it with [`Source::sent`].
+    Bulk(Bulk),
+    /// Wait for an input, at most until this time, and poll again.
+    Wait(Option<Duration>),
+}
+
+/// Things to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Send on the main connection.
+    Send(Frame),
+    /// Open the urgent connection and say [`Source::hello`] on it.
+    OpenUrgent,
+    /// Begin to track dirty pages; answer with the pages that have ever been used as [`Input::Harvested`].
+    StartTracking,
+    /// Answer with [`Input::Harvested`].
+    Harvest,
+    /// Pause the guest, save its state, harvest last; answer with [`Input::Stopped`].
+    Stop,
+    /// The guest goes on here, if it stands still: the switch did not take place.
+    Resume,
+    /// The commit point: give up for good the right to run the guest, and its disks' locks. What comes next is the `Commit` frame,
+    /// unless it is answered with [`Input::GiveUpFailed`].
+    GiveUp,
+    /// The migration is over; stop tracking, close the connections. Nothing follows.
+    End(Box<Outcome>),
+}
+
+/// Bulk data on the main connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bulk {
+    /// Pages, as contents or as zero runs. Where `clear` is set, first clear the dirty bits of [`Source::unsent`] and of `run` in it.
+    Pages {
+        /// The pages.
+        run: PageRun,
+        /// Pages about to be sent, whose dirty bits are cleared first.
+        clear: Option<PageRun>,
+    },
+    /// Words of a bitmap.
+    Bitmap {
+        /// Index in the package.
+        index: u32,
+        /// First word.
+        first: u64,
+        /// How many.
+        count: u64,
+    },
+}
+
+/// How it ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// The destination runs the guest and holds all of it.
+    Completed(Report),
+    /// The guest runs here as if nothing had been tried.
+    NotMoved(Report),
+    /// The commit was sent, or may have been, and then the destination was lost: the guest never runs here again.
+    LostAfterCommit(Report),
+}
+
+impl Outcome {
+    /// What it cost.
+    pub fn report(&self) -> &Report {
+        match self {
+            Outcome::Completed(report) | Outcome::NotMoved(report) | Outcome::LostAfterCommit(report) => report,
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! What the driver tells the source.
+
+use std::time::Duration;
+
+use crate::memory::PageSet;
+use crate::migrate::wire::{BitmapInfo, Channel, Frame};
+
+/// What the driver tells the source.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// A frame came on the main connection.
+    Frame(Frame),
+    /// The answer to [`Action::StartTracking`] and [`Action::Harvest`]: pages dirtied since the last one.
+    Harvested(PageSet),
+    /// The guest stands still, and its state was saved: the answer to [`Action::Stop`].
+    Stopped(Stopped),
+    /// The guest could not be stopped or saved: the answer to [`Action::Stop`] otherwise.
+    StopFailed(String),
+    /// The right to run the guest could not be given up: the answer to [`Action::GiveUp`] if it fails, before anything else is polled. The
+    /// `Commit` frame is not sent, and the guest goes on.
+    GiveUpFailed(String),
+    /// Something else failed here. Before the commit the guest goes on.
+    Failed(String),
+    /// A connection is gone.
+    Lost(Channel, String),
+    /// A person wants it ended.
+    Cancel,
+    /// A person wants postcopy now.
+    StartPostcopy,
+    /// A person changed the limit.
+    DowntimeLimit(Duration),
+}
+
+/// The stopped guest.
+#[derive(Clone, Debug)]
+pub struct Stopped {
+    /// Devices, vCPUs and VM, encoded.
+    pub machine: Vec<u8>,
+    /// Pages dirtied since the last harvest, harvested after the state was saved because saving can write guest RAM.
+    pub dirty: PageSet,
+    /// Dirty bitmaps that are to move.
+    pub bitmaps: Vec<BitmapInfo>,
+    /// Time until everything stood still, in microseconds.
+    pub stop_us: u64,
+    /// Time for saving, in microseconds.
+    pub device_state_us: u64,
+    /// Time for the last harvest, in microseconds.
+    pub last_sync_us: u64,
+}
