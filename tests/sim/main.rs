@@ -7,9 +7,11 @@
 
 mod link;
 mod memory;
+mod plan;
 mod world;
 
-use world::{Ending, Fault, Plan, World};
+use plan::{Fault, Plan};
+use world::{Ending, World};
 
 fn seeds(default: u64) -> std::ops::Range<u64> {
     if let Some(seed) = std::env::var("FERRY_SIM_SEED").ok().and_then(|text| text.parse().ok()) {

@@ -1,0 +1,67 @@
+//! The guest: writes and reads wherever it runs, and checks every read.
+
+use ferry::memory::PageNumber;
+use ferry::migrate::pages::CLEAR_CHUNK;
+
+use super::{BITS, Right, World};
+use crate::memory::Version;
+
+/// After so many writes the guest at the source only reads: precopy alone need not converge before.
+const CALM: Version = 3000;
+
+impl World {
+    // --- the guest ---
+
+    pub(super) fn guest_step(&mut self) -> Result<(), String> {
+        let page = if self.plan.pages > CLEAR_CHUNK + 4 && self.choices.chance(30) {
+            // Where a run might cross the border between two chunks.
+            PageNumber(CLEAR_CHUNK - 4 + self.choices.below(8))
+        } else {
+            PageNumber(self.choices.below(self.plan.pages))
+        };
+        if self.choices.chance(10) {
+            let bit = self.choices.below(BITS);
+            if self.source.alive && self.source.right == Right::Running {
+                self.bits.insert(bit);
+            } else if self.destination.alive && self.destination.right == Right::Running {
+                self.bits.insert(bit);
+                if self.destination.bitmap.complete {
+                    self.destination.bitmap.loaded.insert(bit);
+                } else {
+                    self.destination.bitmap.successor.insert(bit);
+                }
+            }
+        }
+        if self.source.alive && self.source.right == Right::Running {
+            self.check_read(page, self.source.ram.read(page), "source")?;
+            if self.next_version > CALM {
+                return Ok(());
+            }
+            let version = self.fresh_version();
+            self.source.ram.write(page, version);
+            self.truth[page.0 as usize] = version;
+        } else if self.destination.alive && self.destination.right == Right::Running && self.destination.blocked.is_none() {
+            if self.destination.userfault && !self.destination.ram.is_populated(page) {
+                self.destination.faults.push_back(page);
+                self.destination.blocked = Some(page);
+                return Ok(());
+            }
+            self.check_read(page, self.destination.ram.read(page), "destination")?;
+            let version = self.fresh_version();
+            self.destination.ram.write(page, version);
+            self.truth[page.0 as usize] = version;
+        }
+        Ok(())
+    }
+
+    fn fresh_version(&mut self) -> Version {
+        self.next_version += 1;
+        // A guest clears pages, too.
+        if self.choices.chance(10) { 0 } else { self.next_version }
+    }
+
+    pub(super) fn check_read(&self, page: PageNumber, found: Version, whose: &str) -> Result<(), String> {
+        let wanted = self.truth[page.0 as usize];
+        if found == wanted { Ok(()) } else { Err(format!("the guest at the {whose} read version {found} of {page} instead of {wanted}")) }
+    }
+}
