@@ -50,6 +50,8 @@ pub(super) enum Subcommand {
     Cancel(Target),
     /// Switch a running migration to postcopy now
     StartPostcopy(Target),
+    /// Join the two sides of a postcopy again whose link was lost
+    Recover(RecoverArguments),
     /// End a guest and its Ferry at once, without asking the guest
     Quit(Target),
     /// Show what this host can do, and what to do about what it cannot
@@ -155,6 +157,28 @@ pub(super) struct MigrateArguments {
     /// Limit on background traffic after the switch
     #[arg(long, value_name = "RATE", value_parser = bandwidth::parse)]
     pub postcopy_bandwidth: Option<i64>,
+    /// Write what the migration cost to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry recover --qmp guest.sock tcp:other-host:4444           (at the source: the destination still listens there)
+  ferry recover --qmp guest.sock --listen tcp:10.0.0.2:5555    (at the destination: listen at another address as well)
+
+At the source it follows the migration to its end, as `ferry migrate` does.")]
+pub(super) struct RecoverArguments {
+    /// Control socket of the Ferry on this side
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: PathBuf,
+    /// At the source: where the destination listens, tcp:HOST:PORT or unix:PATH
+    #[arg(value_name = "URI", value_parser = parse_address, required_unless_present = "listen")]
+    pub uri: Option<String>,
+    /// At the destination: where to wait for the source, beside the address of `ferry receive`
+    #[arg(long, value_name = "URI", value_parser = parse_address, conflicts_with_all = ["uri", "report"])]
+    pub listen: Option<String>,
     /// Write what the migration cost to this file, as JSON
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,

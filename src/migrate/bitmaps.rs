@@ -1,6 +1,6 @@
 //! Accounting for dirty bitmaps on their way: which words are next, and whether all have come.
 
-use super::wire::{BitmapInfo, MAX_BITMAP_WORDS};
+use super::wire::{BitmapInfo, BitmapPlace, MAX_BITMAP_WORDS};
 
 /// What the source sends next of its bitmaps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +35,20 @@ impl OutgoingBitmaps {
     /// Whether there are no bitmaps to send, not even sent ones.
     pub fn is_empty(&self) -> bool {
         self.words.is_empty()
+    }
+
+    /// Goes on, or back, to `place`, up to which everything has come. An error where no such place is.
+    pub fn go_to(&mut self, place: BitmapPlace) -> Result<(), String> {
+        let words = match usize::try_from(place.index) {
+            Ok(index) if index == self.words.len() => Some(0),
+            Ok(index) => self.words.get(index).copied(),
+            Err(_) => None,
+        };
+        if words.is_none_or(|words| place.words > words) {
+            return Err(format!("the destination claims to have {} words of bitmap {}", place.words, place.index));
+        }
+        (self.index, self.next) = (place.index as usize, place.words);
+        Ok(())
     }
 
     /// Takes the next step; nothing when all bitmaps are complete.
@@ -85,6 +99,11 @@ impl IncomingBitmaps {
         }
         (self.index, self.next) = (self.index + 1, 0);
         Ok(())
+    }
+
+    /// How far they have come.
+    pub fn place(&self) -> BitmapPlace {
+        BitmapPlace { index: self.index as u32, words: self.next }
     }
 
     /// Whether every bitmap is complete.

@@ -5,10 +5,12 @@
 //!
 //! ```text
 //!  Hello --> Setup --Setup--> Preparing --prepared--> Receiving --Switchover--> Loading --loaded, READY--> Ready
-//!  Ready --COMMIT--> Starting --vCPUs run, RUNNING--> Running --End, nothing missing--> Ended
+//!  Ready --COMMIT--> Starting --vCPUs run, RUNNING--> Running --End, nothing missing, DONE--> Whole --Goodbye--> Ended
 //! ```
 //!
-//! Before `COMMIT` every failure ends with [`Outcome::Abandoned`]: nothing ran here. After it the guest is ours, whatever happens.
+//! Before READY every failure ends with [`Outcome::Abandoned`]: nothing ran here, and nothing will. From READY on the source may have
+//! given the guest up, so that only the source can say what is to become of it: a lost link is waited for ([`Destination::is_paused`]),
+//! and whoever knows the session number may come back on a new one. After COMMIT the guest is ours, whatever happens.
 
 mod action;
 mod input;
@@ -19,12 +21,12 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 
 pub use action::{Action, Outcome, Placement, Poll};
-pub use input::Input;
+pub use input::{Input, Link};
 
 use super::bitmaps::IncomingBitmaps;
 use super::pages::{FaultAnswer, Incoming};
 use super::report::{Faults, Status};
-use super::wire::{Channel, Frame, Hello, MAX_BITMAP_WORDS, MAX_RUN, Package, Totals};
+use super::wire::{Channel, Frame, Hello, Holding, MAX_BITMAP_WORDS, MAX_RUN, Package, Totals};
 use crate::memory::{PageNumber, PageRun, PageSet};
 
 /// Longest guest RAM, in pages: what a 48-bit physical address space can hold.
@@ -42,6 +44,8 @@ enum State {
     Ready,
     Starting,
     Running,
+    /// All is here. The source may not know it yet.
+    Whole,
     Ended,
 }
 
@@ -52,6 +56,9 @@ pub struct Destination {
     actions: VecDeque<Action>,
     deadline: Option<Duration>,
     session: Option<u128>,
+    link: Link,
+    /// Why the link was lost, until there is another one.
+    lost: Option<String>,
     urgent: bool,
     prepared: bool,
     ram_pages: u64,
@@ -62,6 +69,7 @@ pub struct Destination {
     bitmaps: IncomingBitmaps,
     postcopy: bool,
     end_received: bool,
+    resume_us: u64,
     warnings: Vec<String>,
     faults: Faults,
     latencies: Option<Histogram<u64>>,
@@ -82,6 +90,8 @@ impl Destination {
             actions: VecDeque::new(),
             deadline: None,
             session: None,
+            link: Link::default(),
+            lost: None,
             urgent: false,
             prepared: false,
             ram_pages: 0,
@@ -91,6 +101,7 @@ impl Destination {
             bitmaps: IncomingBitmaps::default(),
             postcopy: false,
             end_received: false,
+            resume_us: 0,
             warnings: Vec::new(),
             faults: Faults::default(),
             // One microsecond to ten minutes, two digits.
@@ -99,24 +110,55 @@ impl Destination {
         }
     }
 
-    /// A connection says what it is. An error refuses that connection, with words for its other end, and harms no migration under way.
-    pub fn hello(&mut self, hello: &Hello, now: Duration) -> Result<(), String> {
+    /// A connection says what it is; says to which link it belongs. An error refuses that connection, with words for its other end, and
+    /// harms no migration under way.
+    pub fn hello(&mut self, hello: &Hello, now: Duration) -> Result<Link, String> {
         match (hello.channel, self.session) {
             (Channel::Main, None) if self.state == State::Ended => Err("this side has given up waiting for a migration".into()),
             (Channel::Main, None) => {
                 self.session = Some(hello.session);
-                self.send(Channel::Main, Frame::Welcome(concat!("ferry ", env!("CARGO_PKG_VERSION")).into()));
+                self.welcome();
                 self.enter(State::Setup, Some(now + SETUP_TIMEOUT));
-                Ok(())
+                Ok(self.link)
             }
+            (Channel::Main, Some(session)) if session == hello.session => self.come_back(),
             (Channel::Main, Some(_)) => Err("another migration to here is under way".into()),
-            (Channel::Urgent, Some(session)) if session == hello.session && !self.urgent => {
+            (Channel::Urgent, Some(session)) if session == hello.session && !self.urgent && self.lost.is_none() => {
                 self.urgent = true;
                 self.check_prepared();
-                Ok(())
+                Ok(self.link)
             }
             (Channel::Urgent, _) => Err("this urgent connection belongs to no migration to here".into()),
         }
+    }
+
+    /// The source is here on a new link, whether or not the loss of the old one was seen here.
+    fn come_back(&mut self) -> Result<Link, String> {
+        if !matches!(self.state, State::Ready | State::Starting | State::Running | State::Whole) {
+            self.fail("the source has lost the connection");
+            return Err("nothing of this migration is left at the destination".into());
+        }
+        self.pause("the source has come back on a new one");
+        self.link.0 += 1;
+        self.lost = None;
+        self.actions.push_back(Action::Reconnect(self.link));
+        self.welcome();
+        self.send(
+            Channel::Main,
+            Frame::Holding(Holding {
+                committed: self.is_committed(),
+                missing: self.incoming.missing().runs().collect(),
+                bitmaps: self.bitmaps.place(),
+            }),
+        );
+        if matches!(self.state, State::Running | State::Whole) {
+            self.send(Channel::Main, Frame::Running(self.resume_us));
+        }
+        Ok(self.link)
+    }
+
+    fn welcome(&mut self) {
+        self.send(Channel::Main, Frame::Welcome(concat!("ferry ", env!("CARGO_PKG_VERSION")).into()));
     }
 
     /// Where the migration stands, in QEMU's words.
@@ -124,19 +166,33 @@ impl Destination {
         match self.state {
             State::Hello => Status::None,
             State::Setup | State::Preparing => Status::Setup,
+            State::Ready | State::Starting | State::Running if self.lost.is_some() => Status::PostcopyPaused,
             State::Receiving | State::Loading | State::Ready | State::Starting => Status::Active,
             State::Running => Status::PostcopyActive,
-            State::Ended => match self.outcome {
-                Some(Outcome::Completed) => Status::Completed,
-                Some(Outcome::Incomplete(_)) => Status::PostcopyPaused,
-                _ => Status::Failed,
-            },
+            State::Whole => Status::Completed,
+            State::Ended if self.outcome == Some(Outcome::Completed) => Status::Completed,
+            State::Ended => Status::Failed,
         }
     }
 
     /// Whether the guest is this side's.
     pub fn is_committed(&self) -> bool {
-        matches!(self.state, State::Starting | State::Running) || matches!(self.outcome, Some(Outcome::Completed | Outcome::Incomplete(_)))
+        matches!(self.state, State::Starting | State::Running | State::Whole) || self.outcome == Some(Outcome::Completed)
+    }
+
+    /// Whether the link is lost, and the source is waited for.
+    pub fn is_paused(&self) -> bool {
+        self.status() == Status::PostcopyPaused
+    }
+
+    /// Why, while it is.
+    pub fn lost(&self) -> Option<&str> {
+        self.lost.as_deref()
+    }
+
+    /// The link that stands or stood last.
+    pub fn link(&self) -> Link {
+        self.link
     }
 
     /// Pages that have not come yet, in postcopy.
@@ -147,6 +203,16 @@ impl Destination {
     /// Pages that somebody in the guest waits for, longest waiting first.
     pub fn waiting(&self) -> Vec<PageNumber> {
         self.incoming.waiting()
+    }
+
+    /// Since when the one that has waited longest waits.
+    pub fn waiting_since(&self) -> Option<Duration> {
+        self.incoming.waiting_since()
+    }
+
+    /// What is to be asked for on the urgent connection of a new link: all that somebody waits for.
+    pub fn renew_requests(&mut self) -> Vec<PageRun> {
+        self.incoming.renew()
     }
 
     /// What to do next.
@@ -162,8 +228,10 @@ impl Destination {
     pub fn handle(&mut self, input: Input) {
         match (input, self.state) {
             (_, State::Ended) => {}
-            (Input::Frame(Channel::Main, frame), _) => self.on_frame(frame),
-            (Input::Frame(Channel::Urgent, frame), _) => {
+            // Of a link that was lost before.
+            (Input::Frame(link, ..) | Input::Lost(link, ..), _) if link != self.link || self.lost.is_some() => {}
+            (Input::Frame(_, Channel::Main, frame), _) => self.on_frame(frame),
+            (Input::Frame(_, Channel::Urgent, frame), _) => {
                 self.fail(&format!("the source sent {:?} on the urgent connection", frame.kind()));
             }
             (Input::Prepared, State::Preparing) => {
@@ -177,13 +245,30 @@ impl Destination {
                 self.enter(State::Ready, None);
             }
             (Input::Ran(resume_us), State::Starting) => {
-                self.send(Channel::Main, Frame::Running(resume_us));
+                self.resume_us = resume_us;
+                if self.lost.is_none() {
+                    self.send(Channel::Main, Frame::Running(resume_us));
+                }
                 self.enter(State::Running, None);
             }
             (Input::Prepared | Input::Loaded { .. } | Input::Ran(_), _) => {}
             (Input::Warning(warning), _) => self.warnings.push(warning),
             (Input::Failed(reason), _) => self.fail(&reason),
-            (Input::Lost(_, reason), _) => self.fail(&format!("the connection to the source was lost: {reason}")),
+            (Input::Lost(_, _, reason), _) => self.fail(&format!("the connection to the source was lost: {reason}")),
+            (Input::GiveUp(reason), _) if !self.is_committed() => {
+                self.actions.clear();
+                self.send(Channel::Main, Frame::Abort(reason.clone()));
+                self.finish(Outcome::Abandoned(reason));
+            }
+            (Input::Pause, State::Ready | State::Starting | State::Running) => self.pause("it was broken on purpose"),
+            (Input::GiveUpRest, State::Running) if self.incoming.missing().is_empty() => {
+                self.bitmaps = IncomingBitmaps::default();
+                self.actions.push_back(Action::AbandonBitmaps);
+                self.pause("the rest was given up here");
+                self.complete();
+                self.finish(Outcome::Completed);
+            }
+            (Input::GiveUp(_) | Input::Pause | Input::GiveUpRest, _) => {}
         }
     }
 
@@ -198,8 +283,10 @@ impl Destination {
                 self.received.normal += run.count;
                 Ok(Placement::Direct)
             }
-            (State::Running, Channel::Main) if self.postcopy => Ok(Placement::Fault),
-            (State::Loading | State::Ready | State::Starting | State::Running | State::Ended, Channel::Urgent) if self.postcopy => {
+            (State::Running | State::Whole, Channel::Main) if self.postcopy => Ok(Placement::Fault),
+            (State::Loading | State::Ready | State::Starting | State::Running | State::Whole | State::Ended, Channel::Urgent)
+                if self.postcopy =>
+            {
                 Ok(Placement::Fault)
             }
             (state, _) => Err(format!("the source sent {run} on the {channel:?} connection in state {state:?}")),
@@ -265,7 +352,18 @@ impl Destination {
                 self.end_received = true;
                 Ok(())
             }
-            (Frame::Abort(reason), _) => return self.fail_silently(&reason),
+            // The source did not hear the first one.
+            (Frame::End, State::Whole) => {
+                self.done();
+                Ok(())
+            }
+            (Frame::Goodbye, State::Whole) => {
+                self.finish(Outcome::Completed);
+                Ok(())
+            }
+            // The source has not given the guest up.
+            (Frame::Abort(reason), _) if !self.is_committed() => return self.finish(Outcome::Abandoned(reason)),
+            (Frame::Abort(reason), _) => return self.pause(&reason),
             (frame, state) => Err(format!("the source sent {:?} in state {state:?}, which makes no sense", frame.kind())),
         };
         if let Err(reason) = checked {
@@ -339,46 +437,52 @@ impl Destination {
         Ok(())
     }
 
-    /// Done only when the source says it is, nothing is missing and every zero page and bitmap in the queue has been dealt with.
+    /// Complete only when nothing is missing, every zero page and bitmap in the queue has been dealt with, and the source says that it
+    /// has sent all, unless it cannot say anything.
     fn check_complete(&mut self) {
         let all_here = self.incoming.missing().is_empty() && self.bitmaps.all_complete() && self.actions.is_empty();
-        if self.state == State::Running && self.end_received && all_here {
-            if let Some(latencies) = &self.latencies {
-                self.faults.p50_us = latencies.value_at_quantile(0.5);
-                self.faults.p99_us = latencies.value_at_quantile(0.99);
-                self.faults.max_us = latencies.max();
+        if self.state == State::Running && all_here && (self.end_received || self.lost.is_some()) {
+            self.complete();
+            if self.lost.is_none() {
+                self.done();
             }
-            let warnings = std::mem::take(&mut self.warnings);
-            self.send(Channel::Main, Frame::Done { faults: self.faults.clone(), warnings });
-            self.finish(Outcome::Completed);
         }
     }
 
+    fn complete(&mut self) {
+        if let Some(latencies) = &self.latencies {
+            self.faults.p50_us = latencies.value_at_quantile(0.5);
+            self.faults.p99_us = latencies.value_at_quantile(0.99);
+            self.faults.max_us = latencies.max();
+        }
+        self.actions.push_back(Action::Complete);
+        self.enter(State::Whole, None);
+    }
+
+    fn done(&mut self) {
+        self.send(Channel::Main, Frame::Done { faults: self.faults.clone(), warnings: self.warnings.clone() });
+    }
+
+    /// Something went wrong. Before READY that ends the migration, from then on only the link: the source may have given the guest up.
     fn fail(&mut self, reason: &str) {
-        if !self.is_committed() {
-            self.actions.clear();
-            self.send(Channel::Main, Frame::Abort(reason.into()));
+        if self.state == State::Ready || self.is_committed() {
+            return self.pause(reason);
         }
-        self.fail_silently(reason);
+        self.actions.clear();
+        self.send(Channel::Main, Frame::Abort(reason.into()));
+        self.finish(Outcome::Abandoned(reason.into()));
     }
 
-    /// Ends the migration without telling the source. After the commit the guest goes on, with what is here.
-    fn fail_silently(&mut self, reason: &str) {
-        if !self.is_committed() {
-            return self.finish(Outcome::Abandoned(reason.into()));
+    /// The link is lost, and may come back. What it brought is dealt with; what it was to carry is told on the next one.
+    fn pause(&mut self, reason: &str) {
+        if self.lost.is_some() {
+            return;
         }
-        if !self.bitmaps.all_complete() {
-            self.actions.push_back(Action::AbandonBitmaps);
-        }
-        // Zero pages that have come are placed before the end, all the same.
-        let mut missing = self.incoming.missing().clone();
-        for action in &self.actions {
-            if let Action::PlaceZero(run) = action {
-                missing.remove(*run);
-            }
-        }
-        let missing = missing.len();
-        self.finish(if missing == 0 { Outcome::Completed } else { Outcome::Incomplete(format!("{reason}; {missing} pages are missing")) });
+        self.lost = Some(reason.into());
+        self.urgent = false;
+        self.end_received = false;
+        self.actions.retain(|action| !matches!(action, Action::Send(..) | Action::Reconnect(_)));
+        self.actions.push_back(Action::Disconnect(reason.into()));
     }
 
     fn finish(&mut self, outcome: Outcome) {

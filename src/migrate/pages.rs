@@ -30,6 +30,12 @@ impl Outgoing {
         self.cleared_to = 0;
     }
 
+    /// After a recovery: what the destination lacks is what is to go, whatever was sent before.
+    pub fn restart(&mut self, missing: PageSet) {
+        self.unsent = missing;
+        self.cursor = 0;
+    }
+
     /// The pages still to go.
     pub fn unsent(&self) -> &PageSet {
         &self.unsent
@@ -117,6 +123,22 @@ impl Incoming {
             return Vec::new();
         }
         run.pages().filter_map(|page| self.since.remove(&page)).map(|since| now.saturating_sub(since)).collect()
+    }
+
+    /// The link is another one: what was asked for on the old one is asked for again.
+    pub fn renew(&mut self) -> Vec<PageRun> {
+        let all = PageRun::new(0, self.requested.universe());
+        self.requested.remove(all);
+        let waiting: Vec<_> = self.waiting().into_iter().map(PageRun::single).collect();
+        for run in &waiting {
+            self.requested.insert(*run);
+        }
+        waiting
+    }
+
+    /// Since when the one that has waited longest waits.
+    pub fn waiting_since(&self) -> Option<Duration> {
+        self.since.values().min().copied()
     }
 
     /// The pages that somebody waits for, longest waiting first.

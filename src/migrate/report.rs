@@ -32,6 +32,8 @@ pub enum Status {
     PostcopyActive,
     /// The link broke after the commit; missing pages stay missing until it is repaired.
     PostcopyPaused,
+    /// Source and destination are comparing on a new link what is missing.
+    PostcopyRecover,
     /// The destination holds every page and every bitmap.
     Completed,
     /// It ended without moving the guest, or lost the rest of it.
@@ -45,7 +47,16 @@ pub enum Status {
 impl Status {
     /// Whether a migration is under way.
     pub fn is_active(self) -> bool {
-        matches!(self, Self::Setup | Self::Active | Self::Device | Self::PostcopyActive | Self::PostcopyPaused | Self::Cancelling)
+        matches!(
+            self,
+            Self::Setup
+                | Self::Active
+                | Self::Device
+                | Self::PostcopyActive
+                | Self::PostcopyPaused
+                | Self::PostcopyRecover
+                | Self::Cancelling
+        )
     }
 }
 
@@ -98,6 +109,12 @@ pub struct Progress {
     pub bandwidth: u64,
     /// Bytes on the wire.
     pub bytes: BytesByKind,
+    /// At the destination: pages that the guest waits for just now.
+    #[serde(default)]
+    pub waiting_pages: u64,
+    /// How long the first of them has been waited for, in milliseconds.
+    #[serde(default)]
+    pub waiting_ms: u64,
     /// The blackout that switching now would cost, in milliseconds.
     pub expected_downtime_ms: u64,
     /// Why the migration failed.
@@ -184,6 +201,9 @@ pub struct Report {
     pub zero_pages: u64,
     /// Page faults at the destination.
     pub faults: Option<Faults>,
+    /// How often the link was lost after the commit and the migration went on over another one.
+    #[serde(default)]
+    pub recoveries: u32,
     /// Why precopy ended when it did, or which limit was hit, in words.
     pub reason: String,
     /// Things that went wrong without harming the guest: bitmaps dropped, for example.

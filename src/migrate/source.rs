@@ -10,6 +10,14 @@
 //!  LastPass --all sent--> Switching --READY--> [GiveUp] COMMIT --> Committed --all sent--> Ending --Done--> Ended
 //! ```
 //!
+//! After the commit a lost link ends nothing:
+//!
+//! ```text
+//!  Committed, Ending --lost--> Paused --Recover, Hello--> Reconnecting --Welcome--> Comparing --Holding--> Committed
+//!                                 ^                            |                        |
+//!                                 +--------- lost again -------+------------------------+
+//! ```
+//!
 //! The commit point is in `Source::on_ready`: [`Action::GiveUp`] comes before the `Commit` frame is sent. Up to there every failure ends
 //! with the guest running here; from there on none does.
 
@@ -28,7 +36,7 @@ use super::bitmaps::{BitmapStep, OutgoingBitmaps};
 use super::pages::Outgoing;
 use super::policy::{self, Decision, Measured};
 use super::report::{Downtime, Mode, Pass, Report, Status};
-use super::wire::{Channel, Frame, Hello, MAX_RUN, Package, Totals};
+use super::wire::{Channel, Frame, Hello, Holding, MAX_RUN, Package, Totals};
 use crate::memory::{PageRun, PageSet};
 
 /// How long the destination may take to answer a `Hello`.
@@ -70,6 +78,11 @@ enum State {
     Switching,
     Committed,
     Ending,
+    /// The link was lost after the commit.
+    Paused,
+    Reconnecting,
+    /// Waiting for what the destination has.
+    Comparing,
     Ended,
 }
 
@@ -88,6 +101,7 @@ pub struct Source {
     postcopy_requested: bool,
     /// The right to run the guest is gone: [`Action::GiveUp`] was handed to the driver.
     given_up: bool,
+    package_sent: bool,
     /// What ends the migration as soon as the guest, about to be stopped, can be let go on.
     failure: Option<Failure>,
     pass: PassMeter,
@@ -125,7 +139,7 @@ impl Source {
             outgoing: Outgoing::new(config.ram_pages),
             config,
             state: State::Hello,
-            actions: VecDeque::from([Action::Send(hello)]),
+            actions: VecDeque::from([Action::Connect, Action::Send(hello)]),
             deadline: Some(HELLO_TIMEOUT),
             bitmaps: OutgoingBitmaps::default(),
             package: None,
@@ -133,6 +147,7 @@ impl Source {
             switch_postcopy: false,
             postcopy_requested: false,
             given_up: false,
+            package_sent: false,
             failure: None,
             pass: PassMeter::default(),
             bandwidth: None,
@@ -166,6 +181,16 @@ impl Source {
         self.state == State::Ended
     }
 
+    /// Whether the link was lost after the commit, and nobody has asked yet for another one.
+    pub fn is_paused(&self) -> bool {
+        self.state == State::Paused
+    }
+
+    /// Whether the destination may have said READY without hearing that the guest was not given up: it waits for a word.
+    pub fn may_be_waited_for(&self) -> bool {
+        self.package_sent && !self.given_up
+    }
+
     /// The longest accepted blackout.
     pub fn downtime_limit(&self) -> Duration {
         self.config.downtime_limit
@@ -191,6 +216,7 @@ impl Source {
                 State::Hello => "did not answer the greeting",
                 State::Preparing => "did not get its machine ready",
                 State::Switching => "did not load the guest's state",
+                State::Reconnecting | State::Comparing => "did not say what it has",
                 _ => "did not confirm what it was sent",
             };
             self.fail(Failure::Failed(format!("the destination {what} in time")), now);
@@ -236,6 +262,13 @@ impl Source {
             (Input::Lost(_, reason), _) => {
                 self.fail(Failure::Failed(format!("the connection to the destination was lost: {reason}")), now);
             }
+            (Input::Recover, State::Paused) => {
+                self.actions.push_back(Action::Connect);
+                self.send(Self::hello(self.config.session, Channel::Main));
+                self.enter(State::Reconnecting, Some(now + HELLO_TIMEOUT));
+            }
+            (Input::Pause, _) if self.is_committed() => self.pause("it was broken on purpose"),
+            (Input::Recover | Input::Pause, _) => {}
             (Input::Cancel, _) if self.is_committed() => {}
             (Input::Cancel, _) => self.fail(Failure::Cancelled, now),
             (Input::StartPostcopy, _) => self.postcopy_requested = self.config.mode != Mode::Precopy,
@@ -287,6 +320,14 @@ impl Source {
                 self.enter(State::Harvesting, None);
             }
             (Frame::Ready { load_us, warnings }, State::Switching) => self.on_ready(load_us, warnings, now),
+            (Frame::Welcome(_), State::Reconnecting) => self.enter(State::Comparing, Some(now + ANSWER_TIMEOUT)),
+            (Frame::Holding(holding), State::Comparing) => {
+                if let Err(reason) = self.on_holding(&holding) {
+                    self.fail(Failure::Failed(reason), now);
+                }
+            }
+            // Said again after a recovery; the first one counts.
+            (Frame::Running(_), State::Committed | State::Ending) if self.report.downtime.total_us > 0 => {}
             (Frame::Running(resume_us), State::Committed | State::Ending) => {
                 self.report.downtime.resume_us = resume_us;
                 self.report.downtime.total_us = (now - self.stopped_at).as_micros() as u64;
@@ -294,6 +335,7 @@ impl Source {
             (Frame::Done { faults, warnings }, State::Ending) => {
                 self.report.warnings.extend(warnings);
                 self.report.faults = self.switch_postcopy.then_some(faults);
+                self.send(Frame::Goodbye);
                 self.finish(Status::Completed, now);
             }
             (Frame::Abort(reason), _) => self.fail(Failure::Failed(format!("the destination says: {reason}")), now),
@@ -415,6 +457,7 @@ impl Source {
                 let Some(stopped) = self.package.take() else {
                     return self.fail(Failure::Failed("the guest's state is missing".into()), now);
                 };
+                self.package_sent = true;
                 self.send(Frame::Switchover(Package {
                     sent: self.totals,
                     postcopy: self.switch_postcopy,
@@ -445,16 +488,13 @@ impl Source {
         self.enter(State::Committed, None);
     }
 
-    /// Ends the migration. Before the commit the guest goes on here, after it the rest of the guest is out of reach.
+    /// Ends the migration before the commit, and the guest goes on here; after it, the link.
     fn fail(&mut self, failure: Failure, now: Duration) {
         if self.is_committed() {
-            let reason = match failure {
-                Failure::Failed(reason) => reason,
-                Failure::Cancelled => return,
-            };
-            self.report.error =
-                Some(format!("{reason}; this came after the commit, so the guest belongs to the destination and does not run here again"));
-            return self.finish(Status::PostcopyPaused, now);
+            if let Failure::Failed(reason) = failure {
+                self.pause(&reason);
+            }
+            return;
         }
         if self.state == State::Stopping && !self.actions.contains(&Action::Stop) {
             // The driver is stopping the guest; it can go on only when it stands still.
@@ -467,6 +507,42 @@ impl Source {
             self.actions.push_back(Action::Resume);
         }
         self.fail_here(failure, now);
+    }
+
+    /// The link is lost after the commit: what is still to go stays here until there is another one.
+    fn pause(&mut self, reason: &str) {
+        if self.state == State::Paused {
+            return;
+        }
+        let text = format!("{reason}; this came after the commit, so the guest belongs to the destination and does not run here again");
+        self.report.error = Some(text.clone());
+        // A `Commit` that has not gone out is made up for by the recovery.
+        self.actions.clear();
+        self.actions.push_back(Action::Disconnect(text));
+        self.enter(State::Paused, None);
+    }
+
+    /// The destination is back: what it lacks is to go, whatever went before.
+    fn on_holding(&mut self, holding: &Holding) -> Result<(), String> {
+        let mut missing = PageSet::empty(self.config.ram_pages);
+        for &run in &holding.missing {
+            if !run.is_within(self.config.ram_pages) || missing.insert(run) != run.count {
+                return Err(format!("the destination's list of missing pages is wrong at {run}"));
+            }
+        }
+        if !missing.is_empty() && !self.switch_postcopy {
+            return Err("the destination says that pages are missing after a precopy".into());
+        }
+        self.bitmaps.go_to(holding.bitmaps)?;
+        self.outgoing.restart(missing);
+        self.actions.push_back(Action::OpenUrgent);
+        if !holding.committed {
+            self.send(Frame::Commit);
+        }
+        self.report.error = None;
+        self.report.recoveries += 1;
+        self.enter(State::Committed, None);
+        Ok(())
     }
 
     fn fail_here(&mut self, failure: Failure, now: Duration) {
@@ -487,7 +563,6 @@ impl Source {
         let report = self.report.clone();
         self.actions.push_back(Action::End(Box::new(match status {
             Status::Completed => Outcome::Completed(report),
-            Status::PostcopyPaused => Outcome::LostAfterCommit(report),
             _ => Outcome::NotMoved(report),
         })));
         self.enter(State::Ended, None);

@@ -85,10 +85,12 @@ pub enum Kind {
     BitmapComplete = 16,
     End = 17,
     Done = 18,
+    Holding = 19,
+    Goodbye = 20,
 }
 
 impl Kind {
-    const ALL: [Kind; 18] = {
+    const ALL: [Kind; 20] = {
         use Kind::*;
         [
             Hello,
@@ -109,6 +111,8 @@ impl Kind {
             BitmapComplete,
             End,
             Done,
+            Holding,
+            Goodbye,
         ]
     };
 
@@ -120,11 +124,18 @@ impl Kind {
             Kind::Setup => 4 << 20,
             Kind::Pages => MAX_RUN as usize * PAGE_SIZE,
             Kind::Zero => MAX_ZERO_RUNS * 20 + 8,
-            Kind::Switchover => 256 << 20,
+            Kind::Switchover | Kind::Holding => 256 << 20,
             Kind::Bitmap => MAX_BITMAP_WORDS as usize * 10 + 64,
             Kind::Ready | Kind::Done => 1 << 20,
             Kind::Request => 8,
-            Kind::Prepared | Kind::PassEnd | Kind::PassAck | Kind::Commit | Kind::Running | Kind::BitmapComplete | Kind::End => 64,
+            Kind::Prepared
+            | Kind::PassEnd
+            | Kind::PassAck
+            | Kind::Commit
+            | Kind::Running
+            | Kind::BitmapComplete
+            | Kind::End
+            | Kind::Goodbye => 64,
         }
     }
 }
@@ -244,6 +255,26 @@ pub struct Package {
     pub machine: Vec<u8>,
 }
 
+/// How far the dirty bitmaps have come: everything before this place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BitmapPlace {
+    /// Index of the first bitmap in [`Package::bitmaps`] that is not complete; their number if all are.
+    pub index: u32,
+    /// Words of it that have come.
+    pub words: u64,
+}
+
+/// What a destination has when its source comes back on a new connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holding {
+    /// Whether the commit has come. If not, the source says it again, or that it never gave the guest up.
+    pub committed: bool,
+    /// Pages that have not come, ascending.
+    pub missing: Vec<PageRun>,
+    /// How far the bitmaps have come.
+    pub bitmaps: BitmapPlace,
+}
+
 /// What one side says to the other. S: sent by the source, D: by the destination.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Frame {
@@ -309,6 +340,11 @@ pub enum Frame {
         /// Warnings since `Ready`.
         warnings: Vec<String>,
     },
+    /// D: the answer to a `Hello` on the main connection with the session of a migration whose link was lost after READY, behind the
+    /// `Welcome`. The source goes on from here.
+    Holding(Holding),
+    /// S: the answer to `Done`: the source will not come back.
+    Goodbye,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -339,6 +375,8 @@ impl Frame {
             Frame::BitmapComplete(_) => Kind::BitmapComplete,
             Frame::End => Kind::End,
             Frame::Done { .. } => Kind::Done,
+            Frame::Holding(_) => Kind::Holding,
+            Frame::Goodbye => Kind::Goodbye,
         }
     }
 
@@ -367,7 +405,8 @@ impl Frame {
             Frame::Bitmap { index, first, zero, words } => bytes = extend(bytes, kind, &(index, first, zero, words))?,
             Frame::BitmapComplete(index) => bytes = extend(bytes, kind, index)?,
             Frame::Done { faults, warnings } => bytes = extend(bytes, kind, &(faults, warnings))?,
-            Frame::Prepared | Frame::PassAck | Frame::Commit | Frame::End => {}
+            Frame::Holding(holding) => bytes = extend(bytes, kind, holding)?,
+            Frame::Prepared | Frame::PassAck | Frame::Commit | Frame::End | Frame::Goodbye => {}
         }
         let length = bytes.len() - HEADER_SIZE;
         if length > kind.max_length() {
@@ -421,6 +460,8 @@ impl Frame {
                 let (faults, warnings) = whole(body, kind)?;
                 Frame::Done { faults, warnings }
             }
+            Kind::Holding => Frame::Holding(whole(body, kind)?),
+            Kind::Goodbye => whole(body, kind).map(|()| Frame::Goodbye)?,
         })
     }
 }

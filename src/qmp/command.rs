@@ -75,6 +75,10 @@ commands! {
         "migrate-start-postcopy" => MigrateStartPostcopy,
         /// Ends a migration before its commit; the guest goes on at the source.
         "migrate_cancel" => MigrateCancel,
+        /// Breaks the link of a postcopy on purpose.
+        "migrate-pause" => MigratePause,
+        /// Tells the destination of a paused postcopy where to listen for its source.
+        "migrate-recover" => MigrateRecover(MigrateIncoming),
         /// Where the migration stands: answered with [`query_migrate`](super::query_migrate::query_migrate).
         "query-migrate" => QueryMigrate,
         /// Switches capabilities on or off.
@@ -128,7 +132,7 @@ pub struct Migrate {
     pub resume: bool,
 }
 
-/// Arguments of `migrate-incoming`.
+/// Arguments of `migrate-incoming` and `migrate-recover`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MigrateIncoming {

@@ -12,6 +12,7 @@ use crate::migrate::destination::Outcome;
 use crate::migrate::driver::destination::DestinationMigration;
 use crate::migrate::driver::owner::{DestinationOwner, MachineSetup, StoppedGuest};
 use crate::migrate::report::{Progress, Status};
+use crate::migrate::transport::Address;
 use crate::qmp::event::{Event, MigrationEvent};
 use crate::vm::facts::HostFacts;
 use crate::vm::{Built, Vm};
@@ -49,7 +50,44 @@ impl Incoming {
         let migration = lock(&self.migration);
         let migration = migration.as_ref()?;
         let ram_remaining = migration.missing_pages() * crate::memory::PAGE_SIZE as u64;
-        Some(Progress { status: migration.status(), ram_remaining, ..Progress::default() })
+        let (waiting, since) = migration.waiting();
+        Some(Progress {
+            status: migration.status(),
+            ram_remaining,
+            waiting_pages: waiting.len() as u64,
+            waiting_ms: since.map_or(0, |since| since.as_millis() as u64),
+            error: migration.lost(),
+            ..Progress::default()
+        })
+    }
+
+    fn with_migration<T>(&self, what: impl FnOnce(&DestinationMigration) -> Result<T, String>) -> Result<T, String> {
+        lock(&self.migration).as_ref().map_or_else(|| Err("no migration to or from here is under way".into()), what)
+    }
+
+    /// Breaks the link of a postcopy on purpose.
+    pub fn pause(&self) -> Result<(), String> {
+        self.with_migration(DestinationMigration::pause)
+    }
+
+    /// Listens at `uri`, too, for the source of a paused postcopy.
+    pub fn recover(&self, uri: &str) -> Result<(), String> {
+        let address: Address = uri.parse().map_err(|error| format!("{error}"))?;
+        let address = self.with_migration(|migration| migration.recover(&address))?;
+        eprintln!("ferry: waiting for the source at {address}\r");
+        Ok(())
+    }
+
+    /// Does without a source that is lost, and without the dirty bitmaps that it still had.
+    pub fn give_up_rest(&self) -> Result<(), String> {
+        self.with_migration(DestinationMigration::give_up_rest)
+    }
+
+    /// The process is about to end.
+    pub fn close(&self) {
+        if let Some(migration) = &*lock(&self.migration) {
+            migration.close();
+        }
     }
 
     /// Opens the guest's disks where they are on this host.
@@ -140,11 +178,25 @@ impl DestinationOwner for Arc<Vmm> {
     }
 
     fn changed(&self, status: Status) {
+        if status == Status::PostcopyActive {
+            let _ = self.messages.send(Message::Recovering);
+        }
         self.events.emit(&Event::Migration(MigrationEvent { status, report: None }));
     }
 
     fn waits_for_lost_page(&self, text: String) {
         eprintln!("ferry: {text}\r");
+    }
+
+    fn paused(&self, reason: String) {
+        let missing = self.incoming.progress().map_or(0, |progress| progress.ram_remaining / crate::memory::PAGE_SIZE as u64);
+        let state = if lock(&self.guest).config().is_some() {
+            format!("the guest is here and goes on until it needs one of the {missing} pages that are missing")
+        } else {
+            "only the source knows whether the guest is to run here".into()
+        };
+        let how = "`ferry recover` at the source joins them again, at this address or at one that `ferry recover --listen` opens here";
+        let _ = self.messages.send(Message::Incomplete(format!("the link to the source is lost: {reason}; {state}; {how}")));
     }
 
     fn ended(&self, outcome: Outcome) {
@@ -154,7 +206,6 @@ impl DestinationOwner for Arc<Vmm> {
                 Message::Received
             }
             Outcome::Abandoned(reason) => Message::NotReceived(reason),
-            Outcome::Incomplete(reason) => Message::Incomplete(reason),
         };
         let _ = self.messages.send(message);
     }

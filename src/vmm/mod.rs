@@ -91,13 +91,15 @@ enum Message {
     Quit(ShutdownReason),
     /// The guest runs elsewhere and all of it is there.
     MovedAway,
-    /// After the commit the destination was lost; with what to tell.
+    /// After the commit the link to the destination was lost; with what to tell.
     Lost(String),
+    /// A link that was lost has been replaced, or is about to be.
+    Recovering,
     /// The migration to here has ended, the guest is whole.
     Received,
     /// No guest came, and none will.
     NotReceived(String),
-    /// The guest is here, but not all of it, and the source is gone.
+    /// The guest is here, or may come to be, but not all of it, and the link to the source is lost.
     Incomplete(String),
 }
 
@@ -208,6 +210,7 @@ impl Main {
             }
         };
         vmm.machine.close();
+        vmm.incoming.close();
         // vCPUs stop before the console and the disks go.
         let guest = std::mem::take(&mut *lock(&vmm.guest));
         if vmm.incoming.is_active() {
@@ -257,7 +260,9 @@ impl Main {
                     None => {}
                 }
             }
+            Message::Recovering => self.lost = None,
             Message::Received => {
+                self.lost = None;
                 if let Some(event) = self.ended_early.take() {
                     return self.on_guest_end(vmm, event);
                 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::{Message, Vmm, lock};
 use crate::block::dirty_bitmap::Granularity;
 use crate::block::disk::Disk;
-use crate::qmp::command::{BlockDirtyBitmap, BlockDirtyBitmapAdd, Command, Migrate};
+use crate::qmp::command::{BlockDirtyBitmap, BlockDirtyBitmapAdd, Command, Migrate, MigrateIncoming};
 use crate::qmp::event::{Event, ShutdownReason};
 use crate::qmp::query_migrate::query_migrate;
 use crate::qmp::response::{BlockDirtyInfo, BlockInfo, StatusInfo};
@@ -30,19 +30,27 @@ impl Handler for Arc<Vmm> {
             Command::Cont => self.cont(),
             Command::Quit => self.quit(),
             Command::SystemPowerdown => self.power_button().map_err(QmpError::generic).and_then(|()| done()),
-            Command::Migrate(Migrate { resume: true, .. }) => {
-                Err(QmpError::generic("there is no broken postcopy that this Ferry could resume"))
-            }
+            Command::Migrate(Migrate { uri, resume: true, .. }) => self.recover_outgoing(&uri).and_then(|()| done()),
             Command::Migrate(Migrate { uri, .. }) => self.migrate(&uri).and_then(|()| done()),
             Command::MigrateIncoming(_) => {
                 Err(QmpError::generic("this Ferry was told at its start where to listen (ferry receive --listen)"))
             }
             Command::MigrateStartPostcopy => self.migration()?.start_postcopy().map_err(QmpError::generic).and_then(|()| done()),
-            // As in QEMU, cancelling what does not go on is no error.
             Command::MigrateCancel => match self.migration() {
                 Ok(migration) => migration.cancel().map_err(QmpError::generic).and_then(|()| done()),
+                Err(_) if self.incoming.is_active() => self.incoming.give_up_rest().map_err(QmpError::generic).and_then(|()| done()),
+                // As in QEMU, cancelling what does not go on is no error.
                 Err(_) => done(),
             },
+            Command::MigratePause => match self.migration() {
+                Ok(migration) => migration.pause(),
+                Err(_) => self.incoming.pause(),
+            }
+            .map_err(QmpError::generic)
+            .and_then(|()| done()),
+            Command::MigrateRecover(MigrateIncoming { uri }) => {
+                self.incoming.recover(&uri).map_err(QmpError::generic).and_then(|()| done())
+            }
             Command::QueryMigrate => {
                 let (progress, report) = self.outgoing_progress();
                 let outgoing = query_migrate(&progress, report.as_ref());
@@ -113,7 +121,8 @@ impl Vmm {
 
     /// Ends the process, unless the destination of a migration still needs pages from here.
     fn quit(&self) -> Result<Value, QmpError> {
-        if self.migration().is_ok_and(|migration| migration.is_committed()) {
+        // While the link is lost it is for a person to judge whether the rest will ever be wanted.
+        if self.migration().is_ok_and(|migration| migration.is_committed() && !migration.is_paused()) {
             return Err(QmpError::generic("the guest has moved, but not all of it: its destination still needs pages from here"));
         }
         let _ = self.messages.send(Message::Quit(ShutdownReason::HostQmpQuit));

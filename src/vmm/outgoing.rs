@@ -73,6 +73,12 @@ impl Vmm {
         Ok(())
     }
 
+    /// Joins a paused postcopy to its destination again, which listens at `uri`.
+    pub fn recover_outgoing(&self, uri: &str) -> Result<(), QmpError> {
+        let address: Address = uri.parse().map_err(|error| QmpError::generic(format!("{error}")))?;
+        self.migration()?.recover(address).map_err(QmpError::generic)
+    }
+
     /// The migration under way.
     pub fn migration(&self) -> Result<Arc<SourceMigration>, QmpError> {
         let outgoing = lock(&self.outgoing);
@@ -80,9 +86,12 @@ impl Vmm {
     }
 
     /// Cancels the migration under way, if there is one, and waits until it is over: the guest is back and the destination was told.
-    /// False if it cannot be cancelled any more: the destination needs pages that only this process has.
+    /// False if it cannot be cancelled any more: the destination needs pages that only this process has, and the link to it stands.
     pub fn cancel_outgoing(&self) -> bool {
         let Ok(migration) = self.migration() else { return true };
+        if migration.is_paused() {
+            return true;
+        }
         let cancelled = migration.cancel().is_ok();
         if cancelled {
             let outgoing = lock(&self.outgoing);
@@ -142,6 +151,9 @@ impl SourceOwner for Vmm {
         if !status.is_active() {
             return;
         }
+        if status == Status::PostcopyRecover {
+            let _ = self.messages.send(Message::Recovering);
+        }
         let mut outgoing = lock(&self.outgoing);
         let new_pass = std::mem::replace(&mut outgoing.pass, pass) < pass;
         drop(outgoing);
@@ -150,6 +162,11 @@ impl SourceOwner for Vmm {
         } else {
             self.events.emit(&Event::Migration(MigrationEvent { status, report: None }));
         }
+    }
+
+    fn paused(&self, text: String) {
+        let how = "the link to the destination can be repaired: `ferry recover --qmp SOCKET URI`, with an address at which it listens";
+        let _ = self.messages.send(Message::Lost(format!("{text}; {how}")));
     }
 
     fn ended(&self, outcome: Outcome, moved: Option<Vm<Moved>>) {
@@ -165,7 +182,6 @@ impl SourceOwner for Vmm {
         let message = match &outcome {
             Outcome::Completed(_) => Some(Message::MovedAway),
             Outcome::NotMoved(_) => None,
-            Outcome::LostAfterCommit(report) => Some(Message::Lost(report.error.clone().unwrap_or_default())),
         };
         self.events.emit(&Event::Migration(MigrationEvent { status: report.status, report: Some(report.into()) }));
         if let Some(message) = message {

@@ -4,16 +4,17 @@ mod display;
 mod table;
 
 use std::io::Write;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
-use super::arguments::MigrateArguments;
+use super::arguments::{MigrateArguments, RecoverArguments};
 use super::{CliError, interrupt};
 use crate::migrate::report::{Report, Status};
 use crate::qmp::Command;
 use crate::qmp::client::{Client, ClientError};
-use crate::qmp::command::Migrate;
+use crate::qmp::command::{Migrate, MigrateIncoming};
 use crate::qmp::parameters::MigrateSetParameters;
 use crate::qmp::query_migrate::Details;
 use display::Display;
@@ -37,16 +38,32 @@ pub(super) fn migrate(arguments: &MigrateArguments) -> Result<(), CliError> {
         max_postcopy_bandwidth: arguments.postcopy_bandwidth,
         ferry_mode: Some(arguments.mode.into()),
     }))?;
+    let start = Migrate { uri: arguments.uri.clone(), detach: Some(true), resume: false };
+    carry_through(client, start, arguments.report.as_deref())
+}
+
+/// Joins a migration whose link was lost again: at the source to its end, at the destination by listening.
+pub(super) fn recover(arguments: RecoverArguments) -> Result<(), CliError> {
+    let mut client = Client::connect(&arguments.qmp)?;
+    if let Some(uri) = arguments.listen {
+        client.execute(&Command::MigrateRecover(MigrateIncoming { uri }))?;
+        return Ok(());
+    }
+    let start = Migrate { uri: arguments.uri.unwrap_or_default(), detach: Some(true), resume: true };
+    carry_through(client, start, arguments.report.as_deref())
+}
+
+fn carry_through(mut client: Client, start: Migrate, report_file: Option<&Path>) -> Result<(), CliError> {
     // Before the migration begins, so that at no time Ctrl-C leaves it going on unseen.
     interrupt::catch().map_err(|source| CliError::Write { what: "a signal handler".into(), source })?;
-    client.execute(&Command::Migrate(Migrate { uri: arguments.uri.clone(), detach: Some(true), resume: false }))?;
+    client.execute(&Command::Migrate(start))?;
 
     let mut display = Display::new();
     let end = follow(&mut client, &mut display)?;
     display.finish();
     if let Some(report) = &end.report {
         display.table(&table::table(report));
-        if let Some(path) = &arguments.report {
+        if let Some(path) = report_file {
             write_report(report, path).map_err(|source| CliError::Write { what: path.display().to_string(), source })?;
         }
     }
@@ -97,7 +114,8 @@ fn end_in_event(event: &Map<String, Value>, last_seen: &mut Status) -> Option<En
     *last_seen = serde_json::from_value(data.get("status")?.clone()).ok()?;
     let report: Option<Report> = data.get("report").and_then(|report| serde_json::from_value(report.clone()).ok());
     let error = report.as_ref().and_then(|report| report.error.clone());
-    (!last_seen.is_active()).then_some(End { status: *last_seen, report, error })
+    // A paused one goes on only when somebody asks for it.
+    (!last_seen.is_active() || *last_seen == Status::PostcopyPaused).then_some(End { status: *last_seen, report, error })
 }
 
 /// Shows the progress; gives the end if it has come.
@@ -108,7 +126,7 @@ fn poll(client: &mut Client, display: &mut Display, last_seen: &mut Status) -> R
         Ok(Details::Progress(progress)) => {
             *last_seen = progress.status;
             display.progress(&progress);
-            Ok(None)
+            Ok((progress.status == Status::PostcopyPaused).then_some(End { status: progress.status, report: None, error }))
         }
         Ok(Details::Report(report)) => Ok(Some(End { status: report.status, report: Some(report), error })),
         Err(_) => Ok(None),
@@ -118,7 +136,9 @@ fn poll(client: &mut Client, display: &mut Display, last_seen: &mut Status) -> R
 /// The source's process went away without having said how the migration ended.
 fn lost(error: ClientError, last_seen: Status) -> CliError {
     let place = match last_seen {
-        Status::PostcopyActive | Status::PostcopyPaused => "the guest had been handed over to the destination, which may miss pages of it",
+        Status::PostcopyActive | Status::PostcopyPaused | Status::PostcopyRecover => {
+            "the guest had been handed over to the destination, which may miss pages of it"
+        }
         Status::Device => "it was about to hand over; ask the destination whether the guest runs there",
         _ => "the guest had not been handed over and ended with the source",
     };
@@ -129,6 +149,10 @@ impl End {
     fn into_result(self) -> Result<(), CliError> {
         let default = match self.status {
             Status::Completed => return Ok(()),
+            Status::PostcopyPaused => {
+                let what = self.error.unwrap_or_else(|| "the link to the destination is lost".into());
+                return Err(CliError::Migration(format!("{what}; `ferry recover` joins the two again")));
+            }
             Status::Cancelled => "the migration was cancelled; the guest goes on at the source",
             _ => "the migration failed, and the source did not say why",
         };
@@ -136,7 +160,7 @@ impl End {
     }
 }
 
-fn write_report(report: &Report, path: &std::path::Path) -> std::io::Result<()> {
+fn write_report(report: &Report, path: &Path) -> std::io::Result<()> {
     let mut text = serde_json::to_vec_pretty(report)?;
     text.push(b'\n');
     std::fs::File::create(path)?.write_all(&text)

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::Link;
 use crate::memory::PageRun;
 use crate::migrate::wire::{Channel, Frame, Package};
 
@@ -53,8 +54,14 @@ pub enum Action {
     },
     /// Merge the successor of this bitmap back: all bits have come.
     CompleteBitmap(u32),
-    /// Drop the bitmaps that are not complete: the source is gone. A wrong bitmap would be worse than none.
+    /// Drop the bitmaps that are not complete: the source will not come back. A wrong bitmap would be worse than none.
     AbandonBitmaps,
+    /// Close the connections, if that was not done: this link is lost, for this reason. The guest is not, and nor is the migration.
+    Disconnect(String),
+    /// Take up the main connection of this link. Ask again, on its urgent connection when that has come, for all that is waited for.
+    Reconnect(Link),
+    /// All of the guest is here: end the watch over its memory.
+    Complete,
     /// The migration is over for this side. Nothing follows.
     End(Outcome),
 }
@@ -66,8 +73,6 @@ pub enum Outcome {
     Completed,
     /// Nothing runs here; with the reason.
     Abandoned(String),
-    /// The guest runs here, but pages are missing and the source is gone; with the reason.
-    Incomplete(String),
 }
 
 /// Where the contents of pages go.

@@ -2,11 +2,15 @@
 
 use crate::migrate::wire::{Channel, Frame};
 
+/// One of the pairs of connections that a migration has one after the other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Link(pub u32);
+
 /// What the driver tells the destination.
 #[derive(Clone, Debug)]
 pub enum Input {
     /// A frame came on a connection, `Hello` and `Pages` excepted.
-    Frame(Channel, Frame),
+    Frame(Link, Channel, Frame),
     /// The host can run the guest and RAM of the asked size is there: the answer to [`Action::Prepare`].
     Prepared,
     /// The package is loaded: the answer to [`Action::Load`].
@@ -23,5 +27,11 @@ pub enum Input {
     /// Something went wrong that does not harm the guest; the person at the source is told at the end.
     Warning(String),
     /// A connection is gone.
-    Lost(Channel, String),
+    Lost(Link, Channel, String),
+    /// A person ends it, for this reason. After the commit the guest is here, and nothing comes of this.
+    GiveUp(String),
+    /// A person breaks the link.
+    Pause,
+    /// A person wants no more of the source: bitmaps that are not complete are dropped. Only when all of RAM is here.
+    GiveUpRest,
 }

@@ -1,9 +1,9 @@
 //! The destination's driver: does what the engine in [`crate::migrate::destination`] says, with sockets, KVM, guest RAM and userfaultfd.
 //!
-//! Each connection has a thread, which first reads what the connection is. That of the main connection then polls the engine and does what
-//! it says; that of the urgent connection places the pages that were asked for. A page fault is read and asked about by a thread of its
-//! own. The latter two report to the engine and wake the first. The engine's lock is never held while one of them sends, receives, waits
-//! or calls KVM.
+//! Each connection has a thread, which first reads what the connection is. That of the first main connection then polls the engine and does
+//! what it says, to the migration's end: main connections that replace it are handed over to it. That of an urgent connection places the
+//! pages that were asked for. A page fault is read and asked about by a thread of its own. The latter two report to the engine and wake the
+//! first. The engine's lock is never held while one of them sends, receives, waits or calls KVM.
 
 mod bitmaps;
 mod faults;
@@ -11,20 +11,23 @@ mod greet;
 mod guest;
 mod session;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::owner::DestinationOwner;
 use crate::memory::PageNumber;
-use crate::migrate::destination::{Destination, Input, Outcome};
+use crate::migrate::destination::{Destination, Input, Link, Outcome};
 use crate::migrate::report::Status;
-use crate::migrate::transport::{Interrupt, Listener, Wake, Writer};
+use crate::migrate::transport::{Address, Interrupt, Listener, Reader, Wake, Writer};
 use faults::FaultService;
 
 /// A migration to here, or the wait for one. It goes on, and its end is told to the owner, also when this handle is dropped.
 pub struct DestinationMigration {
     shared: Arc<Shared>,
+    /// Threads that accept connections.
+    listening: Mutex<Vec<JoinHandle<()>>>,
 }
 
 /// What the handle and the migration's threads share.
@@ -32,17 +35,25 @@ struct Shared {
     owner: Arc<dyn DestinationOwner>,
     engine: Mutex<Destination>,
     began: Instant,
-    /// Wakes the thread of the main connection: the engine has something to do.
+    /// Wakes the migration's thread: the engine has something to do.
     wake: Wake,
-    /// Ends all waits on connections when the migration is over.
+    /// Ends everything when the migration is over.
     closing: Interrupt,
-    /// From the urgent connection's greeting until the page faults are served.
-    urgent: Mutex<Option<Writer>>,
+    /// Taken after the engine's lock where both are.
+    links: Mutex<Links>,
+    /// Connections at a time, those that have not yet said what they are included.
+    connections: AtomicUsize,
     /// In postcopy.
     faults: OnceLock<FaultService>,
-    /// Whether requests for pages are answered no more.
-    source_gone: AtomicBool,
-    outcome: OnceLock<Outcome>,
+}
+
+/// Connections on their way from those who accept them to those who use them.
+#[derive(Default)]
+struct Links {
+    /// The link that stands, and what ends all waits on its connections.
+    current: Option<(Link, Interrupt)>,
+    main: Option<(Reader, Writer)>,
+    urgent: Option<(Link, Writer)>,
 }
 
 impl Shared {
@@ -54,6 +65,10 @@ impl Shared {
         self.began.elapsed()
     }
 
+    fn links(&self) -> MutexGuard<'_, Links> {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Tells the engine and wakes who does what follows.
     fn handle(&self, input: Input) {
         self.engine().handle(input);
@@ -61,20 +76,31 @@ impl Shared {
         self.wake.wake();
     }
 
-    /// If the engine has ended without all pages, then nobody answers any more: those who wait are helped otherwise.
+    /// If nobody answers requests, those who wait are helped otherwise.
     fn look_after_waiters(&self) {
         let engine = self.engine();
-        if !matches!(engine.status(), Status::Failed | Status::PostcopyPaused) {
+        if !no_answers(&engine) {
             return;
         }
-        // Before the waiting are looked up: who comes later sees it.
-        self.source_gone.store(true, Ordering::SeqCst);
         let waiting = engine.waiting();
         drop(engine);
         if let Some(faults) = self.faults.get() {
             waiting.into_iter().for_each(|page| faults.unanswered(self, page));
         }
     }
+
+    /// Ends the waits on all connections.
+    fn close(&self) {
+        self.closing.raise();
+        if let Some((_, interrupt)) = &self.links().current {
+            interrupt.raise();
+        }
+    }
+}
+
+/// Whether a request for a page would not be answered now.
+fn no_answers(engine: &Destination) -> bool {
+    engine.is_paused() || engine.status() == Status::Failed
 }
 
 impl DestinationMigration {
@@ -87,14 +113,62 @@ impl DestinationMigration {
             began: Instant::now(),
             wake: Wake::new().map_err(failed)?,
             closing: Interrupt::new().map_err(failed)?,
-            urgent: Mutex::new(None),
+            links: Mutex::default(),
+            connections: AtomicUsize::new(0),
             faults: OnceLock::new(),
-            source_gone: AtomicBool::new(false),
-            outcome: OnceLock::new(),
         });
-        let theirs = shared.clone();
-        std::thread::Builder::new().name("migration-listen".into()).spawn(move || greet::listen(&theirs, listener)).map_err(failed)?;
-        Ok(DestinationMigration { shared })
+        let migration = DestinationMigration { shared, listening: Mutex::default() };
+        migration.listen(listener)?;
+        Ok(migration)
+    }
+
+    fn listen(&self, listener: Listener) -> Result<(), String> {
+        let shared = self.shared.clone();
+        let thread = std::thread::Builder::new().name("migration-listen".into()).spawn(move || greet::listen(&shared, &listener));
+        let thread = thread.map_err(|error| format!("cannot wait for a migration: {error}"))?;
+        self.listening.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        Ok(())
+    }
+
+    /// Waits at `address`, too, for the source of a migration whose link was lost. Returns the address, with the port if the kernel chose
+    /// it.
+    pub fn recover(&self, address: &Address) -> Result<Address, String> {
+        if !self.shared.engine().is_paused() {
+            return Err("the migration is not paused: there is no broken link to repair".into());
+        }
+        let listener = Listener::bind(address).map_err(|error| error.to_string())?;
+        let address = listener.address().clone();
+        self.listen(listener)?;
+        Ok(address)
+    }
+
+    /// Breaks the link after READY, on purpose.
+    pub fn pause(&self) -> Result<(), String> {
+        let mut engine = self.shared.engine();
+        if engine.status() != Status::PostcopyActive {
+            return Err("only a postcopy can be paused".into());
+        }
+        engine.handle(Input::Pause);
+        drop(engine);
+        self.shared.look_after_waiters();
+        self.shared.wake.wake();
+        Ok(())
+    }
+
+    /// Wants no more of the source, whose link is lost: dirty bitmaps that are not complete are dropped. An error while pages are missing.
+    pub fn give_up_rest(&self) -> Result<(), String> {
+        let mut engine = self.shared.engine();
+        if !engine.is_paused() || !engine.is_committed() {
+            return Err("the guest can do without its source only when the link to it is lost after the commit".into());
+        }
+        let missing = engine.missing().len();
+        if missing > 0 {
+            return Err(format!("{missing} pages of the guest are at the source and nowhere else"));
+        }
+        engine.handle(Input::GiveUpRest);
+        drop(engine);
+        self.shared.wake.wake();
+        Ok(())
     }
 
     /// Gives the wait or the migration up, for this reason, which the source is told. After the commit the guest is here, and this is an
@@ -105,15 +179,24 @@ impl DestinationMigration {
             return Err("the guest is here already".into());
         }
         let alone = engine.status() == Status::None;
-        engine.handle(Input::Failed(reason.into()));
+        engine.handle(Input::GiveUp(reason.into()));
         drop(engine);
         if alone {
-            let _ = self.shared.outcome.set(Outcome::Abandoned(reason.into()));
-            self.shared.closing.raise();
+            self.shared.close();
+            self.shared.owner.ended(Outcome::Abandoned(reason.into()));
         }
         self.shared.look_after_waiters();
         self.shared.wake.wake();
         Ok(())
+    }
+
+    /// Waits for connections no more. For the end of the process: sockets in the file system are removed.
+    pub fn close(&self) {
+        self.shared.close();
+        for thread in self.listening.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            // A panic of the thread was printed when it happened.
+            let _ = thread.join();
+        }
     }
 
     /// Where the migration stands.
@@ -126,9 +209,16 @@ impl DestinationMigration {
         self.shared.engine().missing().len()
     }
 
-    /// The pages that somebody in the guest waits for, longest waiting first.
-    pub fn waiting(&self) -> Vec<PageNumber> {
-        self.shared.engine().waiting()
+    /// The pages that somebody in the guest waits for, longest waiting first, and for how long the first has been waited for.
+    pub fn waiting(&self) -> (Vec<PageNumber>, Option<Duration>) {
+        let engine = self.shared.engine();
+        (engine.waiting(), engine.waiting_since().map(|since| self.shared.now().saturating_sub(since)))
+    }
+
+    /// Why the link is lost, while it is.
+    pub fn lost(&self) -> Option<String> {
+        let engine = self.shared.engine();
+        engine.lost().filter(|_| engine.is_paused()).map(str::to_owned)
     }
 
     /// The guest has ended: page faults need not be served any more. Without this, a guest that misses pages for ever is held back from

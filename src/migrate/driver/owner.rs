@@ -32,8 +32,10 @@ pub trait SourceOwner: Send + Sync {
     fn put_back(&self, guest: StoppedGuest);
     /// The migration's status or pass has changed.
     fn changed(&self, status: Status, pass: u32);
-    /// The migration is over. With the guest's RAM if it was given up: after [`source::Outcome::LostAfterCommit`] the destination may
-    /// still need pages of it.
+    /// After the commit the link was lost; with what to tell a person. Pages of the guest may be needed from here, so that this process
+    /// is to stay until [`super::source::SourceMigration::recover`] has joined the two again.
+    fn paused(&self, text: String);
+    /// The migration is over. With the guest's RAM if it was given up.
     fn ended(&self, outcome: source::Outcome, moved: Option<Vm<Moved>>);
 }
 
@@ -60,7 +62,10 @@ pub trait DestinationOwner: Send + Sync {
     fn run(&self, guest: StoppedGuest) -> Result<(), String>;
     /// The migration's status has changed.
     fn changed(&self, status: Status);
-    /// The guest waits for a page that cannot come because the source is gone; said once for each page.
+    /// After the source may have given the guest up the link was lost, for this reason. The guest runs on, if it runs, until it needs a
+    /// missing page; a source that comes back is let in.
+    fn paused(&self, reason: String);
+    /// The guest waits for a page that cannot come because the link is lost; said once for each page.
     fn waits_for_lost_page(&self, text: String);
     /// The migration is over.
     fn ended(&self, outcome: destination::Outcome);

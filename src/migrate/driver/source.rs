@@ -25,7 +25,7 @@ use crate::memory::GuestRam;
 use crate::migrate::pace::Pace;
 use crate::migrate::report::{Mode, Progress};
 use crate::migrate::source::{Config, Input, Source};
-use crate::migrate::transport::Interrupt;
+use crate::migrate::transport::{Address, Interrupt};
 
 /// A migration away from here. It goes on, and its end is told to the owner, also when this handle is dropped.
 pub struct SourceMigration {
@@ -37,6 +37,9 @@ struct Shared {
     engine: Mutex<Source>,
     mode: Mode,
     began: Instant,
+    session: u128,
+    /// Where the destination listens; a recovery may find it elsewhere.
+    address: Mutex<Address>,
     /// Raised by a cancel: ends connecting, and sends of the main connection that are blocked. Never raised once the guest is given up.
     cancel: Interrupt,
     /// Tells the migration's thread that the engine or a limit has changed.
@@ -90,15 +93,16 @@ impl SourceMigration {
         let shared = Arc::new(Shared {
             engine: Mutex::new(Source::new(config)),
             mode: request.mode,
+            session,
+            address: Mutex::new(request.address),
             began: Instant::now(),
             cancel: Interrupt::new().map_err(failed)?,
             wake,
             precopy_pace: Mutex::new(Pace::new(request.max_bandwidth)),
             postcopy_pace: Mutex::new(Pace::new(request.max_postcopy_bandwidth)),
         });
-        let closing = Interrupt::new().map_err(failed)?;
         let guest = guest::SourceGuest::new(owner.clone(), vm, ram.clone(), disks);
-        let migration = run::Migration::new(shared.clone(), owner, request.address, session, ram, guest, closing, woken);
+        let migration = run::Migration::new(shared.clone(), owner, ram, guest, woken);
         std::thread::Builder::new().name("migration".into()).spawn(move || migration.run()).map_err(failed)?;
         Ok(SourceMigration { shared })
     }
@@ -145,6 +149,37 @@ impl SourceMigration {
     /// Changes the limit of postcopy's background, in bytes a second. Pages that the guest waits for know no limit.
     pub fn set_max_postcopy_bandwidth(&self, bytes_per_second: Option<NonZeroU64>) {
         self.set_pace(&self.shared.postcopy_pace, bytes_per_second);
+    }
+
+    /// Joins a migration whose link was lost after the commit to its destination again, which listens at `address`. An error where nothing
+    /// is to be joined; whether it succeeds shows in the progress.
+    pub fn recover(&self, address: Address) -> Result<(), String> {
+        let mut engine = self.shared.engine();
+        if !engine.is_paused() {
+            return Err("the migration is not paused: there is no broken link to repair".into());
+        }
+        *self.shared.address.lock().unwrap_or_else(PoisonError::into_inner) = address;
+        engine.handle(Input::Recover, self.shared.now());
+        drop(engine);
+        self.shared.wake();
+        Ok(())
+    }
+
+    /// Breaks the link after the commit, on purpose.
+    pub fn pause(&self) -> Result<(), String> {
+        let mut engine = self.shared.engine();
+        if !engine.is_committed() || engine.is_over() {
+            return Err("only a postcopy can be paused; a migration before it can be cancelled".into());
+        }
+        engine.handle(Input::Pause, self.shared.now());
+        drop(engine);
+        self.shared.wake();
+        Ok(())
+    }
+
+    /// Whether the link was lost after the commit, and nobody has asked yet for another one.
+    pub fn is_paused(&self) -> bool {
+        self.shared.engine().is_paused()
     }
 
     /// Where the migration stands.

@@ -66,6 +66,8 @@ impl Source {
             // After a precopy without bitmaps, too: nothing is to come but the destination's words that all is there.
             State::Committed | State::Ending if self.switch_postcopy || !self.bitmaps.is_empty() => Status::PostcopyActive,
             State::Stopping | State::LastPass | State::Switching | State::Committed | State::Ending => Status::Device,
+            State::Paused => Status::PostcopyPaused,
+            State::Reconnecting | State::Comparing => Status::PostcopyRecover,
             State::Ended => self.report.status,
         };
         let remaining = self.outgoing.unsent().len();
@@ -84,6 +86,7 @@ impl Source {
             bytes: self.report.bytes,
             expected_downtime_ms: policy::expected_downtime(remaining, self.bandwidth).as_millis() as u64,
             error: self.report.error.clone(),
+            ..Progress::default()
         }
     }
 

@@ -20,8 +20,12 @@ pub enum Poll {
 /// Things to do.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
+    /// Open the main connection.
+    Connect,
     /// Send on the main connection.
     Send(Frame),
+    /// Close the connections, if that was not done: the link is lost, the migration is not. With what to tell a person.
+    Disconnect(String),
     /// Open the urgent connection and say [`Source::hello`] on it.
     OpenUrgent,
     /// Begin to track dirty pages; answer with the pages that have ever been used as [`Input::Harvested`].
@@ -67,15 +71,13 @@ pub enum Outcome {
     Completed(Report),
     /// The guest runs here as if nothing had been tried.
     NotMoved(Report),
-    /// The commit was sent, or may have been, and then the destination was lost: the guest never runs here again.
-    LostAfterCommit(Report),
 }
 
 impl Outcome {
     /// What it cost.
     pub fn report(&self) -> &Report {
         match self {
-            Outcome::Completed(report) | Outcome::NotMoved(report) | Outcome::LostAfterCommit(report) => report,
+            Outcome::Completed(report) | Outcome::NotMoved(report) => report,
         }
     }
 }

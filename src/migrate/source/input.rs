@@ -25,6 +25,10 @@ pub enum Input {
     Lost(Channel, String),
     /// A person wants it ended.
     Cancel,
+    /// A person wants it joined again, on the connection that [`Action::Connect`] opens. Only when it is paused.
+    Recover,
+    /// A person breaks the link. Only after the commit.
+    Pause,
     /// A person wants postcopy now.
     StartPostcopy,
     /// A person changed the limit.

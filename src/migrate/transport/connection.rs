@@ -243,6 +243,11 @@ pub enum Awaited {
 }
 
 impl Reader {
+    /// From here on `interrupt` alone ends this half's waits.
+    pub fn interrupted_by(self, interrupt: &Interrupt) -> Self {
+        Reader { interrupt: interrupt.clone(), ..self }
+    }
+
     /// Waits for the first byte of what comes next, for `wake`, or for the deadline.
     pub fn wait(&self, wake: &Wake, deadline: Option<Instant>) -> Result<Awaited, LinkError> {
         if self.start < self.end {

@@ -50,6 +50,13 @@ impl Interrupt {
         !self.is_raised()
     }
 
+    /// Waits until it is raised, `wake` was called, which uses the call up, or `deadline`.
+    pub fn wait_for_wake(&self, wake: &Wake, deadline: Option<Instant>) -> io::Result<()> {
+        self.wait_on(&mut [PollFd::new(self, PollFlags::IN), PollFd::new(wake, PollFlags::IN)], deadline)?;
+        wake.take();
+        Ok(())
+    }
+
     /// Waits until `fd` is ready for `what` (or has failed, which the next operation on it tells).
     pub(super) fn wait_for(&self, fd: impl AsFd, what: PollFlags, deadline: Option<Instant>) -> io::Result<Wait> {
         self.wait_on(&mut [PollFd::new(self, PollFlags::IN), PollFd::new(&fd, what)], deadline)
@@ -99,8 +106,15 @@ impl Wake {
     }
 
     /// Whether it was called since the last time somebody asked.
-    pub(super) fn take(&self) -> bool {
+    pub fn take(&self) -> bool {
         rustix::io::read(&*self.0, &mut [0; 8]).is_ok()
+    }
+}
+
+impl AsFd for Wake {
+    /// Readable from a call until it is taken.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

@@ -1,73 +1,106 @@
 //! Page faults of the guest that has come before its pages.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::super::frames;
 use super::Shared;
 use crate::memory::uffd::{MissingPages, UffdError, Userfaultfd};
 use crate::memory::{GuestRam, PageNumber, PageRun};
-use crate::migrate::destination::{Input, Placement};
+use crate::migrate::destination::{Input, Link, Placement};
 use crate::migrate::pages::FaultAnswer;
-use crate::migrate::transport::{Interrupt, Reader, Writer};
+use crate::migrate::report::Status;
+use crate::migrate::transport::{Reader, Wake, Writer};
 use crate::migrate::wire::{Channel, Frame, Kind};
 
 /// The pages that are missing, and the thread that asks for those somebody touches.
 pub struct FaultService {
     pub pages: MissingPages,
     ram: GuestRam,
-    stop: Interrupt,
-    /// Lost pages that the owner was told of.
+    /// Tells the thread that a new urgent connection is there, or that it is to end.
+    news: Wake,
+    stopped: AtomicBool,
+    /// Pages that cannot come, and that the owner was told of.
     told: Mutex<BTreeSet<PageNumber>>,
 }
 
 impl FaultService {
-    /// Discards `missing`, and from then on asks over `urgent` for what is touched. Comes before anything of the guest is restored.
-    pub fn start(shared: &Arc<Shared>, uffd: Userfaultfd, ram: &GuestRam, missing: &[PageRun], urgent: Writer) -> Result<(), String> {
+    /// Discards `missing`, and from then on asks over the urgent connection for what is touched. Comes before anything of the guest is restored.
+    pub fn start(shared: &Arc<Shared>, uffd: Userfaultfd, ram: &GuestRam, missing: &[PageRun]) -> Result<(), String> {
         let error = |error: UffdError| error.to_string();
         let pages = uffd.register(ram.clone()).map_err(error)?;
         // After the registration, which keeps huge pages from filling what is discarded, and before anybody looks.
         missing.iter().try_for_each(|run| pages.discard(*run)).map_err(error)?;
-        let stop = Interrupt::new().map_err(|error| format!("cannot serve page faults: {error}"))?;
-        let service = FaultService { pages, ram: ram.clone(), stop, told: Mutex::default() };
+        let news = Wake::new().map_err(|error| format!("cannot serve page faults: {error}"))?;
+        // The urgent connection is there already.
+        news.wake();
+        let service = FaultService { pages, ram: ram.clone(), news, stopped: AtomicBool::new(false), told: Mutex::default() };
         if shared.faults.set(service).is_err() {
             return Err("page faults are served already".into());
         }
         let shared = shared.clone();
-        let thread = std::thread::Builder::new().name("migration-faults".into()).spawn(move || serve_faults(&shared, urgent));
+        let thread = std::thread::Builder::new().name("migration-faults".into()).spawn(move || serve_faults(&shared));
         thread.map(drop).map_err(|error| format!("cannot start a thread: {error}"))
     }
 
     /// Ends the service; faults wait from then on.
     pub fn stop(&self) {
-        self.stop.raise();
+        self.stopped.store(true, Ordering::SeqCst);
+        self.news.wake();
     }
 
-    /// Somebody waits for `page`, which the source will not send any more. A guest that was never committed will never run either, so
-    /// that zeros do it no harm and let its restore end; a guest that lives here waits, and its owner is told.
+    /// There is a new urgent connection.
+    pub fn renew(&self) {
+        self.news.wake();
+    }
+
+    /// Somebody waits for `page`, which nobody sends as things are. A guest that will never run here is not harmed by zeros, which let its
+    /// restore end; any other waits, and its owner is told.
     pub fn unanswered(&self, shared: &Shared, page: PageNumber) {
-        if !shared.engine().is_committed() {
+        if shared.engine().status() == Status::Failed {
             // Fails only with the address space.
             let _ = self.pages.place_zero(PageRun::single(page));
-        } else if self.told.lock().unwrap_or_else(PoisonError::into_inner).insert(page) {
+        } else if self.told().insert(page) {
             let address = self.ram.guest_address(page).map_or(0, |address| address.0);
             shared.owner.waits_for_lost_page(format!(
-                "the guest waits for {page} (guest address {address:#x}), which the source did not send before it was lost"
+                "the guest waits for {page} (guest address {address:#x}), which the source had not sent before the link was lost"
             ));
         }
     }
+
+    fn told(&self) -> MutexGuard<'_, BTreeSet<PageNumber>> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-fn serve_faults(shared: &Arc<Shared>, mut urgent: Writer) {
+fn serve_faults(shared: &Arc<Shared>) {
     let Some(service) = shared.faults.get() else { return };
+    let mut urgent = None;
     loop {
-        let page = match service.pages.next_fault(&service.stop) {
+        let page = match service.pages.next_fault(&service.news) {
             Ok(Some(page)) => page,
-            Ok(None) => return,
+            Ok(None) => {
+                service.news.take();
+                if service.stopped.load(Ordering::SeqCst) {
+                    return;
+                }
+                let connection = shared.links().urgent.take();
+                if let Some(connection) = connection {
+                    urgent = Some(connection);
+                    service.told().clear();
+                    let again = shared.engine().renew_requests();
+                    again.into_iter().for_each(|run| request(shared, &mut urgent, run));
+                }
+                continue;
+            }
             Err(error) => return shared.handle(Input::Failed(error.to_string())),
         };
-        let answer = shared.engine().fault(page, shared.now());
+        let (answer, is_lost) = {
+            // Together, so that a loss between the two finds this page among those that are waited for.
+            let mut engine = shared.engine();
+            (engine.fault(page, shared.now()), super::no_answers(&engine))
+        };
         match answer {
             FaultAnswer::Wait => {}
             FaultAnswer::Zero(run) => {
@@ -75,35 +108,40 @@ fn serve_faults(shared: &Arc<Shared>, mut urgent: Writer) {
                     return shared.handle(Input::Failed(error.to_string()));
                 }
             }
-            FaultAnswer::Request(_) if shared.source_gone.load(Ordering::SeqCst) => service.unanswered(shared, page),
-            FaultAnswer::Request(run) => {
-                if let Err(error) = frames::send(&mut urgent, &Frame::Request(run), None) {
-                    shared.handle(Input::Lost(Channel::Urgent, error.to_string()));
-                }
-            }
+            FaultAnswer::Request(_) if is_lost => service.unanswered(shared, page),
+            FaultAnswer::Request(run) => request(shared, &mut urgent, run),
         }
     }
 }
 
+/// Asks for `run`. Where no connection is, or it breaks, the next one makes up for it.
+fn request(shared: &Shared, urgent: &mut Option<(Link, Writer)>, run: PageRun) {
+    let Some((link, writer)) = urgent else { return };
+    if let Err(error) = frames::send(writer, &Frame::Request(run), None) {
+        shared.handle(Input::Lost(*link, Channel::Urgent, error.to_string()));
+        *urgent = None;
+    }
+}
+
 /// Receives the answers until the urgent connection ends.
-pub fn receive_urgent(shared: &Arc<Shared>, mut reader: Reader) {
+pub fn receive_urgent(shared: &Arc<Shared>, link: Link, mut reader: Reader) {
     let input = loop {
         match frames::read(&mut reader, |header| header.kind == Kind::Pages, None) {
             Ok(Frame::Pages(run)) => {
-                if let Err(input) = receive_pages(shared, Channel::Urgent, run, &mut reader) {
+                if let Err(input) = receive_pages(shared, link, Channel::Urgent, run, &mut reader) {
                     break input;
                 }
                 shared.wake.wake();
             }
-            Ok(frame) => break Input::Frame(Channel::Urgent, frame),
-            Err(error) => break Input::Lost(Channel::Urgent, error.to_string()),
+            Ok(frame) => break Input::Frame(link, Channel::Urgent, frame),
+            Err(error) => break Input::Lost(link, Channel::Urgent, error.to_string()),
         }
     };
     shared.handle(input);
 }
 
 /// Reads the contents of `run` and places them. An error is what to tell the engine.
-pub fn receive_pages(shared: &Shared, channel: Channel, run: PageRun, reader: &mut Reader) -> Result<(), Input> {
+pub fn receive_pages(shared: &Shared, link: Link, channel: Channel, run: PageRun, reader: &mut Reader) -> Result<(), Input> {
     let placement = shared.engine().pages(channel, run).map_err(Input::Failed)?;
     let (Placement::Fault, Some(service)) = (placement, shared.faults.get()) else {
         return Err(Input::Failed(format!("{run} came on the {channel:?} connection before the guest")));
@@ -111,7 +149,7 @@ pub fn receive_pages(shared: &Shared, channel: Channel, run: PageRun, reader: &m
     // Bounded by the engine.
     let mut contents = vec![0; run.bytes() as usize];
     let deadline = std::time::Instant::now() + frames::FRAME_TIMEOUT;
-    reader.read_exact(&mut contents, Some(deadline)).map_err(|error| Input::Lost(channel, error.to_string()))?;
+    reader.read_exact(&mut contents, Some(deadline)).map_err(|error| Input::Lost(link, channel, error.to_string()))?;
     service.pages.place(run, &contents).map_err(|error| Input::Failed(error.to_string()))?;
     // Only now are they no longer missing.
     shared.engine().placed(run, shared.now());

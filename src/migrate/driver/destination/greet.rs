@@ -1,16 +1,16 @@
 //! Connections that come to the destination: what they say they are, and who takes them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::super::frames;
 use super::Shared;
 use super::faults;
 use super::session::Session;
-use crate::migrate::destination::Outcome;
-use crate::migrate::transport::{Connection, Listener, TransportError};
-use crate::migrate::wire::{Channel, Frame, Kind};
+use crate::migrate::report::Status;
+use crate::migrate::transport::{Connection, Interrupt, Listener, Reader, TransportError, Writer};
+use crate::migrate::wire::{Channel, Frame, Hello, Kind};
 
 /// How long a connection may take to say what it is.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -21,64 +21,48 @@ const MAX_CONNECTIONS: usize = 32;
 /// How long nobody is accepted after that failed (where the process has no descriptor left, for example).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Accepts connections until the migration is over, and then tells the owner.
-pub fn listen(shared: &Arc<Shared>, listener: Listener) {
-    let connections = AtomicUsize::new(0);
-    std::thread::scope(|scope| {
-        loop {
-            let connection = match listener.accept(&shared.closing, None) {
-                Ok(connection) => connection,
-                Err(TransportError::Interrupted) => break,
-                Err(error) => {
-                    complain(&error.to_string());
-                    shared.closing.sleep_until(Instant::now() + ACCEPT_PAUSE);
-                    continue;
-                }
-            };
-            if connections.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
-                connections.fetch_sub(1, Ordering::Relaxed);
-                complain(&format!("closed a connection from {}: {MAX_CONNECTIONS} are open already", connection.peer()));
+/// Accepts connections until the migration is over.
+pub fn listen(shared: &Arc<Shared>, listener: &Listener) {
+    loop {
+        let connection = match listener.accept(&shared.closing, None) {
+            Ok(connection) => connection,
+            Err(TransportError::Interrupted) => return,
+            Err(error) => {
+                complain(&error.to_string());
+                shared.closing.sleep_until(Instant::now() + ACCEPT_PAUSE);
                 continue;
             }
-            let connections = &connections;
-            let spawned = std::thread::Builder::new().name("migration-in".into()).spawn_scoped(scope, move || {
-                serve(shared, connection);
-                connections.fetch_sub(1, Ordering::Relaxed);
-            });
-            if let Err(error) = spawned {
-                connections.fetch_sub(1, Ordering::Relaxed);
-                complain(&format!("closed a connection: cannot start a thread: {error}"));
-            }
+        };
+        if shared.connections.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
+            shared.connections.fetch_sub(1, Ordering::Relaxed);
+            complain(&format!("closed a connection from {}: {MAX_CONNECTIONS} are open already", connection.peer()));
+            continue;
         }
-    });
-    // Nobody can connect to what nobody serves.
-    drop(listener);
-    let outcome = shared.outcome.get().cloned();
-    shared.owner.ended(outcome.unwrap_or_else(|| Outcome::Abandoned("the migration's thread is gone".into())));
+        let theirs = shared.clone();
+        let spawned = std::thread::Builder::new().name("migration-in".into()).spawn(move || {
+            serve(&theirs, connection);
+            theirs.connections.fetch_sub(1, Ordering::Relaxed);
+        });
+        if let Err(error) = spawned {
+            shared.connections.fetch_sub(1, Ordering::Relaxed);
+            complain(&format!("closed a connection: cannot start a thread: {error}"));
+        }
+    }
 }
 
 /// Finds out what a connection is and serves it to its end.
 fn serve(shared: &Arc<Shared>, connection: Connection) {
     let peer = connection.peer().to_owned();
     let (mut reader, mut writer) = connection.split();
-    let refusal = match frames::read(&mut reader, |header| header.kind == Kind::Hello, Some(Instant::now() + HELLO_TIMEOUT)) {
-        Ok(Frame::Hello(hello)) => {
-            let mut engine = shared.engine();
-            match (engine.hello(&hello, shared.now()), hello.channel) {
-                (Ok(()), Channel::Main) => {
-                    drop(engine);
-                    return Session::new(shared.clone(), reader, writer).run();
-                }
-                (Ok(()), Channel::Urgent) => {
-                    // Under the engine's lock: no fault is served before it is there.
-                    *shared.urgent.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(writer);
-                    drop(engine);
-                    shared.wake.wake();
-                    return faults::receive_urgent(shared, reader);
-                }
-                (Err(reason), _) => reason,
+    let hello = frames::read(&mut reader, |header| header.kind == Kind::Hello, Some(Instant::now() + HELLO_TIMEOUT));
+    let refusal = match hello {
+        Ok(Frame::Hello(hello)) => match accept(shared, &hello, reader, writer) {
+            Ok(()) => return,
+            Err((reason, its_reader, its_writer)) => {
+                (reader, writer) = (its_reader, its_writer);
+                reason
             }
-        }
+        },
         Ok(frame) => format!("the first frame must be Hello, not {:?}", frame.kind()),
         Err(error) => error.to_string(),
     };
@@ -93,8 +77,53 @@ fn serve(shared: &Arc<Shared>, connection: Connection) {
     }
 }
 
+/// Hands a connection that has said what it is to those who use it, and serves it to its end if that is this thread's. What is refused is
+/// given back with the reason.
+fn accept(shared: &Arc<Shared>, hello: &Hello, reader: Reader, writer: Writer) -> Result<(), (String, Reader, Writer)> {
+    let interrupt = match Interrupt::new() {
+        Ok(interrupt) => interrupt,
+        Err(error) => return Err((format!("the destination cannot take the connection: {error}"), reader, writer)),
+    };
+    let mut engine = shared.engine();
+    let is_first = engine.status() == Status::None;
+    let link = match engine.hello(hello, shared.now()) {
+        Ok(link) => link,
+        Err(reason) => {
+            drop(engine);
+            // It may have ended something, all the same.
+            shared.wake.wake();
+            return Err((reason, reader, writer));
+        }
+    };
+    // Under the engine's lock: whoever is told of the connection finds it.
+    let mut links = shared.links();
+    if hello.channel == Channel::Urgent {
+        let interrupt = links.current.as_ref().map_or(interrupt, |(_, current)| current.clone());
+        links.urgent = Some((link, writer.interrupted_by(&interrupt)));
+        drop((links, engine));
+        if let Some(faults) = shared.faults.get() {
+            faults.renew();
+        }
+        shared.wake.wake();
+        faults::receive_urgent(shared, link, reader.interrupted_by(&interrupt));
+        return Ok(());
+    }
+    let old = links.current.replace((link, interrupt.clone()));
+    links.main = Some((reader.interrupted_by(&interrupt), writer.interrupted_by(&interrupt)));
+    drop((links, engine));
+    if let Some((_, interrupt)) = old {
+        interrupt.raise();
+    }
+    if is_first {
+        Session::new(shared.clone(), link).run();
+    } else {
+        shared.wake.wake();
+    }
+    Ok(())
+}
+
 /// Reads away what still comes, so that closing does not reset the connection and destroy what was said last.
-pub fn drain(reader: &mut crate::migrate::transport::Reader, until: Instant) {
+pub fn drain(reader: &mut Reader, until: Instant) {
     let mut rest = [0; 4096];
     while reader.read_exact(&mut rest, Some(until)).is_ok() && Instant::now() < until {}
 }

@@ -71,9 +71,7 @@ impl DestinationGuest {
         let prepared = self.prepared.as_mut().ok_or("there is no RAM yet")?;
         if package.postcopy {
             let uffd = prepared.uffd.take().ok_or("postcopy came, but only precopy was announced")?;
-            let urgent = shared.urgent.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-            let urgent = urgent.ok_or("there is no urgent connection")?;
-            FaultService::start(shared, uffd, &prepared.ram, &package.missing, urgent)?;
+            FaultService::start(shared, uffd, &prepared.ram, &package.missing)?;
         }
         let (was_running, mut state) = saved::decode_guest(&package.machine)?;
         self.finish_building(&*shared.owner)?;

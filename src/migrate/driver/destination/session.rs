@@ -1,4 +1,4 @@
-//! The thread of the main connection at the destination.
+//! The migration's own thread at the destination.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use super::faults;
 use super::greet::drain;
 use super::guest::DestinationGuest;
 use crate::memory::PageRun;
-use crate::migrate::destination::{Action, Input, Outcome, Placement, Poll};
+use crate::migrate::destination::{Action, Input, Link, Outcome, Placement, Poll};
 use crate::migrate::report::Status;
 use crate::migrate::transport::{Awaited, Reader, Writer};
 use crate::migrate::wire::{Channel, Frame, MAX_BITMAP_WORDS};
@@ -22,20 +22,22 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A migration under way.
 pub struct Session {
     shared: Arc<Shared>,
-    reader: Reader,
-    writer: Writer,
+    link: Link,
+    /// The main connection of `link`, unless it is lost.
+    main: Option<(Reader, Writer)>,
     guest: DestinationGuest,
     announced: Status,
 }
 
 impl Session {
-    pub fn new(shared: Arc<Shared>, reader: Reader, writer: Writer) -> Self {
-        Session { shared, reader, writer, guest: DestinationGuest::default(), announced: Status::None }
+    pub fn new(shared: Arc<Shared>, link: Link) -> Self {
+        let main = shared.links().main.take();
+        Session { shared, link, main, guest: DestinationGuest::default(), announced: Status::None }
     }
 
     /// Carries the migration through.
     pub fn run(mut self) {
-        loop {
+        while !self.shared.closing.is_raised() {
             let (poll, status) = {
                 let mut engine = self.shared.engine();
                 (engine.poll(self.shared.now()), engine.status())
@@ -47,12 +49,20 @@ impl Session {
             match poll {
                 Poll::Act(Action::End(outcome)) => return self.end(outcome),
                 Poll::Act(action) => self.act(action),
-                Poll::Wait(until) => match self.reader.wait(&self.shared.wake, until.map(|until| self.shared.began + until)) {
-                    Ok(Awaited::Readable) => self.read(),
-                    Ok(Awaited::Woken | Awaited::TimedOut) => {}
-                    Err(error) => self.handle(Input::Lost(Channel::Main, error.to_string())),
-                },
+                Poll::Wait(until) => self.wait(until.map(|until| self.shared.began + until)),
             }
+        }
+    }
+
+    fn wait(&mut self, deadline: Option<Instant>) {
+        let waited = match &self.main {
+            Some((reader, _)) => reader.wait(&self.shared.wake, deadline),
+            None => self.shared.closing.wait_for_wake(&self.shared.wake, deadline).map(|()| Awaited::Woken).map_err(Into::into),
+        };
+        match waited {
+            Ok(Awaited::Readable) => self.read(),
+            Ok(Awaited::Woken | Awaited::TimedOut) => {}
+            Err(error) => self.handle(Input::Lost(self.link, Channel::Main, error.to_string())),
         }
     }
 
@@ -63,10 +73,11 @@ impl Session {
 
     /// Reads one frame and tells the engine, which has nothing to do before that: things are done in the order in which they came.
     fn read(&mut self) {
+        let Some((reader, _)) = &mut self.main else { return };
         let deadline = Some(Instant::now() + FRAME_TIMEOUT);
         let frame = match self.guest.ram_pages() {
-            Some(ram_pages) => frames::read(&mut self.reader, frames::from_source(ram_pages), deadline),
-            None => frames::read(&mut self.reader, frames::from_new_source, deadline),
+            Some(ram_pages) => frames::read(reader, frames::from_source(ram_pages), deadline),
+            None => frames::read(reader, frames::from_new_source, deadline),
         };
         match frame {
             Ok(Frame::Pages(run)) => {
@@ -74,25 +85,26 @@ impl Session {
                     self.handle(input);
                 }
             }
-            Ok(frame) => self.handle(Input::Frame(Channel::Main, frame)),
+            Ok(frame) => self.handle(Input::Frame(self.link, Channel::Main, frame)),
             Err(error @ (frames::FrameError::Wire(_) | frames::FrameError::OutOfPlace { .. })) => {
                 self.handle(Input::Failed(format!("the source's stream makes no sense: {error}")))
             }
-            Err(error) => self.handle(Input::Lost(Channel::Main, error.to_string())),
+            Err(error) => self.handle(Input::Lost(self.link, Channel::Main, error.to_string())),
         }
     }
 
     fn read_pages(&mut self, run: PageRun) -> Result<(), Input> {
+        let Some((reader, _)) = &mut self.main else { return Ok(()) };
         if self.shared.faults.get().is_some() {
-            return faults::receive_pages(&self.shared, Channel::Main, run, &mut self.reader);
+            return faults::receive_pages(&self.shared, self.link, Channel::Main, run, reader);
         }
         let placement = self.shared.engine().pages(Channel::Main, run).map_err(Input::Failed)?;
         if placement != Placement::Direct {
             return Err(Input::Failed(format!("{run} came too early")));
         }
         let deadline = Some(Instant::now() + FRAME_TIMEOUT);
-        let received = self.guest.io().map_err(Input::Failed)?.receive(run, &mut self.reader, deadline);
-        received.map_err(|error| Input::Lost(Channel::Main, error.to_string()))
+        let received = self.guest.io().map_err(Input::Failed)?.receive(run, reader, deadline);
+        received.map_err(|error| Input::Lost(self.link, Channel::Main, error.to_string()))
     }
 
     fn act(&mut self, action: Action) {
@@ -115,6 +127,18 @@ impl Session {
                 self.guest.bitmaps = Default::default();
                 Ok(None)
             }
+            Action::Disconnect(reason) => {
+                self.disconnect(reason);
+                Ok(None)
+            }
+            Action::Reconnect(link) => {
+                self.reconnect(link);
+                Ok(None)
+            }
+            Action::Complete => {
+                self.complete();
+                Ok(None)
+            }
             // Taken by `run`.
             Action::End(_) => Ok(None),
         };
@@ -131,8 +155,47 @@ impl Session {
         if let Frame::Prepared | Frame::PassAck = frame {
             self.guest.ran_at = Some(Instant::now());
         }
-        let sent = frames::send(&mut self.writer, frame, Some(Instant::now() + SEND_TIMEOUT));
-        sent.map(|_| None).map_err(|error| Input::Lost(Channel::Main, error.to_string()))
+        // Of a link that was lost meanwhile, which the engine knows.
+        let Some((_, writer)) = &mut self.main else { return Ok(None) };
+        let sent = frames::send(writer, frame, Some(Instant::now() + SEND_TIMEOUT));
+        sent.map(|_| None).map_err(|error| Input::Lost(self.link, Channel::Main, error.to_string()))
+    }
+
+    fn disconnect(&mut self, reason: String) {
+        self.main = None;
+        let links = self.shared.links();
+        match &links.current {
+            // The urgent connection goes with it.
+            Some((link, interrupt)) if *link == self.link => interrupt.raise(),
+            // Replaced, and interrupted by who did it.
+            _ => {}
+        }
+        drop(links);
+        // It may be back already.
+        if self.shared.engine().is_paused() {
+            self.shared.owner.paused(reason);
+        }
+    }
+
+    fn reconnect(&mut self, link: Link) {
+        let mut links = self.shared.links();
+        if links.current.as_ref().is_some_and(|(current, _)| *current == link) {
+            self.link = link;
+            self.main = links.main.take();
+        }
+    }
+
+    /// All of the guest is here.
+    fn complete(&mut self) {
+        if let Some(faults) = self.shared.faults.get() {
+            match faults.pages.unregister() {
+                // Before the thread ends, so that nobody is left waiting.
+                Ok(()) => faults.stop(),
+                // The guest is whole; it is only watched for nothing.
+                Err(error) => eprintln!("ferry: migration: {error}"),
+            }
+        }
+        self.shared.owner.ended(Outcome::Completed);
     }
 
     fn empty(&self, run: PageRun) -> Result<(), String> {
@@ -158,28 +221,22 @@ impl Session {
 
     /// Closes the connections so that nothing under way is destroyed, and lets the other threads end.
     fn end(self, outcome: Outcome) {
-        let Session { shared, mut reader, mut writer, guest, .. } = self;
+        let Session { shared, main, guest, .. } = self;
         // Before the fault service ends: a guest that was loaded in vain may still wait for pages until it is dropped.
         drop(guest);
-        if let Some(faults) = shared.faults.get() {
-            match &outcome {
-                Outcome::Completed => match faults.pages.unregister() {
-                    // Before the thread ends, so that nobody is left waiting.
-                    Ok(()) => faults.stop(),
-                    // The guest is whole; it is only watched for nothing.
-                    Err(error) => eprintln!("ferry: migration: {error}"),
-                },
-                Outcome::Abandoned(_) => faults.stop(),
-                // Goes on: the missing pages must not read as zeros.
-                Outcome::Incomplete(_) => {}
-            }
+        if let (Outcome::Abandoned(_), Some(faults)) = (&outcome, shared.faults.get()) {
+            faults.stop();
         }
         // The urgent connection stays until the source has closed the main one, having read our last frame: its end alone would look
         // like a loss.
-        if writer.finish().is_ok() {
+        if let Some((mut reader, mut writer)) = main
+            && writer.finish().is_ok()
+        {
             drain(&mut reader, Instant::now() + CLOSE_TIMEOUT);
         }
-        let _ = shared.outcome.set(outcome);
-        shared.closing.raise();
+        shared.close();
+        if let Outcome::Abandoned(_) = outcome {
+            shared.owner.ended(outcome);
+        }
     }
 }

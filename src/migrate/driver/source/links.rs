@@ -1,7 +1,7 @@
 //! The source's readers: what the destination says, and what it asks for.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
@@ -9,14 +9,17 @@ use super::super::frames;
 use super::super::page_io::{PageIo, Piece};
 use super::Shared;
 use crate::memory::{PAGE_SIZE, PageRun};
-use crate::migrate::source::{Input, Sent};
-use crate::migrate::transport::{Reader, Writer};
+use crate::migrate::source::{Input, Sent, Source};
+use crate::migrate::transport::{Address, Interrupt, Reader, Writer, connect};
 use crate::migrate::wire::{Channel, Frame, HEADER_SIZE, Header, Kind};
 
+/// How long a destination is given to hear that the guest was not given up.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Passes on what comes on the main connection until it ends, its end last.
-pub fn read_main(mut reader: Reader, inputs: &Sender<Input>) {
+pub fn read_main(mut reader: Reader, ram_pages: u64, inputs: &Sender<Input>) {
     loop {
-        let input = match frames::read(&mut reader, frames::from_destination, None) {
+        let input = match frames::read(&mut reader, frames::from_destination(ram_pages), None) {
             Ok(frame) => Input::Frame(frame),
             Err(error) => Input::Lost(Channel::Main, error.to_string()),
         };
@@ -48,6 +51,24 @@ pub fn serve_requests(shared: &Arc<Shared>, io: &PageIo, mut reader: Reader, mut
     };
     // Fails when the migration is over.
     let _ = inputs.send(input);
+}
+
+/// The link was lost in the switch, and the guest goes on here. The destination may have said READY and cannot know: it is told on a new
+/// connection, if it can be reached; otherwise a person ends it.
+pub fn settle(shared: &Shared, address: &Address) {
+    let deadline = Some(Instant::now() + SETTLE_TIMEOUT);
+    // The cancel may be what has broken the link.
+    let Ok(interrupt) = Interrupt::new() else { return };
+    let Ok(connection) = connect(address, &interrupt, deadline) else { return };
+    let (mut reader, mut writer) = connection.split();
+    let words = [
+        Source::hello(shared.session, Channel::Main),
+        Frame::Abort("the link was lost in the switch; the guest goes on at the source".into()),
+    ];
+    if words.iter().all(|frame| frames::send(&mut writer, frame, deadline).is_ok()) && writer.finish().is_ok() {
+        let mut rest = [0; 4096];
+        while reader.read_exact(&mut rest, deadline).is_ok() {}
+    }
 }
 
 /// Bytes that the contents of `run` take on the wire.

@@ -34,14 +34,12 @@ const STANDSTILL_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Migration {
     shared: Arc<Shared>,
     owner: Arc<dyn SourceOwner>,
-    address: Address,
-    session: u128,
     io: PageIo,
     guest: SourceGuest,
     /// The main connection, unless it is broken: then part of a frame may have been sent, so nothing can follow.
     main: Option<Writer>,
-    /// Ends all waits on the connections when the migration is over.
-    closing: Interrupt,
+    /// Ends all waits on the connections of the link that stands.
+    closing: Option<Interrupt>,
     readers: Vec<JoinHandle<()>>,
     inputs: Receiver<Input>,
     /// The reader of the main connection has come to its end.
@@ -56,28 +54,16 @@ pub struct Migration {
 }
 
 impl Migration {
-    #[expect(clippy::too_many_arguments, reason = "the parts that `SourceMigration::start` made, each of another type")]
-    pub fn new(
-        shared: Arc<Shared>,
-        owner: Arc<dyn SourceOwner>,
-        address: Address,
-        session: u128,
-        ram: GuestRam,
-        guest: SourceGuest,
-        closing: Interrupt,
-        woken: Receiver<()>,
-    ) -> Self {
+    pub fn new(shared: Arc<Shared>, owner: Arc<dyn SourceOwner>, ram: GuestRam, guest: SourceGuest, woken: Receiver<()>) -> Self {
         let (input_sender, inputs) = bounded(INPUTS);
         Migration {
             shared,
             owner,
-            address,
-            session,
             to_clear: PageSet::empty(ram.pages()),
             io: PageIo::new(ram),
             guest,
             main: None,
-            closing,
+            closing: None,
             readers: Vec::new(),
             inputs,
             main_ended: false,
@@ -90,9 +76,6 @@ impl Migration {
 
     /// Carries the migration through.
     pub fn run(mut self) {
-        if let Err(reason) = self.open_main() {
-            self.shared.handle(Input::Failed(reason));
-        }
         loop {
             while let Ok(input) = self.inputs.try_recv() {
                 self.take(input);
@@ -148,6 +131,15 @@ impl Migration {
                     self.shared.engine().sent_frame(&frame, bytes);
                 }
             }
+            Action::Connect => {
+                if let Err(reason) = self.open_main() {
+                    self.shared.handle(Input::Failed(reason));
+                }
+            }
+            Action::Disconnect(text) => {
+                self.disconnect();
+                self.owner.paused(text);
+            }
             Action::OpenUrgent => {
                 if let Err(reason) = self.open_urgent() {
                     self.shared.handle(Input::Failed(reason));
@@ -189,29 +181,61 @@ impl Migration {
         self.standstill = None;
         match given_up {
             // No cancel comes any more, but one that came just before must not cut the commit.
-            Ok(()) => self.main = self.main.take().map(|writer| writer.interrupted_by(&self.closing)),
+            Ok(()) => self.main = self.main.take().map(|writer| self.uncancelled(writer)),
             Err(reason) => self.shared.handle(Input::GiveUpFailed(reason)),
         }
     }
 
+    /// `writer`, whose waits a cancel ends no more.
+    fn uncancelled(&self, writer: Writer) -> Writer {
+        match &self.closing {
+            Some(closing) => writer.interrupted_by(closing),
+            None => writer,
+        }
+    }
+
+    fn address(&self) -> Address {
+        self.shared.address.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn open_main(&mut self) -> Result<(), String> {
+        let address = self.address();
+        let closing = self.closing.insert(Interrupt::new().map_err(|error| format!("cannot open a connection: {error}"))?).clone();
         let deadline = Instant::now() + CONNECT_TIMEOUT;
-        let connection = connect(&self.address, &self.shared.cancel, Some(deadline)).map_err(|error| error.to_string())?;
-        connection.limit_unsent(MAX_UNSENT).map_err(|error| format!("cannot set up the connection to {}: {error}", self.address))?;
-        let (reader, writer) = connection.interrupted_by(&self.closing).split();
-        self.main = Some(writer.interrupted_by(&self.shared.cancel));
-        let inputs = self.input_sender.clone();
-        self.spawn("migration-read", move || links::read_main(reader, &inputs))
+        let connection = connect(&address, &self.shared.cancel, Some(deadline)).map_err(|error| error.to_string())?;
+        connection.limit_unsent(MAX_UNSENT).map_err(|error| format!("cannot set up the connection to {address}: {error}"))?;
+        let (reader, writer) = connection.interrupted_by(&closing).split();
+        let committed = self.shared.engine().is_committed();
+        self.main = Some(if committed { writer } else { writer.interrupted_by(&self.shared.cancel) });
+        let (inputs, ram_pages) = (self.input_sender.clone(), self.to_clear.universe());
+        self.spawn("migration-read", move || links::read_main(reader, ram_pages, &inputs))
     }
 
     fn open_urgent(&mut self) -> Result<(), String> {
+        let address = self.address();
+        let closing = self.closing.clone().ok_or("the connection was closed")?;
         let deadline = Instant::now() + CONNECT_TIMEOUT;
-        let connection = connect(&self.address, &self.shared.cancel, Some(deadline)).map_err(|error| error.to_string())?;
-        let (reader, mut writer) = connection.interrupted_by(&self.closing).split();
-        let hello = Source::hello(self.session, Channel::Urgent);
-        frames::send(&mut writer, &hello, Some(deadline)).map_err(|error| format!("urgent connection to {}: {error}", self.address))?;
+        let connection = connect(&address, &self.shared.cancel, Some(deadline)).map_err(|error| error.to_string())?;
+        let (reader, mut writer) = connection.interrupted_by(&closing).split();
+        let hello = Source::hello(self.shared.session, Channel::Urgent);
+        frames::send(&mut writer, &hello, Some(deadline)).map_err(|error| format!("urgent connection to {address}: {error}"))?;
         let (shared, io, inputs) = (self.shared.clone(), self.io.clone(), self.input_sender.clone());
         self.spawn("migration-urgent", move || links::serve_requests(&shared, &io, reader, writer, &inputs))
+    }
+
+    /// Closes the connections and ends their readers; nothing that they have reported is heard any more.
+    fn disconnect(&mut self) {
+        self.main = None;
+        if let Some(closing) = self.closing.take() {
+            closing.raise();
+        }
+        // A reader that is ahead finds the channel closed.
+        (self.input_sender, self.inputs) = bounded(INPUTS);
+        for reader in self.readers.drain(..) {
+            // A panic of the thread was printed when it happened.
+            let _ = reader.join();
+        }
+        self.main_ended = false;
     }
 
     fn spawn(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), String> {
@@ -226,7 +250,7 @@ impl Migration {
         let mut deadline = self.standstill;
         if let Frame::Abort(_) = frame {
             // A courtesy, which a cancel before it must not end.
-            writer = writer.interrupted_by(&self.closing);
+            writer = self.uncancelled(writer);
             deadline = Some(Instant::now() + CLOSE_TIMEOUT);
         } else if self.shared.cancel.is_raised() && !self.shared.engine().is_committed() {
             // The engine knows of the cancel. Nothing was cut yet, so that it can still be told to the destination.
@@ -306,10 +330,16 @@ impl Migration {
         pace.lock().unwrap_or_else(PoisonError::into_inner).delay(self.shared.now(), bytes)
     }
 
+    /// Whether the engine still counts on the connections.
+    fn is_linked(&self) -> bool {
+        let engine = self.shared.engine();
+        !engine.is_over() && !engine.is_paused()
+    }
+
     /// A send failed. The destination may have said why before it closed the connection, so its words are waited for.
     fn link_failed(&mut self, reason: &str) {
         let deadline = Instant::now() + CLOSE_TIMEOUT;
-        while !self.shared.engine().is_over() {
+        while self.is_linked() {
             match self.inputs.recv_deadline(deadline) {
                 Ok(input) => self.take(input),
                 Err(_) => self.shared.handle(Input::Lost(Channel::Main, reason.into())),
@@ -319,6 +349,7 @@ impl Migration {
 
     /// Closes the connections so that nothing under way is destroyed, ends the threads and reports.
     fn end(mut self, outcome: Outcome) {
+        let mut heard = false;
         if let Some(mut writer) = self.main.take()
             && writer.finish().is_ok()
         {
@@ -330,13 +361,11 @@ impl Migration {
             {
                 self.take(input);
             }
+            heard = self.main_ended;
         }
-        self.closing.raise();
-        // A reader that is ahead finds the channel closed.
-        drop(std::mem::replace(&mut self.inputs, never()));
-        for reader in self.readers.drain(..) {
-            // A panic of the thread was printed when it happened.
-            let _ = reader.join();
+        self.disconnect();
+        if self.shared.engine().may_be_waited_for() && !heard {
+            links::settle(&self.shared, &self.address());
         }
         let moved = self.guest.end();
         self.owner.ended(outcome, moved);
