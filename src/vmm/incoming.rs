@@ -191,12 +191,12 @@ impl DestinationOwner for Arc<Vmm> {
     fn paused(&self, reason: String) {
         let missing = self.incoming.progress().map_or(0, |progress| progress.ram_remaining / crate::memory::PAGE_SIZE as u64);
         let state = if lock(&self.guest).config().is_some() {
-            format!("the guest is here and goes on until it needs one of the {missing} pages that are missing")
+            format!("{missing} pages are missing, and the guest runs on until it needs one of them")
         } else {
             "only the source knows whether the guest is to run here".into()
         };
         let how = "`ferry recover` at the source joins them again, at this address or at one that `ferry recover --listen` opens here";
-        let _ = self.messages.send(Message::Incomplete(format!("the link to the source is lost: {reason}; {state}; {how}")));
+        let _ = self.messages.send(Message::Incomplete(format!("{reason}; {state}; {how}")));
     }
 
     fn ended(&self, outcome: Outcome) {

@@ -113,6 +113,13 @@ impl Lab {
         let fixed = ["migrate", "--qmp", source.qmp.to_str().unwrap(), address, "--report", report.to_str().unwrap()];
         Migration { process: Process::ferry(fixed.iter().chain(options)), report }
     }
+
+    /// `ferry recover` at the source.
+    pub fn recover(&self, source: &Ferry, address: &str) -> Migration {
+        let report = self.path("report");
+        let arguments = ["recover", "--qmp", source.qmp.to_str().unwrap(), address, "--report", report.to_str().unwrap()];
+        Migration { process: Process::ferry(arguments), report }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]

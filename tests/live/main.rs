@@ -8,6 +8,7 @@
 //! | `migration` | `ferry migrate` as a user calls it |
 //! | `guest` | what a guest says, followed over all its moves: one unbroken story |
 //! | `disk` | images, checked from outside |
+//! | `proxy` | a link that can be cut |
 //! | `ram` | a stopped guest's RAM, checked from outside |
 //! | `pagestorm_kernel` | builds the test kernel |
 //!
@@ -22,6 +23,7 @@ mod migration;
 mod output;
 mod pagestorm_kernel;
 mod process;
+mod proxy;
 mod ram;
 
 mod after_commit;
@@ -30,5 +32,6 @@ mod bitmaps;
 mod control;
 mod moves;
 mod qemu_client;
+mod recovery;
 mod reports;
 mod strangers;
