@@ -165,6 +165,8 @@ impl SourceOwner for Vmm {
     }
 
     fn paused(&self, text: String) {
+        // Its RAM is still in the migration's hands.
+        *lock(&self.guest) = Guest::Moved { _ram: None };
         let how = "the link to the destination can be repaired: `ferry recover --qmp SOCKET URI`, with an address at which it listens";
         let _ = self.messages.send(Message::Lost(format!("{text}; {how}")));
     }

@@ -81,7 +81,10 @@ impl Migration {
                 self.take(input);
             }
             let poll = self.shared.engine().poll(self.shared.now());
-            self.announce();
+            // Who hears of the pause finds that it has taken place.
+            if !matches!(poll, Poll::Act(Action::Disconnect(_))) {
+                self.announce();
+            }
             match poll {
                 Poll::Act(Action::End(outcome)) => return self.end(*outcome),
                 Poll::Act(action) => self.act(action),
