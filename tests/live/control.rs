@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
+use ferry::migrate::report::Status;
 use serde_json::json;
 
 use super::ferry::{wait_for_event, wait_for_migration};
 use super::guest::Guest;
 use super::lab::{Hardware, Lab, Transport};
+use super::ram;
 
 const SLOW: [&str; 2] = ["--max-bandwidth", "4M"];
 
@@ -99,7 +101,31 @@ fn a_guest_powers_off_while_it_moves() {
     assert_eq!(event["data"], json!({ "guest": true, "reason": "guest-shutdown" }));
     guest.finishes();
     here.ends_with(0);
-    migration.fails(&[]);
+    let ended = migration.fails(&["the guest ended while it was being moved: it powered off"]);
+    assert_eq!(ended.report.unwrap().status, Status::Failed);
+    there.ends_with(1);
+    let said = there.process.stderr.text_to_end();
+    assert!(said.contains("the guest ended while it was being moved: it powered off"), "{said}");
+}
+
+#[test]
+fn a_guest_crashes_while_it_moves() {
+    let lab = Lab::new();
+    let mut here = lab.run(&Hardware { memory: "256M", cpus: 1, ..Hardware::default() }, "fill=32M rate=2000");
+    let mut guest = Guest::booting_at(&mut here);
+    guest.beats(1);
+    let mut there = lab.receive(Transport::Tcp);
+    let mut client = here.client();
+    let migration = lab.migrate(&here, &there.address, &["--max-bandwidth", "1M"]);
+    wait_for_migration(&mut client, "active");
+    ram::wipe(&here, 256 << 20);
+    let event = wait_for_migration(&mut client, "failed");
+    let error = "the guest ended while it was being moved: vCPU 0 cannot go on";
+    assert!(event["data"]["report"]["error"].as_str().unwrap().contains(error), "{event:?}");
+    wait_for_event(&mut client, "SHUTDOWN", |event| event["event"] == "SHUTDOWN" && event["data"]["reason"] == "guest-panic");
+    here.ends_with(1);
+    let ended = migration.fails(&[error]);
+    assert_eq!(ended.report.unwrap().status, Status::Failed);
     there.ends_with(1);
 }
 
@@ -115,6 +141,6 @@ fn quitting_the_source_ends_the_migration() {
     wait_for_migration(&mut client, "active");
     here.command("quit");
     here.ends_with(0);
-    migration.fails(&[]);
+    migration.fails(&["the migration was cancelled"]);
     there.ends_with(1);
 }
