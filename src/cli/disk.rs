@@ -4,9 +4,6 @@ use std::path::PathBuf;
 
 use crate::vm::config::DiskConfig;
 
-/// A guest reads the id by virtio-blk's GET_ID, which has this many bytes (virtio 1.3, 5.2.6).
-const MAX_ID: usize = 20;
-
 /// Reads a disk of `ferry run`.
 pub(super) fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     let pairs = Pairs::parse(text)?;
@@ -62,9 +59,9 @@ impl Pairs {
     fn id_and_path(self) -> Result<(String, PathBuf), String> {
         let path = self.path.filter(|path| !path.is_empty()).ok_or("the path is missing: path=FILE")?;
         let id = self.id.ok_or("the id is missing: id=NAME")?;
-        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-        if id.is_empty() || id.len() > MAX_ID || !id.bytes().all(allowed) {
-            return Err(format!("an id has 1 to {MAX_ID} letters, digits, '-', '_' or '.', unlike '{id}'"));
+        if !DiskConfig::is_id(&id) {
+            let longest = DiskConfig::MAX_ID;
+            return Err(format!("an id has 1 to {longest} letters, digits, '-', '_' or '.', unlike '{id}'"));
         }
         Ok((id, path.into()))
     }

@@ -50,6 +50,9 @@ const POSTCOPY_RUN: u64 = 64;
 /// Passes that are reported; of more, the last ones.
 const MAX_PASSES: usize = 100;
 
+/// How the error of a migration that was given up ends.
+const GOES_ON: &str = "; the guest goes on at the source";
+
 /// What a migration is to do; fixed when it begins, but for the limits.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -118,6 +121,8 @@ pub struct Source {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Failure {
     Cancelled,
+    /// There is no guest any more; how it ended.
+    GuestEnded(String),
     Failed(String),
 }
 
@@ -242,19 +247,22 @@ impl Source {
     /// Takes an input. What follows from it comes with the next [`Source::poll`].
     pub fn handle(&mut self, input: Input, now: Duration) {
         match (input, self.state) {
+            (Input::ResumeFailed(reason), _) => self.on_resume_failed(&reason, now),
             (_, State::Ended) => {}
             (Input::Frame(frame), _) => self.on_frame(frame, now),
             (Input::Harvested(dirty), State::Harvesting) => self.on_harvested(&dirty, now),
             (Input::Stopped(stopped), State::Stopping) => self.on_stopped(stopped, now),
             (Input::StopFailed(reason), State::Stopping) => {
                 self.actions.push_back(Action::Resume);
-                self.fail_here(Failure::Failed(reason), now);
+                let failure = self.failure.take().unwrap_or(Failure::Failed(reason));
+                self.fail_here(failure, now);
             }
             (Input::GiveUpFailed(reason), State::Committed) if self.actions.front() == Some(&Action::Send(Frame::Commit)) => {
                 self.given_up = false;
                 self.fail(Failure::Failed(reason), now);
             }
             (Input::Harvested(_) | Input::Stopped(_) | Input::StopFailed(_) | Input::GiveUpFailed(_), _) => {}
+            (Input::GuestEnded(how), _) => self.fail(Failure::GuestEnded(how), now),
             (Input::Failed(reason), _) => self.fail(Failure::Failed(reason), now),
             // The destination may hold everything and have closed it, answers to late requests unread. Its last word on the other
             // connection, or that one's loss, decides.
@@ -491,8 +499,10 @@ impl Source {
     /// Ends the migration before the commit, and the guest goes on here; after it, the link.
     fn fail(&mut self, failure: Failure, now: Duration) {
         if self.is_committed() {
-            if let Failure::Failed(reason) = failure {
-                self.pause(&reason);
+            match failure {
+                Failure::Failed(reason) => self.pause(&reason),
+                // No guest that is the destination's ends here.
+                Failure::Cancelled | Failure::GuestEnded(_) => {}
             }
             return;
         }
@@ -548,13 +558,30 @@ impl Source {
     fn fail_here(&mut self, failure: Failure, now: Duration) {
         let (text, error, status) = match failure {
             Failure::Cancelled => {
-                ("the migration was cancelled at the source".into(), "the migration was cancelled".into(), Status::Cancelled)
+                ("the migration was cancelled at the source".into(), format!("the migration was cancelled{GOES_ON}"), Status::Cancelled)
             }
-            Failure::Failed(reason) => (format!("the source gave up: {reason}"), reason, Status::Failed),
+            Failure::GuestEnded(how) => {
+                let error = format!("the guest ended while it was being moved: {how}");
+                (error.clone(), error, Status::Failed)
+            }
+            Failure::Failed(reason) => (format!("the source gave up: {reason}"), format!("{reason}{GOES_ON}"), Status::Failed),
         };
         self.send(Frame::Abort(text));
-        self.report.error = Some(format!("{error}; the guest goes on at the source"));
+        self.report.error = Some(error);
         self.finish(status, now);
+    }
+
+    /// The guest stays paused here, and so the migration that stopped it ends, or has ended with another error than it was to have.
+    fn on_resume_failed(&mut self, reason: &str, now: Duration) {
+        if self.state != State::Ended {
+            self.fail(Failure::Failed(reason.into()), now);
+        }
+        let Some(error) = &mut self.report.error else { return };
+        let what_failed = error.strip_suffix(GOES_ON).unwrap_or(error);
+        *error = format!("{what_failed}; the guest stays paused at the source: {reason}");
+        if let Some(Action::End(outcome)) = self.actions.back_mut() {
+            **outcome = Outcome::NotMoved(self.report.clone());
+        }
     }
 
     fn finish(&mut self, status: Status, now: Duration) {

@@ -428,8 +428,8 @@ impl Frame {
                 }
                 Frame::Hello(whole(rest, kind)?)
             }
-            Kind::Welcome => Frame::Welcome(whole(body, kind)?),
-            Kind::Abort => Frame::Abort(whole(body, kind)?),
+            Kind::Welcome => Frame::Welcome(printable(whole(body, kind)?)),
+            Kind::Abort => Frame::Abort(printable(whole(body, kind)?)),
             Kind::Setup => {
                 let (ram_pages, postcopy, machine) = whole(body, kind)?;
                 Frame::Setup { ram_pages, postcopy, machine }
@@ -441,8 +441,8 @@ impl Frame {
             Kind::PassAck => whole(body, kind).map(|()| Frame::PassAck)?,
             Kind::Switchover => Frame::Switchover(whole(body, kind)?),
             Kind::Ready => {
-                let (load_us, warnings) = whole(body, kind)?;
-                Frame::Ready { load_us, warnings }
+                let (load_us, warnings): (_, Vec<_>) = whole(body, kind)?;
+                Frame::Ready { load_us, warnings: warnings.into_iter().map(printable).collect() }
             }
             Kind::Commit => whole(body, kind).map(|()| Frame::Commit)?,
             Kind::Running => Frame::Running(whole(body, kind)?),
@@ -457,8 +457,8 @@ impl Frame {
             Kind::BitmapComplete => Frame::BitmapComplete(whole(body, kind)?),
             Kind::End => whole(body, kind).map(|()| Frame::End)?,
             Kind::Done => {
-                let (faults, warnings) = whole(body, kind)?;
-                Frame::Done { faults, warnings }
+                let (faults, warnings): (_, Vec<_>) = whole(body, kind)?;
+                Frame::Done { faults, warnings: warnings.into_iter().map(printable).collect() }
             }
             Kind::Holding => Frame::Holding(whole(body, kind)?),
             Kind::Goodbye => whole(body, kind).map(|()| Frame::Goodbye)?,
@@ -476,6 +476,11 @@ fn whole<T: DeserializeOwned>(body: &[u8], kind: Kind) -> Result<T, WireError> {
         Ok((value, [])) => Ok(value),
         _ => Err(WireError::Body { kind }),
     }
+}
+
+/// `text` for a person's terminal, to which the other side must not give orders.
+fn printable(text: String) -> String {
+    if text.contains(char::is_control) { text.replace(char::is_control, "?") } else { text }
 }
 
 /// The longest beginning of `text` that takes at most `limit` bytes.

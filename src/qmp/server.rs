@@ -14,9 +14,6 @@ use super::socket::{PathListener, SocketError};
 /// Clients at a time; one more is turned away.
 const MAX_CLIENTS: usize = 32;
 
-/// How long to leave the system alone when it has no file descriptor or memory for a client.
-const RETRY_PAUSE: Duration = Duration::from_millis(50);
-
 /// The control socket. Dropping it disconnects all clients and removes the path; answers that nobody waited for with [`Server::flush`]
 /// may be lost.
 pub struct Server {
@@ -66,24 +63,12 @@ impl Drop for Server {
 }
 
 fn accept_clients(listener: &PathListener, handler: &Arc<dyn Handler>, events: &Events) {
-    loop {
-        match listener.accept() {
-            Ok(stream) if events.connected().count() < MAX_CLIENTS => {
-                // A client that cannot be given its threads is disconnected by the drop of its stream; the others go on.
-                let _ = start_client(stream, handler.clone(), events.clone());
-            }
-            Ok(_) => {}
-            Err(error) if is_transient(&error) => thread::sleep(RETRY_PAUSE),
-            Err(_) => return,
+    while let Ok(stream) = listener.accept() {
+        if events.connected().count() < MAX_CLIENTS {
+            // A client that cannot be given its threads is disconnected by the drop of its stream; the others go on.
+            let _ = start_client(stream, handler.clone(), events.clone());
         }
     }
-}
-
-/// Whether accepting again can work: the client was gone already, or another must first give back a file descriptor.
-fn is_transient(error: &std::io::Error) -> bool {
-    use rustix::io::Errno;
-    let transient = [Errno::CONNABORTED, Errno::INTR, Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
-    Errno::from_io_error(error).is_some_and(|errno| transient.contains(&errno))
 }
 
 fn start_client(stream: UnixStream, handler: Arc<dyn Handler>, events: Events) -> std::io::Result<()> {

@@ -5,10 +5,14 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
+
+/// How long to leave the system alone when it has no file descriptor or memory for a client.
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
 
 /// Why a socket could not be made.
 #[derive(Debug, Error)]
@@ -61,7 +65,12 @@ impl PathListener {
 
     /// Waits for the next client; an error once [`PathListener::close`] was called.
     pub fn accept(&self) -> std::io::Result<UnixStream> {
-        self.listener.accept().map(|(stream, _)| stream)
+        loop {
+            match self.listener.accept() {
+                Err(error) if is_transient(&error) => std::thread::sleep(RETRY_PAUSE),
+                accepted => return accepted.map(|(stream, _)| stream),
+            }
+        }
     }
 
     /// Removes the path and makes [`PathListener::accept`] fail, now and from now on, also where it waits in another thread.
@@ -79,6 +88,13 @@ impl Drop for PathListener {
     fn drop(&mut self) {
         self.close();
     }
+}
+
+/// Whether accepting again can work: the client was gone already, or another must first give back a file descriptor.
+fn is_transient(error: &std::io::Error) -> bool {
+    use rustix::io::Errno;
+    let transient = [Errno::CONNABORTED, Errno::INTR, Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+    Errno::from_io_error(error).is_some_and(|errno| transient.contains(&errno))
 }
 
 fn identify(path: &Path) -> Option<(u64, u64)> {

@@ -33,3 +33,14 @@ pub struct DiskConfig {
     /// Whether the guest may only read it.
     pub readonly: bool,
 }
+
+impl DiskConfig {
+    /// Longest id in bytes: what GET_ID of virtio-blk has room for (virtio 1.2, 5.2.6).
+    pub const MAX_ID: usize = 20;
+
+    /// Whether `id` may name a disk: 1 to [`DiskConfig::MAX_ID`] ASCII letters, digits, `-`, `_` or `.`.
+    pub fn is_id(id: &str) -> bool {
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        (1..=Self::MAX_ID).contains(&id.len()) && id.bytes().all(allowed)
+    }
+}

@@ -69,7 +69,7 @@ pub enum VmError {
     #[error("MSR {:#x} cannot be set to {:#x} on this host", .0.index, .0.value)]
     MsrWrite(Msr),
     /// The guest ended, so there is nothing to save.
-    #[error("the guest ended ({0:?}) and cannot be saved")]
+    #[error("the guest has ended and cannot be saved: {0}")]
     Ended(VmEvent),
     /// The saved state does not fit this machine.
     #[error("saved machine state: {0}")]

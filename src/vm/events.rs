@@ -1,5 +1,6 @@
 //! What the guest does that its owner must act on.
 
+use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use crossbeam_channel::Sender;
@@ -19,6 +20,17 @@ pub enum VmEvent {
         /// What KVM said, in one sentence.
         reason: String,
     },
+}
+
+impl fmt::Display for VmEvent {
+    /// What became of the guest, for a sentence about it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            VmEvent::PowerOff => f.write_str("it powered off"),
+            VmEvent::Reset => f.write_str("it asked to restart"),
+            VmEvent::Crashed { vcpu, reason } => write!(f, "vCPU {vcpu} cannot go on: {reason}"),
+        }
+    }
 }
 
 /// The sending end: passes on the first event and swallows what a dying guest does after it (one that powered off halts, one that asked

@@ -163,11 +163,12 @@ impl Vm<Built> {
         let events = EventSink::new(events);
         let serial = Arc::new(SerialPort::new(irqfd(&fd, layout::COM1_GSI)?));
         let power_button = irqfd(&fd, layout::GED_GSI)?;
+        let cmos = Cmos::default();
         let mut buses = Buses::default();
         let ports = &mut buses.ports;
         ports.insert(layout::COM1_PORT, layout::COM1_PORTS, Arc::new(Mutex::new(serial.registers())))?;
         ports.insert(layout::SLEEP_CONTROL_PORT.into(), 3, Arc::new(Mutex::new(AcpiPower(events.clone()))))?;
-        ports.insert(layout::CMOS_PORT, 2, Arc::new(Mutex::new(Cmos::default())))?;
+        ports.insert(layout::CMOS_PORT, 2, Arc::new(Mutex::new(cmos.clone())))?;
         ports.insert(layout::I8042_PORT, 1, Arc::new(Mutex::new(I8042::Data)))?;
         ports.insert(layout::I8042_COMMAND, 1, Arc::new(Mutex::new(I8042::Command(events.clone()))))?;
         let cpuid = cpuid::base(&kvm)?;
@@ -187,7 +188,7 @@ impl Vm<Built> {
         let machine = Machine {
             vcpus: Vcpus(vcpus),
             buses: Arc::new(buses),
-            devices: vec![serial.clone()],
+            devices: vec![serial.clone(), Arc::new(cmos)],
             serial,
             power_button,
             slots: Vec::new(),

@@ -282,14 +282,14 @@ impl Main {
     }
 
     fn on_guest_end(&mut self, vmm: &Arc<Vmm>, event: VmEvent) -> Result<Option<()>, VmmError> {
+        // For a restart, too: emptied RAM is not in the dirty log, and the machine is another one.
+        vmm.guest_ended_outgoing(&event);
         match event {
             VmEvent::PowerOff => {
-                vmm.cancel_outgoing();
                 self.shutdown(vmm, ShutdownReason::GuestShutdown);
                 Ok(Some(()))
             }
             VmEvent::Crashed { vcpu, reason } => {
-                vmm.cancel_outgoing();
                 self.shutdown(vmm, ShutdownReason::GuestPanic);
                 Err(VmmError::Crashed { vcpu, reason })
             }
@@ -305,8 +305,6 @@ impl Main {
 
     /// Builds the machine anew over the same RAM and disks and boots it.
     fn restart(&mut self, vmm: &Arc<Vmm>) -> Result<Option<()>, VmmError> {
-        // Emptied RAM is not in the dirty log, and the machine is another one: a migration begins again after the restart.
-        vmm.cancel_outgoing();
         let mut guest = lock(&vmm.guest);
         let Some((config, ram)) = guest.end() else {
             return Err(VmmError::Moving("it asked to restart".into()));

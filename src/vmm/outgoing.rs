@@ -16,10 +16,10 @@ use crate::qmp::capabilities::MigrateCapabilities;
 use crate::qmp::event::{Event, MigrationEvent};
 use crate::qmp::parameters::{MigrateParameters, MigrateSetParameters};
 use crate::vm::facts::MachineFacts;
-use crate::vm::{Moved, Vm};
+use crate::vm::{Moved, Vm, VmEvent};
 
-/// How long a cancelled migration may take to end.
-const CANCEL_LIMIT: Duration = Duration::from_secs(5);
+/// How long a migration that is told to end may take to end.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// How migrations from here go, the one under way, and the last one's end.
 #[derive(Default)]
@@ -85,20 +85,30 @@ impl Vmm {
         outgoing.migration.clone().filter(|_| outgoing.active).ok_or_else(|| QmpError::generic("no migration from here is under way"))
     }
 
-    /// Cancels the migration under way, if there is one, and waits until it is over: the guest is back and the destination was told.
-    /// False if it cannot be cancelled any more: the destination needs pages that only this process has, and the link to it stands.
+    /// Cancels the migration under way, if there is one, and waits until it is over: the guest is back, and the destination and whoever
+    /// watches were told. False if it cannot be cancelled any more: the destination needs pages that only this process has, and the link to
+    /// it stands.
     pub fn cancel_outgoing(&self) -> bool {
+        self.end_outgoing(SourceMigration::cancel)
+    }
+
+    /// Ends the migration under way because of what the guest has done, as [`Vmm::cancel_outgoing`] does.
+    pub fn guest_ended_outgoing(&self, event: &VmEvent) -> bool {
+        self.end_outgoing(|migration| migration.guest_ended(event))
+    }
+
+    fn end_outgoing(&self, end: impl FnOnce(&SourceMigration) -> Result<(), String>) -> bool {
         let Ok(migration) = self.migration() else { return true };
         if migration.is_paused() {
             return true;
         }
-        let cancelled = migration.cancel().is_ok();
-        if cancelled {
+        let ended = end(&migration).is_ok();
+        if ended {
             let outgoing = lock(&self.outgoing);
-            let _ = self.outgoing_ended.wait_timeout_while(outgoing, CANCEL_LIMIT, |outgoing| outgoing.active);
+            let _ = self.outgoing_ended.wait_timeout_while(outgoing, END_LIMIT, |outgoing| outgoing.active);
         }
         // One that completed in between is over as well.
-        cancelled || self.migration().is_err()
+        ended || self.migration().is_err()
     }
 
     /// Changes parameters, also of the migration under way.
@@ -135,15 +145,14 @@ impl SourceOwner for Vmm {
         Ok(stopped)
     }
 
-    fn put_back(&self, stopped: StoppedGuest) {
+    fn put_back(&self, stopped: StoppedGuest) -> Result<(), String> {
         let mut guest = lock(&self.guest);
         guest.put(stopped.vm);
         if stopped.was_running {
-            match guest.resume() {
-                Ok(_) => self.events.emit(&Event::Resume),
-                Err(error) => eprintln!("ferry: {error}\r"),
-            }
+            guest.resume().inspect_err(|reason| eprintln!("ferry: {reason}; `ferry resume` tries again\r"))?;
+            self.events.emit(&Event::Resume);
         }
+        Ok(())
     }
 
     fn changed(&self, status: Status, pass: u32) {
@@ -176,8 +185,6 @@ impl SourceOwner for Vmm {
         let mut outgoing = lock(&self.outgoing);
         outgoing.active = false;
         outgoing.last = Some(report.clone());
-        drop(outgoing);
-        self.outgoing_ended.notify_all();
         if let Some(vm) = moved {
             *lock(&self.guest) = Guest::Moved { _ram: Some(vm) };
         }
@@ -186,6 +193,9 @@ impl SourceOwner for Vmm {
             Outcome::NotMoved(_) => None,
         };
         self.events.emit(&Event::Migration(MigrationEvent { status: report.status, report: Some(report.into()) }));
+        // After the event: whoever waits for the end may end the process.
+        drop(outgoing);
+        self.outgoing_ended.notify_all();
         if let Some(message) = message {
             let _ = self.messages.send(message);
         }

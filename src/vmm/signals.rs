@@ -1,7 +1,7 @@
 //! SIGTERM, SIGINT and SIGHUP as messages.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::thread;
 
 use crossbeam_channel::{Receiver, unbounded};
@@ -50,8 +50,6 @@ fn signal_descriptor() -> io::Result<OwnedFd> {
         if descriptor < 0 {
             return Err(io::Error::last_os_error());
         }
-        let owned = OwnedFd::from_raw_fd(descriptor);
-        debug_assert_eq!(owned.as_raw_fd(), descriptor);
-        Ok(owned)
+        Ok(OwnedFd::from_raw_fd(descriptor))
     }
 }

@@ -34,6 +34,13 @@ pub fn check(ferry: &Ferry, guest: &Guest, bytes: u64) -> u64 {
     checked
 }
 
+/// Zeroes the first RAM of a running guest: its code, page tables and exception handlers, so that it cannot even say what has happened.
+pub fn wipe(ferry: &Ferry, bytes: u64) {
+    let ram = Ram::of(ferry.process.id(), bytes);
+    // The process may have ended before all of it is written.
+    assert!(ram.memory.write_at(&vec![0; 4 << 20], ram.base).unwrap() > 0);
+}
+
 struct Ram {
     memory: File,
     /// Address of its first byte in the process.
@@ -61,7 +68,7 @@ impl Ram {
         let base = found.first().expect("no memory that is kept out of core dumps").0;
         assert!(found.windows(2).all(|pair| pair[0].1 == pair[1].0), "RAM has holes: {found:x?}");
         assert_eq!(found.last().unwrap().1 - base, bytes, "{found:x?}");
-        Ram { memory: File::open(format!("/proc/{process}/mem")).unwrap(), base }
+        Ram { memory: File::options().read(true).write(true).open(format!("/proc/{process}/mem")).unwrap(), base }
     }
 
     fn read<const N: usize>(&self, gpa: u64) -> [u8; N] {

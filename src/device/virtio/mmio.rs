@@ -17,9 +17,6 @@ use crate::device::bus::BusDevice;
 use crate::device::{Device, DeviceError, DeviceState};
 use crate::memory::GuestRam;
 
-/// Size of the device's MMIO range in bytes.
-pub const MMIO_SIZE: u64 = 0x1000;
-
 /// "virt" in little endian.
 const MAGIC: u32 = 0x7472_6976;
 /// The only version since virtio 1.0.

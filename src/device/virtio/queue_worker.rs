@@ -157,6 +157,8 @@ impl<D: VirtioDevice> Shared<D> {
         let (mut state, waited) = self.idle.wait_timeout_while(state, limit, |state| state.busy).unwrap_or_else(PoisonError::into_inner);
         self.stop.store(false, Ordering::Relaxed);
         if waited.timed_out() {
+            // The request may have ended after all, and the thread have stopped because it was asked to.
+            self.kick();
             return Err(format!("a request has not ended for {} s", limit.as_secs()));
         }
         let result = change(&mut state);

@@ -8,12 +8,13 @@ use virtio_bindings::virtio_mmio::*;
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use super::blk::VirtioBlk;
-use super::mmio::{MMIO_SIZE, VirtioMmio};
+use super::mmio::VirtioMmio;
 use crate::block::disk::Disk;
 use crate::device::Device;
 use crate::device::bus::Bus;
 use crate::memory::{GuestRam, PageSet};
 use crate::vm::config::DiskConfig;
+use crate::vm::layout::VIRTIO_SIZE;
 
 pub(super) const BASE: u64 = 0xd000_0000;
 pub(super) const DESC: u64 = 0x1000;
@@ -66,7 +67,7 @@ impl TestDriver {
     pub(super) fn paused(disk: Arc<Disk>, ram: GuestRam) -> Self {
         let device = VirtioMmio::new(ram.clone(), VirtioBlk::new(disk)).unwrap();
         let mut bus = Bus::default();
-        bus.insert(BASE, MMIO_SIZE, device.bus_device()).unwrap();
+        bus.insert(BASE, VIRTIO_SIZE, device.bus_device()).unwrap();
         TestDriver { ram, device, bus, size: 16, avail: 0, used: 0 }
     }
 

@@ -28,8 +28,8 @@ pub struct StoppedGuest {
 pub trait SourceOwner: Send + Sync {
     /// Pauses the guest and hands it over. Until [`SourceOwner::put_back`] the owner cannot run it.
     fn take(&self) -> Result<StoppedGuest, String>;
-    /// The switch did not take place: the guest goes on, if it ran before.
-    fn put_back(&self, guest: StoppedGuest);
+    /// The switch did not take place: the guest goes on, if it ran before. An error is a guest that stays paused, and why.
+    fn put_back(&self, guest: StoppedGuest) -> Result<(), String>;
     /// The migration's status or pass has changed.
     fn changed(&self, status: Status, pass: u32);
     /// After the commit the link was lost; with what to tell a person. Pages of the guest may be needed from here, so that this process

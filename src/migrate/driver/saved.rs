@@ -4,6 +4,7 @@
 use super::owner::MachineSetup;
 use crate::memory::PAGE_SIZE;
 use crate::vm::MachineState;
+use crate::vm::config::DiskConfig;
 
 const SETUP_MAGIC: &[u8] = b"FRYS";
 const GUEST_MAGIC: &[u8] = b"FRYG";
@@ -27,6 +28,10 @@ pub fn decode_setup(bytes: &[u8], ram_pages: u64) -> Result<MachineSetup, String
     }
     if disk_sizes.len() != config.disks.len() {
         return Err(format!("the source announced {} disk sizes for {} disks", disk_sizes.len(), config.disks.len()));
+    }
+    // It names a thread and rides in messages.
+    if let Some(disk) = config.disks.iter().find(|disk| !DiskConfig::is_id(&disk.id)) {
+        return Err(format!("the source announced a disk with the impossible id {:?}", disk.id));
     }
     Ok(setup)
 }
@@ -56,4 +61,32 @@ fn header(magic: &[u8]) -> Vec<u8> {
 fn body<'a>(bytes: &'a [u8], magic: &[u8], what: &str) -> Result<&'a [u8], String> {
     let body = bytes.strip_prefix(magic).and_then(|rest| rest.strip_prefix(&VERSION.to_le_bytes()));
     body.ok_or_else(|| format!("the guest's {what} is not of version {VERSION}; both sides must run the same version of Ferry"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::config::GuestConfig;
+    use crate::vm::facts::MachineFacts;
+
+    fn setup(id: &str) -> MachineSetup {
+        let disks = vec![DiskConfig { id: id.into(), path: "disk.img".into(), readonly: false }];
+        let (name, kernel, initrd, cmdline) = ("guest".into(), "vmlinuz".into(), None, String::new());
+        MachineSetup {
+            config: GuestConfig { name, cpus: 1, memory: 2 << 20, kernel, initrd, cmdline, disks },
+            facts: MachineFacts { cpuid: Vec::new(), cpus: 1, tsc_khz: 1, msrs: Vec::new(), xsave_size: 4096 },
+            disk_sizes: vec![512],
+        }
+    }
+
+    #[test]
+    fn a_setup_that_contradicts_itself_or_has_impossible_disks_is_refused() {
+        let decode = |setup: &MachineSetup, pages| decode_setup(&encode_setup(setup).unwrap(), pages).map(|setup| setup.disk_sizes);
+        assert_eq!(decode(&setup("root"), 512), Ok(vec![512]));
+        assert!(decode(&setup("root"), 513).unwrap_err().contains("513 pages"));
+        assert!(decode(&MachineSetup { disk_sizes: vec![], ..setup("root") }, 512).unwrap_err().contains("0 disk sizes"));
+        for id in ["", "a\0b", "a/b", "a-name-that-is-too-long"] {
+            assert!(decode(&setup(id), 512).unwrap_err().contains("impossible id"), "{id:?}");
+        }
+    }
 }

@@ -26,6 +26,7 @@ use crate::migrate::pace::Pace;
 use crate::migrate::report::{Mode, Progress};
 use crate::migrate::source::{Config, Input, Source};
 use crate::migrate::transport::{Address, Interrupt};
+use crate::vm::VmEvent;
 
 /// A migration away from here. It goes on, and its end is told to the owner, also when this handle is dropped.
 pub struct SourceMigration {
@@ -64,6 +65,14 @@ impl Shared {
     fn wake(&self) {
         // Full means that a wake is on its way already.
         let _ = self.wake.try_send(());
+    }
+}
+
+/// What the engine is told of a guest that has ended or asked to restart.
+fn input_of(event: &VmEvent) -> Input {
+    match event {
+        VmEvent::Reset => Input::Failed("the guest restarted, which ends its migration; try again".into()),
+        VmEvent::PowerOff | VmEvent::Crashed { .. } => Input::GuestEnded(event.to_string()),
     }
 }
 
@@ -107,13 +116,23 @@ impl SourceMigration {
         Ok(SourceMigration { shared })
     }
 
-    /// Ends the migration before the commit; the guest goes on here. After the commit it says why that cannot be.
+    /// Ends the migration before the commit because a person wants it so; the guest goes on here. After the commit it says why that cannot
+    /// be.
     pub fn cancel(&self) -> Result<(), String> {
+        self.end(Input::Cancel)
+    }
+
+    /// Ends the migration before the commit because of what the guest has done. After the commit it says why that cannot be.
+    pub fn guest_ended(&self, event: &VmEvent) -> Result<(), String> {
+        self.end(input_of(event))
+    }
+
+    fn end(&self, why: Input) -> Result<(), String> {
         let mut engine = self.shared.engine();
         if engine.is_committed() {
             return Err("the guest belongs to the destination already; the migration cannot be cancelled any more".into());
         }
-        engine.handle(Input::Cancel, self.shared.now());
+        engine.handle(why, self.shared.now());
         // Under the engine's lock, so that the guest cannot be given up in between: the commit must not be interrupted.
         self.shared.cancel.raise();
         drop(engine);

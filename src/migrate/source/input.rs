@@ -10,15 +10,19 @@ use crate::migrate::wire::{BitmapInfo, Channel, Frame};
 pub enum Input {
     /// A frame came on the main connection.
     Frame(Frame),
-    /// The answer to [`Action::StartTracking`] and [`Action::Harvest`]: pages dirtied since the last one.
+    /// The answer to [`Action::StartTracking`](super::Action::StartTracking) and [`Action::Harvest`](super::Action::Harvest): pages dirtied since the last one.
     Harvested(PageSet),
-    /// The guest stands still, and its state was saved: the answer to [`Action::Stop`].
+    /// The guest stands still, and its state was saved: the answer to [`Action::Stop`](super::Action::Stop).
     Stopped(Stopped),
-    /// The guest could not be stopped or saved: the answer to [`Action::Stop`] otherwise.
+    /// The guest could not be stopped or saved: the answer to [`Action::Stop`](super::Action::Stop) otherwise.
     StopFailed(String),
-    /// The right to run the guest could not be given up: the answer to [`Action::GiveUp`] if it fails, before anything else is polled. The
+    /// The right to run the guest could not be given up: the answer to [`Action::GiveUp`](super::Action::GiveUp) if it fails, before anything else is polled. The
     /// `Commit` frame is not sent, and the guest goes on.
     GiveUpFailed(String),
+    /// The guest could not go on here: the answer to [`Action::Resume`](super::Action::Resume) if it fails. It stays paused.
+    ResumeFailed(String),
+    /// The guest has ended by itself before the commit; how.
+    GuestEnded(String),
     /// Something else failed here. Before the commit the guest goes on.
     Failed(String),
     /// A connection is gone.

@@ -10,7 +10,7 @@ use rustix::event::PollFlags;
 use socket2::{Domain, SockAddr, Socket, TcpKeepalive, Type};
 use thiserror::Error;
 
-use super::interrupt::Wait;
+use super::interrupt::{Wait, wait_to_finish};
 use super::{Address, Interrupt, TransportError, Wake};
 
 /// After this long without an acknowledgement, or with a peer that takes nothing, TCP gives the connection up.
@@ -20,10 +20,13 @@ const KEEPALIVE: TcpKeepalive =
     TcpKeepalive::new().with_time(Duration::from_secs(10)).with_interval(Duration::from_secs(5)).with_retries(4);
 /// What a read takes beyond what was asked for, so that the next header comes with the same system call. Small, because it is copied.
 const READ_AHEAD: usize = 8 << 10;
+/// How long a message of which a part was sent may still take when an interrupt is raised, so that something can follow it.
+const GRACE: Duration = Duration::from_secs(1);
 /// Most pieces that one sendmsg takes (UIO_MAXIOV).
 const MAX_PIECES: usize = 1024;
 
-/// Why a transfer ended early. The connection is of no further use: part of a message may have passed.
+/// Why a transfer ended early. The connection is of no further use, as part of a message may have passed, but for a write that was
+/// [`LinkError::Interrupted`].
 #[derive(Debug, Error)]
 pub enum LinkError {
     /// The other side closed it. Whether that was a good moment is for the reader to judge: it was between messages only if nothing of
@@ -38,9 +41,12 @@ pub enum LinkError {
     /// The deadline passed.
     #[error("the other side did not answer in time")]
     TimedOut,
-    /// [`Interrupt::raise`] was called.
+    /// [`Interrupt::raise`] was called. Of what was to be written nothing was sent.
     #[error("interrupted")]
     Interrupted,
+    /// [`Interrupt::raise`] was called in the middle of a message, and the other side did not take the rest of it soon after.
+    #[error("interrupted in the middle of a message")]
+    CutShort,
     /// The connection is broken.
     #[error("connection lost: {0}")]
     Io(#[from] io::Error),
@@ -169,7 +175,8 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Sends all of `pieces`, in order.
+    /// Sends all of `pieces`, in order. If it is interrupted when a part was sent, it sends the rest all the same if that takes no longer
+    /// than a second: otherwise nobody could be told why it ends.
     pub fn write_all_vectored(&mut self, pieces: &[IoSlice<'_>], deadline: Option<Instant>) -> Result<(), LinkError> {
         let mut raw: Vec<_> =
             pieces.iter().map(|piece| libc::iovec { iov_base: piece.as_ptr().cast_mut().cast(), iov_len: piece.len() }).collect();
@@ -187,14 +194,20 @@ impl Writer {
     /// # Safety
     /// Every piece must be mapped memory until this returns. Bytes written meanwhile are sent as they were before or after.
     pub unsafe fn write_all_raw(&mut self, mut pieces: &mut [libc::iovec], deadline: Option<Instant>) -> Result<(), LinkError> {
+        let mut begun = false;
+        let mut finish_by = None;
         loop {
             let done = pieces.iter().take_while(|piece| piece.iov_len == 0).count();
             pieces = std::mem::take(&mut pieces).split_at_mut(done).1;
             if pieces.is_empty() {
                 return Ok(());
             }
-            if self.interrupt.is_raised() {
-                return Err(LinkError::Interrupted);
+            if finish_by.is_none() && self.interrupt.is_raised() {
+                if !begun {
+                    return Err(LinkError::Interrupted);
+                }
+                let latest = Instant::now() + GRACE;
+                finish_by = Some(deadline.map_or(latest, |deadline| deadline.min(latest)));
             }
             // SAFETY: all-zero is a valid msghdr.
             let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -203,9 +216,26 @@ impl Writer {
             // SAFETY: `message` points to `pieces`, which are mapped by this function's contract; the kernel only reads them.
             let sent = unsafe { libc::sendmsg(self.link.socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL) };
             match usize::try_from(sent) {
-                Ok(sent) => advance(pieces, sent),
-                Err(_) => retry(io::Error::last_os_error(), &self.link, &self.interrupt, PollFlags::OUT, deadline)?,
+                Ok(sent) => {
+                    begun |= sent > 0;
+                    advance(pieces, sent);
+                }
+                Err(_) => self.wait_for_room(io::Error::last_os_error(), deadline, finish_by)?,
             }
+        }
+    }
+
+    /// After a failed write: waits where that helps, to `finish_by` if the write goes on in spite of an interrupt.
+    fn wait_for_room(&self, error: io::Error, deadline: Option<Instant>, finish_by: Option<Instant>) -> Result<(), LinkError> {
+        let waited = retry(error, || match finish_by {
+            Some(latest) => wait_to_finish(&self.link.socket, latest),
+            None => self.interrupt.wait_for(&self.link.socket, PollFlags::OUT, deadline),
+        });
+        match (waited, finish_by) {
+            (Err(LinkError::TimedOut), Some(_)) => Err(LinkError::CutShort),
+            // The next turn of the write judges it by what was sent.
+            (Err(LinkError::Interrupted), _) => Ok(()),
+            (waited, _) => waited,
         }
     }
 
@@ -299,7 +329,7 @@ impl Reader {
                     received += got.min(missing);
                     (self.start, self.end) = (0, got.saturating_sub(missing));
                 }
-                Err(_) => retry(io::Error::last_os_error(), &self.link, &self.interrupt, PollFlags::IN, deadline)?,
+                Err(_) => retry(io::Error::last_os_error(), || self.interrupt.wait_for(&self.link.socket, PollFlags::IN, deadline))?,
             }
         }
         Ok(())
@@ -307,10 +337,10 @@ impl Reader {
 }
 
 /// After a failed transfer: waits where that helps.
-fn retry(error: io::Error, link: &Link, interrupt: &Interrupt, what: PollFlags, deadline: Option<Instant>) -> Result<(), LinkError> {
+fn retry(error: io::Error, wait: impl FnOnce() -> io::Result<Wait>) -> Result<(), LinkError> {
     match error.kind() {
         io::ErrorKind::Interrupted => Ok(()),
-        io::ErrorKind::WouldBlock => match interrupt.wait_for(&link.socket, what, deadline)? {
+        io::ErrorKind::WouldBlock => match wait()? {
             Wait::Ready => Ok(()),
             Wait::TimedOut => Err(LinkError::TimedOut),
             Wait::Interrupted => Err(LinkError::Interrupted),

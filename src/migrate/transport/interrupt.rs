@@ -69,16 +69,25 @@ impl Interrupt {
     }
 
     fn wait_on(&self, fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<Wait> {
-        loop {
-            let timeout = time_left(deadline);
-            return match poll(fds, timeout.as_ref()) {
-                _ if self.is_raised() => Ok(Wait::Interrupted),
-                Ok(0) if deadline.is_some_and(|deadline| deadline <= Instant::now()) => Ok(Wait::TimedOut),
-                Ok(0) | Err(Errno::INTR) => continue,
-                Ok(_) => Ok(Wait::Ready),
-                Err(errno) => Err(errno.into()),
-            };
-        }
+        wait_on(fds, deadline, || self.is_raised())
+    }
+}
+
+/// Waits until `fd` is writable (or has failed), and nothing but the deadline ends the wait.
+pub(super) fn wait_to_finish(fd: impl AsFd, deadline: Instant) -> io::Result<Wait> {
+    wait_on(&mut [PollFd::new(&fd, PollFlags::OUT)], Some(deadline), || false)
+}
+
+fn wait_on(fds: &mut [PollFd<'_>], deadline: Option<Instant>, interrupted: impl Fn() -> bool) -> io::Result<Wait> {
+    loop {
+        let timeout = time_left(deadline);
+        return match poll(fds, timeout.as_ref()) {
+            _ if interrupted() => Ok(Wait::Interrupted),
+            Ok(0) if deadline.is_some_and(|deadline| deadline <= Instant::now()) => Ok(Wait::TimedOut),
+            Ok(0) | Err(Errno::INTR) => continue,
+            Ok(_) => Ok(Wait::Ready),
+            Err(errno) => Err(errno.into()),
+        };
     }
 }
 

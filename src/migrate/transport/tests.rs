@@ -109,13 +109,14 @@ fn an_interrupt_ends_reading_writing_and_accepting() {
         let (mut reader, _keep) = client.split();
         let (_keep_too, mut writer) = server.split();
         thread::scope(|scope| {
-            let reading = scope.spawn(move || reader.read_exact(&mut [0; 1], None));
+            // Nobody reads more than the first byte, so this fills the buffers and waits.
+            let writing = scope.spawn(move || writer.write_all(&vec![0; 64 << 20], None));
+            reader.read_exact(&mut [0; 1], soon()).unwrap();
+            there.raise();
+            assert!(matches!(writing.join().unwrap(), Err(LinkError::CutShort)));
+            let reading = scope.spawn(move || reader.read_exact(&mut vec![0; 64 << 20], None));
             here.raise();
             assert!(matches!(reading.join().unwrap(), Err(LinkError::Interrupted)));
-            // Nobody reads, so this fills the buffers and waits.
-            let writing = scope.spawn(move || writer.write_all(&vec![0; 64 << 20], None));
-            there.raise();
-            assert!(matches!(writing.join().unwrap(), Err(LinkError::Interrupted)));
         });
     }
     let (listener, stop) = (Listener::bind(&any_port()).unwrap(), interrupt());
@@ -125,6 +126,31 @@ fn an_interrupt_ends_reading_writing_and_accepting() {
         assert!(matches!(accepting.join().unwrap(), Err(TransportError::Interrupted)));
     });
     assert!(!stop.sleep_until(Instant::now() + Duration::from_secs(100)));
+}
+
+#[test]
+fn an_interrupted_write_leaves_no_half_message_where_it_can() {
+    const LONG: usize = 64 << 20;
+    let (_directory, addresses) = both_kinds();
+    for address in addresses {
+        let ((client, _here), (server, there)) = pair(&address);
+        let (mut reader, _keep) = client.split();
+        let (_keep_too, mut writer) = server.split();
+        let mut writer = thread::scope(|scope| {
+            let writing = scope.spawn(move || (writer.write_all(&vec![0; LONG], None), writer));
+            reader.read_exact(&mut [0; 1], soon()).unwrap();
+            there.raise();
+            reader.read_exact(&mut vec![0; LONG - 1], soon()).unwrap();
+            let (written, writer) = writing.join().unwrap();
+            written.unwrap();
+            writer
+        });
+        assert!(matches!(writer.write_all(b"next", None), Err(LinkError::Interrupted)));
+        let mut last = [0; 3];
+        writer.interrupted_by(&interrupt()).write_all(b"end", soon()).unwrap();
+        reader.read_exact(&mut last, soon()).unwrap();
+        assert_eq!(&last, b"end");
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ fn run() -> impl Strategy<Value = PageRun> {
 }
 
 fn text() -> impl Strategy<Value = String> {
-    ".{0,40}"
+    "\\PC{0,40}"
 }
 
 fn frame() -> impl Strategy<Value = Frame> {
@@ -113,4 +113,11 @@ fn lengths_are_bounded_before_anything_is_read() {
 fn long_texts_are_clipped_to_what_the_other_side_accepts() {
     let bytes = Frame::Abort("é".repeat(MAX_TEXT)).encode().unwrap();
     assert!(matches!(decode(&bytes), Ok(Frame::Abort(text)) if text.len() > MAX_TEXT - 8));
+}
+
+#[test]
+fn texts_give_no_orders_to_a_terminal() {
+    let encoded = Frame::Abort("no \u{1b}[2J\u{9b}disk\r\n".into()).encode().unwrap();
+    let (header, body) = encoded.split_first_chunk().unwrap();
+    assert_eq!(Frame::decode(Header::decode(*header).unwrap(), body), Ok(Frame::Abort("no ?[2J?disk??".into())));
 }

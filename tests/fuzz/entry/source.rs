@@ -52,7 +52,8 @@ impl Host {
                         0 => Input::Cancel,
                         1 => Input::StartPostcopy,
                         2 => Input::DowntimeLimit(Duration::from_millis(byte.into())),
-                        _ => Input::Failed("no".into()),
+                        _ if byte & 4 == 0 => Input::Failed("no".into()),
+                        _ => Input::GuestEnded("it powered off".into()),
                     };
                     self.engine.handle(input, self.now);
                 }

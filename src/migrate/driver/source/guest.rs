@@ -13,7 +13,21 @@ use crate::memory::dirty_log::DirtyLog;
 use crate::memory::{GuestRam, PageRun, PageSet};
 use crate::migrate::source::Stopped;
 use crate::migrate::wire::{BitmapInfo, Frame};
-use crate::vm::{Moved, Vm};
+use crate::vm::{Moved, Vm, VmError, VmEvent};
+
+/// Why the guest is not stopped and saved.
+pub enum StopError {
+    /// It had ended before, or asked to restart.
+    Ended(VmEvent),
+    /// It could not be.
+    Failed(String),
+}
+
+impl From<String> for StopError {
+    fn from(reason: String) -> Self {
+        StopError::Failed(reason)
+    }
+}
 
 /// What the migration holds of the guest.
 pub struct SourceGuest {
@@ -56,7 +70,7 @@ impl SourceGuest {
     }
 
     /// Takes the guest over and saves it. After an error it may or may not be in hand; [`SourceGuest::resume`] is right for both.
-    pub fn stop(&mut self) -> Result<Stopped, String> {
+    pub fn stop(&mut self) -> Result<Stopped, StopError> {
         // Most of what the disks must write back is written while the guest still runs, so that giving the locks up is short. An error
         // here is none yet: giving up will meet it again.
         for io in self.disks.iter().filter_map(|disk| disk.io().ok()) {
@@ -67,9 +81,12 @@ impl SourceGuest {
         let stopped = Instant::now();
         if !Arc::ptr_eq(guest.vm.fd(), &self.vm) {
             // Its writes are in another machine's dirty log.
-            return Err("the guest has restarted in the meantime; try again".into());
+            return Err(StopError::Failed("the guest has restarted in the meantime; try again".into()));
         }
-        let state = guest.vm.save().map_err(|error| format!("the guest cannot be saved: {error}"))?;
+        let state = guest.vm.save().map_err(|error| match error {
+            VmError::Ended(event) => StopError::Ended(event),
+            error => StopError::Failed(format!("the guest cannot be saved: {error}")),
+        })?;
         let machine = saved::encode_guest(guest.was_running, &state)?;
         let bitmaps = self.reserve_bitmaps();
         let saved = Instant::now();
@@ -115,13 +132,11 @@ impl SourceGuest {
         Frame::Bitmap { index, first, zero: 0, words }
     }
 
-    /// The guest goes on here, if it was stopped.
-    pub fn resume(&mut self) {
+    /// The guest goes on here, if it was stopped. An error is a guest that stays paused, and why.
+    pub fn resume(&mut self) -> Result<(), String> {
         // First, so that the bitmaps can be used again when the guest runs.
         self.bitmaps.clear();
-        if let Some(guest) = self.stopped.take() {
-            self.owner.put_back(guest);
-        }
+        self.stopped.take().map_or(Ok(()), |guest| self.owner.put_back(guest))
     }
 
     /// Gives up the disks and then the guest itself, unless `hindrance` tells a reason not to at the last moment. After an error the disks

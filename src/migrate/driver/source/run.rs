@@ -6,17 +6,17 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, at, bounded, never, select};
 
-use super::super::frames;
+use super::super::frames::{self, FrameError};
 use super::super::owner::SourceOwner;
-use super::super::page_io::PageIo;
+use super::super::page_io::{PageIo, PageIoError};
 use super::Shared;
 use super::bulk::Parcel;
-use super::guest::SourceGuest;
+use super::guest::{SourceGuest, StopError};
 use super::links;
 use crate::memory::{GuestRam, PageRun, PageSet};
 use crate::migrate::report::Status;
 use crate::migrate::source::{Action, Bulk, Input, Outcome, Poll, Source};
-use crate::migrate::transport::{Address, Interrupt, Writer, connect};
+use crate::migrate::transport::{Address, Interrupt, LinkError, Writer, connect};
 use crate::migrate::wire::{Channel, Frame};
 
 /// How long the destination may take to accept a connection.
@@ -160,11 +160,20 @@ impl Migration {
                 let stopped = self.guest.stop();
                 let limit = self.shared.engine().downtime_limit();
                 self.standstill = Some(Instant::now() + STANDSTILL_TIMEOUT + limit * 3);
-                self.shared.handle(stopped.map_or_else(Input::StopFailed, Input::Stopped));
+                match stopped {
+                    Ok(stopped) => self.shared.handle(Input::Stopped(stopped)),
+                    Err(StopError::Failed(reason)) => self.shared.handle(Input::StopFailed(reason)),
+                    Err(StopError::Ended(event)) => {
+                        self.shared.handle(super::input_of(&event));
+                        self.shared.handle(Input::StopFailed(event.to_string()));
+                    }
+                }
             }
             Action::Resume => {
                 self.standstill = None;
-                self.guest.resume();
+                if let Err(reason) = self.guest.resume() {
+                    self.shared.handle(Input::ResumeFailed(reason));
+                }
             }
             Action::GiveUp => self.give_up(),
             // Taken by `run`.
@@ -256,7 +265,7 @@ impl Migration {
             writer = self.uncancelled(writer);
             deadline = Some(Instant::now() + CLOSE_TIMEOUT);
         } else if self.shared.cancel.is_raised() && !self.shared.engine().is_committed() {
-            // The engine knows of the cancel. Nothing was cut yet, so that it can still be told to the destination.
+            // The engine knows of the cancel, and what it says next is to tell the destination.
             self.main = Some(writer);
             return None;
         }
@@ -264,6 +273,11 @@ impl Migration {
             Ok(bytes) => {
                 self.main = Some(writer);
                 Some(bytes)
+            }
+            Err(FrameError::Link(LinkError::Interrupted)) => {
+                // By a cancel, of which the engine knows.
+                self.main = Some(writer);
+                None
             }
             Err(error) => {
                 self.link_failed(&error.to_string());
@@ -315,6 +329,7 @@ impl Migration {
                     self.with_pace(committed, sent.bytes);
                 }
             }
+            Err(PageIoError::Link(LinkError::Interrupted)) => self.main = Some(writer),
             Err(error) => self.link_failed(&error.to_string()),
         }
     }

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::unbounded;
+
 use super::guest::{self, Workload};
 use super::hosts::{DestinationEvent, DestinationHost, LIMIT, SourceHost, assert_counts, request, slow};
 use super::peers::{Peer, Until};
@@ -141,27 +143,33 @@ fn cancelled_while_throttled() {
 #[test]
 fn cancelled_while_a_send_is_blocked() {
     let source = running();
-    let (peer, address) = Peer::new();
-    // It reads nothing once it is prepared, but stays.
-    let (hold, held) = crossbeam_channel::bounded::<()>(0);
-    let played = thread::spawn(move || peer.stall(&held));
-    let migration = source.migrate(request(&address, Mode::Precopy));
-    source.wait_for(Status::Active);
-    let deadline = Instant::now() + LIMIT;
-    // 22 MiB of pages do not fit into the buffers of a connection that nobody reads.
-    let mut before = (0, Instant::now());
-    while before.0 == 0 || before.1.elapsed() < Duration::from_millis(300) {
-        assert!(Instant::now() < deadline);
-        let sent = migration.progress().normal_pages;
-        if sent != before.0 {
-            before = (sent, Instant::now());
+    // The destination that reads again is told why, though the cancel came in the middle of a frame.
+    for reads_again in [false, true] {
+        let (peer, address) = Peer::new();
+        // It reads nothing once it is prepared, but stays.
+        let (hold, held) = crossbeam_channel::bounded::<()>(0);
+        let played = thread::spawn(move || peer.stall(&held));
+        let migration = source.migrate(request(&address, Mode::Precopy));
+        source.wait_for(Status::Active);
+        let deadline = Instant::now() + LIMIT;
+        // 22 MiB of pages do not fit into the buffers of a connection that nobody reads.
+        let mut before = (0, Instant::now());
+        while before.0 == 0 || before.1.elapsed() < Duration::from_millis(300) {
+            assert!(Instant::now() < deadline);
+            let sent = migration.progress().normal_pages;
+            if sent != before.0 {
+                before = (sent, Instant::now());
+            }
+            thread::yield_now();
         }
-        thread::yield_now();
+        migration.cancel().unwrap();
+        let hold = (!reads_again).then_some(hold);
+        let error = not_moved(&source);
+        assert!(error.contains("the migration was cancelled"), "{error}");
+        drop(hold);
+        let told = played.join().unwrap();
+        assert!(!reads_again || told.as_deref() == Some("the migration was cancelled at the source"), "{told:?}");
     }
-    migration.cancel().unwrap();
-    not_moved(&source);
-    drop(hold);
-    played.join().unwrap();
     retry(&source, Mode::Precopy);
 }
 
@@ -242,4 +250,50 @@ fn the_link_is_cut_in_postcopy() {
     // Somebody gives the page up.
     handle.guest_ended();
     drop((handle, destination.pause()));
+}
+
+#[test]
+fn a_guest_that_ends_while_it_moves_is_the_cause_that_is_named() {
+    let (events, happened) = unbounded();
+    let (vm, config) = guest::start_with(CALM, Vec::new(), events);
+    let source = SourceHost::new(vm, config, Vec::new());
+    guest::crash(&source.ram);
+    let event = happened.recv_timeout(LIMIT).unwrap();
+    let expected = format!("the guest ended while it was being moved: {event}");
+    assert!(expected.contains("vCPU 0 cannot go on"), "{expected}");
+    // Its owner says so in the first pass, or it shows when the guest is to be saved.
+    for owner_tells in [true, false] {
+        let destination = DestinationHost::new();
+        let (_handle, address) = destination.listen("tcp:127.0.0.1:0");
+        let migration = if owner_tells {
+            let migration = source.migrate(slow(1000, request(&address, Mode::Precopy)));
+            source.wait_for(Status::Active);
+            migration.guest_ended(&event).unwrap();
+            migration
+        } else {
+            source.migrate(request(&address, Mode::Postcopy))
+        };
+        let (outcome, _) = source.outcome();
+        let report = outcome.report();
+        assert_eq!((report.status, report.error.as_ref()), (Status::Failed, Some(&expected)));
+        assert_eq!(migration.progress().error.as_ref(), Some(&expected));
+        assert!(matches!(destination.outcome(), destination::Outcome::Abandoned(reason) if reason == expected));
+    }
+}
+
+#[test]
+fn a_guest_that_cannot_go_on_after_a_failed_switch_is_told_of() {
+    let (vm, config) = guest::start(CALM, Vec::new());
+    let mut source = SourceHost::new(vm, config, Vec::new());
+    Arc::get_mut(&mut source).unwrap().fail_put_back = true;
+    let (peer, address) = Peer::new();
+    let played = thread::spawn(move || peer.play(Until::Switchover));
+    let migration = source.migrate(request(&address, Mode::Postcopy));
+    let (outcome, moved) = source.outcome();
+    played.join().unwrap();
+    assert!(matches!(outcome, source::Outcome::NotMoved(_)) && moved.is_none());
+    let error = outcome.report().error.clone().unwrap();
+    assert!(error.contains("the connection to the destination was lost"), "{error}");
+    assert!(error.ends_with("; the guest stays paused at the source: its disk is gone"), "{error}");
+    assert_eq!(migration.progress().error, Some(error));
 }

@@ -2,16 +2,18 @@
 
 use std::io::Write;
 
-use crossbeam_channel::unbounded;
+use crossbeam_channel::{Sender, unbounded};
 use tempfile::NamedTempFile;
 
 use crate::memory::{GuestRam, PAGE_SIZE, PageNumber, PageRun};
 use crate::vm::config::{DiskConfig, GuestConfig};
-use crate::vm::{Built, Running, Vm};
+use crate::vm::{Built, Running, Vm, VmEvent};
 
 pub const RAM: u64 = 32 << 20;
 /// Where the guest's code is loaded, the counter's page, and the first page it writes.
 const CODE: u64 = 1 << 20;
+/// Where in the code a round begins.
+const OUTER: usize = 5;
 const COUNTER: u64 = 512;
 pub const FIRST: u64 = 513;
 /// Written by the host before the guest starts, and never touched by the guest unless it is told to.
@@ -31,6 +33,7 @@ impl Workload {
         code.extend([0xbb]); // mov ebx, COUNTER
         code.extend(page(COUNTER));
         let outer = code.len();
+        assert_eq!(outer, OUTER);
         code.extend([0xbf]); // mov edi, FIRST
         code.extend(page(FIRST));
         let inner = code.len();
@@ -91,6 +94,11 @@ pub fn write(ram: &GuestRam, page: u64, value: u64) {
 
 /// A guest that runs, over RAM of which [`STILL`] and the pages behind it hold their own numbers, and some zeros.
 pub fn start(workload: Workload, disks: Vec<DiskConfig>) -> (Vm<Running>, GuestConfig) {
+    start_with(workload, disks, unbounded().0)
+}
+
+/// The same; what the guest does to end itself goes to `events`.
+pub fn start_with(workload: Workload, disks: Vec<DiskConfig>, events: Sender<VmEvent>) -> (Vm<Running>, GuestConfig) {
     let kernel = workload.elf();
     let config = GuestConfig {
         name: "tiny".into(),
@@ -105,13 +113,18 @@ pub fn start(workload: Workload, disks: Vec<DiskConfig>) -> (Vm<Running>, GuestC
     for page in STILL..RAM / PAGE_SIZE as u64 {
         write(&ram, page, if page % 5 == 0 { 0 } else { page << 32 | 7 });
     }
-    let mut vm = build(&config, ram);
+    let mut vm = Vm::build(&config, ram, events).unwrap_or_else(|error| panic!("{error}"));
     vm.load_kernel().unwrap();
     (vm.start().unwrap_or_else(|error| panic!("{error}")), config)
 }
 
 pub fn build(config: &GuestConfig, ram: GuestRam) -> Vm<Built> {
     Vm::build(config, ram, unbounded().0).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Puts an instruction that no processor has where the guest comes by each round, and it has no handler.
+pub fn crash(ram: &GuestRam) {
+    write(ram, CODE / PAGE_SIZE as u64, 0x0b0f << (8 * OUTER));
 }
 
 /// Every number in its place: what a guest that stands still has written is a matter of its counter alone.

@@ -49,6 +49,7 @@ pub struct SourceHost {
     pub config: GuestConfig,
     pub disks: Vec<Arc<Disk>>,
     pub fail_take: bool,
+    pub fail_put_back: bool,
     events: Sender<SourceEvent>,
     pub seen: Receiver<SourceEvent>,
 }
@@ -62,7 +63,8 @@ impl SourceHost {
     pub fn new(vm: Vm<Running>, config: GuestConfig, disks: Vec<Arc<Disk>>) -> Arc<Self> {
         let (events, seen) = unbounded();
         let ram = vm.ram().clone();
-        Arc::new(SourceHost { guest: Mutex::new(Some(Guest::Running(vm))), ram, config, disks, fail_take: false, events, seen })
+        let guest = Mutex::new(Some(Guest::Running(vm)));
+        Arc::new(SourceHost { guest, ram, config, disks, fail_take: false, fail_put_back: false, events, seen })
     }
 
     pub fn migrate(self: &Arc<Self>, request: SourceRequest) -> SourceMigration {
@@ -120,13 +122,18 @@ impl SourceOwner for SourceHost {
         Ok(StoppedGuest { vm: guest.pause(), was_running })
     }
 
-    fn put_back(&self, guest: StoppedGuest) {
+    fn put_back(&self, guest: StoppedGuest) -> Result<(), String> {
+        if self.fail_put_back {
+            assert!(self.guest.lock().unwrap().replace(Guest::Paused(guest.vm)).is_none());
+            return Err("its disk is gone".into());
+        }
         let back = if guest.was_running {
             Guest::Running(guest.vm.resume().unwrap_or_else(|failed| panic!("{}", failed.error)))
         } else {
             Guest::Paused(guest.vm)
         };
         assert!(self.guest.lock().unwrap().replace(back).is_none());
+        Ok(())
     }
 
     fn changed(&self, status: Status, _pass: u32) {

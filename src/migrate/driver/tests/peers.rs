@@ -36,14 +36,21 @@ impl Peer {
         connection.split()
     }
 
-    /// Gets ready and then reads nothing until `held` is closed.
-    pub fn stall(self, held: &crossbeam_channel::Receiver<()>) {
+    /// Gets ready and then reads nothing until `held` is closed. Then it reads on to the end, and tells the reason if it is given one.
+    pub fn stall(self, held: &crossbeam_channel::Receiver<()>) -> Option<String> {
         let (mut reader, mut writer) = self.accept();
         assert!(matches!(next(&mut reader), Frame::Hello(_)));
         frames::send(&mut writer, &Frame::Welcome("played".into()), None).unwrap();
         let _urgent = self.accept();
         frames::send(&mut writer, &Frame::Prepared, None).unwrap();
         assert!(held.recv_timeout(LIMIT).is_err_and(|error| error.is_disconnected()));
+        loop {
+            match frames::read(&mut reader, |_| true, Some(Instant::now() + LIMIT)).ok()? {
+                Frame::Abort(reason) => return Some(reason),
+                Frame::Pages(run) => reader.read_exact(&mut vec![0; run.bytes() as usize], Some(Instant::now() + LIMIT)).ok()?,
+                _ => {}
+            }
+        }
     }
 
     /// Plays until then, and is gone.
