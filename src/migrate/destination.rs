@@ -247,7 +247,21 @@ impl Destination {
             self.fail("the source said nothing in time");
         }
         self.check_complete();
-        self.actions.pop_front().map_or(Poll::Wait(self.deadline), Poll::Act)
+        match self.actions.pop_front() {
+            Some(Action::End(Outcome::Incomplete(reason))) => Poll::Act(Action::End(self.count_missing(reason))),
+            Some(action) => Poll::Act(action),
+            None => Poll::Wait(self.deadline),
+        }
+    }
+
+    /// What the loss for this reason comes to, now that everything that had come is placed.
+    fn count_missing(&mut self, reason: String) -> Outcome {
+        let outcome = match self.incoming.missing().len() {
+            0 => Outcome::Completed,
+            missing => Outcome::Incomplete(format!("{reason}; {missing} pages are missing")),
+        };
+        self.outcome = Some(outcome.clone());
+        outcome
     }
 
     /// Takes an input. What follows from it comes with the next [`Destination::poll`].
@@ -469,8 +483,7 @@ impl Destination {
                 missing.remove(*run);
             }
         }
-        let missing = missing.len();
-        self.finish(if missing == 0 { Outcome::Completed } else { Outcome::Incomplete(format!("{reason}; {missing} pages are missing")) });
+        self.finish(if missing.is_empty() { Outcome::Completed } else { Outcome::Incomplete(reason.into()) });
     }
 
     fn finish(&mut self, outcome: Outcome) {
@@ -479,3 +492,6 @@ impl Destination {
         self.enter(State::Ended, None);
     }
 }
+
+#[cfg(test)]
+mod tests;
