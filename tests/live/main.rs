@@ -10,6 +10,7 @@
 //! | `disk` | images, checked from outside |
 //! | `ram` | a stopped guest's RAM, checked from outside |
 //! | `pagestorm_kernel` | builds the test kernel |
+//! | `puppet` | another kernel, which powers off or resets when it is told to |
 //!
 //! All other files are tests.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -22,12 +23,14 @@ mod migration;
 mod output;
 mod pagestorm_kernel;
 mod process;
+mod puppet;
 mod ram;
 
 mod after_commit;
 mod before_commit;
 mod bitmaps;
 mod control;
+mod ends;
 mod moves;
 mod qemu_client;
 mod reports;
