@@ -19,12 +19,19 @@ use crate::vm::config::DiskConfig;
 
 const CALM: Workload = Workload { pages: 64, pause: 2000 };
 
+/// Waits until the guest has written all of its pages.
+fn goes_round(source: &SourceHost) {
+    let deadline = Instant::now() + LIMIT;
+    while guest::counter(&source.ram) <= CALM.pages {
+        assert!(Instant::now() < deadline, "the guest gets no further");
+        thread::yield_now();
+    }
+}
+
 fn running() -> Arc<SourceHost> {
     let (vm, config) = guest::start(CALM, Vec::new());
     let source = SourceHost::new(vm, config, Vec::new());
-    while guest::counter(&source.ram) <= CALM.pages {
-        thread::yield_now();
-    }
+    goes_round(&source);
     source
 }
 
@@ -118,6 +125,7 @@ fn a_disk_that_cannot_be_given_up_keeps_the_guest_here() {
     ours.iter().for_each(|disk| disk.acquire().unwrap());
     let (vm, config) = guest::start(CALM, ours.iter().map(|disk| disk.config().clone()).collect());
     let source = SourceHost::new(vm, config, ours.to_vec());
+    goes_round(&source);
     // The first is released by the time that the second turns out to be in use.
     let in_use = ours[1].io().unwrap();
     for mode in [Mode::Precopy, Mode::Postcopy] {
@@ -163,9 +171,7 @@ fn a_guest_that_restarts_behind_the_migration_s_back_stays() {
         assert!(error.contains("the guest has restarted in the meantime; try again"), "{error}");
         assert!(matches!(destination.outcome(), destination::Outcome::Abandoned(_)));
     }
-    while guest::counter(&source.ram) <= CALM.pages {
-        thread::yield_now();
-    }
+    goes_round(&source);
     retry(&source, Mode::Auto);
 }
 
