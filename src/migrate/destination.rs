@@ -491,3 +491,6 @@ impl Destination {
         self.enter(State::Ended, None);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -72,6 +72,10 @@ pub enum VmmError {
     Crashed { vcpu: u16, reason: String },
     #[error("ended by a signal; the guest did not power off")]
     Signal,
+    #[error(
+        "ended by a signal while the destination still needed pages from here: the guest is there and waits when it touches one of them"
+    )]
+    SignalWhileNeeded,
     #[error("no guest was received: {0}")]
     NotReceived(String),
     #[error("{0}")]
@@ -324,11 +328,15 @@ impl Main {
             eprintln!("ferry: asked the guest to power off; a second signal ends it at once\r");
             return Ok(None);
         }
-        if !vmm.cancel_outgoing() && first {
+        let needed = !vmm.cancel_outgoing();
+        if needed && first {
             eprintln!("{STILL_NEEDED}; a second signal ends it at once\r");
             return Ok(None);
         }
         self.shutdown(vmm, ShutdownReason::HostSignal);
+        if needed {
+            return Err(VmmError::SignalWhileNeeded);
+        }
         if let Some(text) = self.lost.take() {
             return Err(VmmError::Incomplete(text));
         }

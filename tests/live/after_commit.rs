@@ -12,17 +12,17 @@ use super::output::More;
 use super::process::End;
 
 /// Far too slow for the pages ever to arrive by themselves.
-const TRICKLE: [&str; 4] = ["--mode", "postcopy", "--postcopy-bandwidth", "64K"];
+pub const TRICKLE: [&str; 4] = ["--mode", "postcopy", "--postcopy-bandwidth", "64K"];
 
 /// A guest that touches none of its pages unless told, half-way through a postcopy.
-struct HalfMoved {
-    here: Ferry,
-    there: Ferry,
-    guest: Guest,
-    migration: Migration,
+pub struct HalfMoved {
+    pub here: Ferry,
+    pub there: Ferry,
+    pub guest: Guest,
+    pub migration: Migration,
 }
 
-fn half_moved(lab: &Lab, cmdline: &str) -> HalfMoved {
+pub fn half_moved(lab: &Lab, cmdline: &str) -> HalfMoved {
     let mut here = lab.run(&Hardware { memory: "256M", cpus: 1, ..Hardware::default() }, cmdline);
     let mut guest = Guest::booting_at(&mut here);
     guest.beats(1);

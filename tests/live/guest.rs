@@ -86,6 +86,15 @@ impl Guest {
         );
     }
 
+    /// Waits until nothing has come for `time`.
+    pub fn falls_silent(&mut self, time: Duration) {
+        let deadline = Instant::now() + LIMIT;
+        while self.console.more(Instant::now() + time) == More::Bytes {
+            assert!(Instant::now() < deadline, "the guest goes on and on");
+        }
+        self.take();
+    }
+
     /// Waits for anything at all.
     pub fn says_something(&mut self, limit: Duration) -> More {
         self.console.more(Instant::now() + limit)

@@ -1,7 +1,7 @@
 //! One test's place: a directory, and the Ferries, disks and migrations in it.
 
 use std::cell::Cell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use tempfile::TempDir;
@@ -75,9 +75,14 @@ impl Lab {
 
     /// `ferry run` with pagestorm.
     pub fn run(&self, hardware: &Hardware, cmdline: &str) -> Ferry {
+        self.run_with(pagestorm_kernel::path(), hardware, cmdline, &[])
+    }
+
+    /// `ferry run` with any kernel and further arguments.
+    pub fn run_with(&self, kernel: &Path, hardware: &Hardware, cmdline: &str, more: &[&str]) -> Ferry {
         let qmp = self.path("qmp");
         let mut arguments: Vec<String> =
-            ["run", "--kernel", pagestorm_kernel::path().to_str().unwrap(), "--memory", hardware.memory].map(String::from).to_vec();
+            ["run", "--kernel", kernel.to_str().unwrap(), "--memory", hardware.memory].map(String::from).to_vec();
         arguments.extend(["--cpus".into(), hardware.cpus.to_string(), "--qmp".into(), qmp.display().to_string()]);
         let cmdline = format!("cpus={} {cmdline}", hardware.cpus);
         arguments.extend(["--cmdline".into(), cmdline]);
@@ -85,6 +90,7 @@ impl Lab {
             let readonly = if hardware.readonly { ",readonly=on" } else { "" };
             arguments.extend(["--disk".into(), format!("path={},id=root{readonly}", disk.path.display())]);
         }
+        arguments.extend(more.iter().map(ToString::to_string));
         Ferry { process: Process::ferry(arguments), qmp, address: String::new() }
     }
 

@@ -11,6 +11,7 @@
 //! | `proxy` | a link that can be cut |
 //! | `ram` | a stopped guest's RAM, checked from outside |
 //! | `pagestorm_kernel` | builds the test kernel |
+//! | `puppet` | another kernel, which powers off or resets when it is told to |
 //!
 //! All other files are tests.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -24,12 +25,14 @@ mod output;
 mod pagestorm_kernel;
 mod process;
 mod proxy;
+mod puppet;
 mod ram;
 
 mod after_commit;
 mod before_commit;
 mod bitmaps;
 mod control;
+mod ends;
 mod moves;
 mod qemu_client;
 mod recovery;

@@ -103,6 +103,35 @@ fn a_paused_guest_moves_and_stays_paused() {
 }
 
 #[test]
+fn a_guest_that_arrives_paused_owns_its_disk() {
+    let lab = Lab::new();
+    let disk = lab.disk(16 << 20);
+    let hardware = Hardware { memory: "64M", cpus: 1, disk: Some(&disk), ..Hardware::default() };
+    let mut here = lab.run(&hardware, "fill=8M disk=on");
+    let mut guest = Guest::booting_at(&mut here);
+    guest.beats(1);
+    for mode in ["precopy", "postcopy"] {
+        here.command("pause");
+        let mut there = lab.receive(Transport::Unix);
+        lab.migrate(&here, &there.address, &["--mode", mode]).succeeds();
+        here.ends_with(0);
+        guest.moved_to(&mut there);
+        assert_eq!(there.state(), "paused");
+        let mut second = lab.run(&hardware, "");
+        second.ends_with(1);
+        let said = second.process.stderr.text_to_end();
+        assert!(said.contains(&format!("disk image {} is in use by another runner", disk.path.display())), "{said}");
+        there.command("resume");
+        guest.writes_blocks(1);
+        here = there;
+    }
+    here.command("pause");
+    here.command("quit");
+    here.ends_with(0);
+    assert!(disk.is_free());
+}
+
+#[test]
 fn a_guest_with_a_read_only_disk_moves_to_another_path() {
     let lab = Lab::new();
     let (disk, copy) = (lab.disk(16 << 20), lab.disk(16 << 20));

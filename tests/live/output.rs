@@ -40,6 +40,16 @@ impl Output {
         Output { pipe: pipe.into(), bytes: Vec::new() }
     }
 
+    /// Makes the pipe hold as little as it can, and says how much that is.
+    pub fn narrow(&self) -> u64 {
+        rustix::pipe::fcntl_setpipe_size(&self.pipe, 1).unwrap() as u64
+    }
+
+    /// How many bytes wait in the pipe.
+    pub fn unread(&self) -> u64 {
+        rustix::io::ioctl_fionread(&self.pipe).unwrap()
+    }
+
     /// Waits for more, until `deadline`.
     pub fn more(&mut self, deadline: Instant) -> More {
         if !readable(&self.pipe, deadline) {

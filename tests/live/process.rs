@@ -1,8 +1,9 @@
 //! Child processes: ended by their own handle at the latest when it is dropped.
 
 use std::ffi::OsStr;
+use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
@@ -20,6 +21,7 @@ pub enum End {
 pub struct Process {
     child: Child,
     pidfd: OwnedFd,
+    stdin: ChildStdin,
     pub stdout: Option<Output>,
     pub stderr: Output,
 }
@@ -28,12 +30,13 @@ impl Process {
     /// Starts `ferry` with `arguments`.
     pub fn ferry(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ferry"));
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+        let stdin = child.stdin.take().unwrap();
         let stdout = child.stdout.take().map(Output::new);
         let stderr = Output::new(child.stderr.take().unwrap());
-        Process { child, pidfd, stdout, stderr }
+        Process { child, pidfd, stdin, stdout, stderr }
     }
 
     pub fn id(&self) -> u32 {
@@ -46,6 +49,11 @@ impl Process {
             return None;
         }
         Some(self.child.wait().unwrap().code().map_or(End::Killed, End::Status))
+    }
+
+    /// Types on its standard input; lost if it has ended.
+    pub fn types(&mut self, text: &str) {
+        let _ = self.stdin.write_all(text.as_bytes());
     }
 
     /// SIGKILL, at once.

@@ -10,6 +10,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::thread;
 
+use crossbeam_channel::bounded;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fd::OwnedFd;
 use thiserror::Error;
@@ -20,6 +21,9 @@ use escape::{Escape, Input};
 use terminal::RawTerminal;
 pub use terminal::restore as restore_terminal;
 use unix::UnixConsole;
+
+/// How many reads of typed input may wait for a guest that takes none.
+const TYPE_AHEAD: usize = 256;
 
 /// Why a console could not be opened.
 #[derive(Debug, Error)]
@@ -87,8 +91,8 @@ impl Console {
         }
     }
 
-    /// Hands what a person types to `receive` from a thread of its own. While `receive` waits because the guest takes no more, nothing more
-    /// is read. On stdio, Ctrl-A X calls `quit`. The end of the input is not the end of the guest.
+    /// Hands what a person types to `receive` from a thread of its own. While `receive` waits because the guest takes no more, little more
+    /// is read. On stdio, each Ctrl-A X calls `quit`. The end of the input is not the end of the guest.
     pub fn start_input(&mut self, receive: impl Fn(&[u8]) + Send + 'static, quit: impl Fn() + Send + 'static) -> Result<(), ConsoleError> {
         match &mut self.backend {
             Backend::Null | Backend::File(_) => Ok(()),
@@ -97,8 +101,13 @@ impl Console {
                 let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| ConsoleError::Terminal(errno.into()))?;
                 let stopped = stop.try_clone().map_err(ConsoleError::Terminal)?;
                 let stdin = duplicate(&std::io::stdin())?;
-                let thread = thread::Builder::new().name("console".into());
-                thread.spawn(move || pump(stdin, &stopped, &receive, &quit)).map_err(ConsoleError::Terminal)?;
+                let (typed, to_guest) = bounded::<Vec<u8>>(TYPE_AHEAD);
+                let spawn = |name: &str| thread::Builder::new().name(name.into());
+                // Apart, so that Ctrl-A X is seen also when a paused guest takes nothing.
+                spawn("console-guest").spawn(move || to_guest.iter().for_each(|bytes| receive(&bytes))).map_err(ConsoleError::Terminal)?;
+                // Fails only when the other thread has panicked.
+                let receive = move |bytes: &[u8]| drop(typed.send(bytes.to_vec()));
+                spawn("console").spawn(move || pump(stdin, &stopped, &receive, &quit)).map_err(ConsoleError::Terminal)?;
                 *input = Some(InputStop(stop));
                 Ok(())
             }
@@ -140,10 +149,7 @@ fn pump(mut input: File, stop: &OwnedFd, receive: &dyn Fn(&[u8]), quit: &dyn Fn(
                 Input::Guest(byte) => for_guest.push(byte),
                 Input::Nothing => {}
                 Input::Help => eprint!("{}", escape::HELP),
-                Input::Quit => {
-                    quit();
-                    return;
-                }
+                Input::Quit => quit(),
             }
         }
         if !for_guest.is_empty() {

@@ -62,13 +62,16 @@ impl Drop for UnixConsole {
 
 impl Write for UnixOutput {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        if let Some(stream) = get(&self.0)
-            && (&*stream).write_all(bytes).is_err()
-        {
-            // The reading thread notices and takes the next client.
-            let _ = stream.shutdown(Shutdown::Both);
+        let Some(stream) = get(&self.0) else { return Ok(bytes.len()) };
+        match (&*stream).write(bytes) {
+            // Not tried again here: each try has the whole limit, and whoever kicks the writer again and again wants an end.
+            Err(error) if error.kind() != ErrorKind::Interrupted => {
+                // The reading thread notices and takes the next client.
+                let _ = stream.shutdown(Shutdown::Both);
+                Ok(bytes.len())
+            }
+            result => result,
         }
-        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {

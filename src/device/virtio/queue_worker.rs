@@ -14,7 +14,7 @@ use super::{DriverError, VirtioDevice};
 use crate::memory::GuestRam;
 
 /// How long a pause waits for the request in flight.
-const IDLE_LIMIT: Duration = Duration::from_secs(10);
+const IDLE_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
 /// A device, its thread, and what the thread shares with the vCPUs. Dropping it ends the thread after the request in flight.
 pub(super) struct QueueWorker<D: VirtioDevice> {
@@ -95,10 +95,15 @@ impl<D: VirtioDevice> QueueWorker<D> {
         self.shared.when_idle_within(IDLE_LIMIT, |state| state.backend = None)
     }
 
-    /// Opens the backend and lets the thread look at the queue once.
+    /// Opens the backend and lets the thread look at the queue once. A thread that a pause gave up waiting for works on with what it has.
     pub(super) fn resume(&self) -> Result<(), String> {
         let backend = self.shared.device.open_backend()?;
-        self.shared.when_idle_within(IDLE_LIMIT, |state| state.backend = Some(backend))
+        let mut state = self.shared.lock();
+        if !state.busy {
+            state.backend = Some(backend);
+        }
+        self.shared.kick();
+        Ok(())
     }
 
     /// Gives the thread another queue, or none, when the request in flight is done.

@@ -3,6 +3,7 @@
 
 use std::os::unix::fs::FileExt;
 
+use rustix::event::{EventfdFlags, eventfd};
 use virtio_bindings::virtio_mmio::*;
 use vm_memory::Bytes;
 
@@ -11,6 +12,8 @@ use super::super::test_driver::*;
 use super::*;
 use crate::block::dirty_bitmap::Granularity;
 use crate::block::disk::Disk;
+use crate::memory::uffd::Userfaultfd;
+use crate::memory::{PAGE_SIZE, PageRun};
 
 const SIZE: u64 = 4 << 20;
 const NEEDS_RESET_STATUS: u32 = 64;
@@ -92,6 +95,35 @@ fn what_is_written_is_read_back_and_in_the_bitmap() {
     let mut expected = vec![page(DESC), page(AVAIL), page(USED), page(REQUESTS), first, first + 1, first + 2, first + 3];
     expected.sort_unstable();
     assert_eq!(driver.dirty(), expected);
+}
+
+#[test]
+fn a_pause_gives_up_on_a_request_that_waits_for_a_page_and_the_device_works_on() {
+    let (_directory, disk) = scratch_disk(SIZE, false);
+    let mut driver = TestDriver::running(disk);
+    // Touches all that is touched below, the pages of the data excepted.
+    assert_eq!(driver.request(IN, 0, Some((DATA, 512, WRITE))).0, 0);
+    let pages = Userfaultfd::open().unwrap().register(driver.ram.clone()).unwrap();
+    let missing = PageRun::new(DATA / PAGE_SIZE as u64, 1);
+    pages.discard(missing).unwrap();
+    let (header, status) = driver.header(0, IN, 0);
+    driver.put_chain(DESC, 0, &[header, (DATA, 512, WRITE), status]);
+    driver.offer(0);
+    driver.notify();
+    let never = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    assert_eq!(pages.next_fault(&never).unwrap(), Some(missing.first));
+    // Twice, as a machine does that cannot be paused goes on and is asked again.
+    for _ in 0..2 {
+        let error = driver.device.pause().unwrap_err().to_string();
+        assert!(error.contains("virtio-blk:root") && error.contains("a request has not ended for"), "{error}");
+        driver.device.resume().unwrap();
+    }
+    pages.place_zero(missing).unwrap();
+    driver.used += 1;
+    wait_without_interrupt(|| driver.used_index() == driver.used);
+    assert_eq!(driver.status(0), 0);
+    assert_eq!(driver.request(IN, 0, Some((DATA, 512, WRITE))), (0, 513));
+    driver.device.pause().unwrap();
 }
 
 #[test]

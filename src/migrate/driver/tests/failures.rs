@@ -9,22 +9,31 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::unbounded;
 
 use super::guest::{self, Workload};
-use super::hosts::{DestinationEvent, DestinationHost, LIMIT, SourceHost, assert_counts, request, slow};
+use super::hosts::{DestinationEvent, DestinationHost, Guest, LIMIT, SourceHost, assert_counts, request, slow};
 use super::peers::{Peer, Until};
 use super::relay::Relay;
+use crate::block::disk::Disk;
 use crate::migrate::driver::owner::SourceRequest;
 use crate::migrate::report::{Mode, Status};
 use crate::migrate::transport::Address;
 use crate::migrate::{destination, source};
+use crate::vm::config::DiskConfig;
 
 const CALM: Workload = Workload { pages: 64, pause: 2000 };
+
+/// Waits until the guest has written all of its pages.
+fn goes_round(source: &SourceHost) {
+    let deadline = Instant::now() + LIMIT;
+    while guest::counter(&source.ram) <= CALM.pages {
+        assert!(Instant::now() < deadline, "the guest gets no further");
+        thread::yield_now();
+    }
+}
 
 fn running() -> Arc<SourceHost> {
     let (vm, config) = guest::start(CALM, Vec::new());
     let source = SourceHost::new(vm, config, Vec::new());
-    while guest::counter(&source.ram) <= CALM.pages {
-        thread::yield_now();
-    }
+    goes_round(&source);
     source
 }
 
@@ -104,6 +113,68 @@ fn the_destination_is_lost_after_the_commit() {
         assert!(migration.cancel().unwrap_err().contains("belongs to the destination"));
         assert!(migration.start_postcopy().is_err());
     }
+}
+
+#[test]
+fn a_disk_that_cannot_be_given_up_keeps_the_guest_here() {
+    let directory = tempfile::tempdir().unwrap();
+    let open = |id: &str| {
+        let path = directory.path().join(id);
+        let _ = std::fs::File::create_new(&path).map(|file| file.set_len(1 << 20).unwrap());
+        Disk::open(DiskConfig { id: id.into(), path, readonly: false }).unwrap()
+    };
+    let ours = [open("first"), open("second")];
+    ours.iter().for_each(|disk| disk.acquire().unwrap());
+    let (vm, config) = guest::start(CALM, ours.iter().map(|disk| disk.config().clone()).collect());
+    let source = SourceHost::new(vm, config, ours.to_vec());
+    goes_round(&source);
+    // The first is released by the time that the second turns out to be in use.
+    let in_use = ours[1].io().unwrap();
+    for mode in [Mode::Precopy, Mode::Postcopy] {
+        let destination = DestinationHost::with(vec![open("first"), open("second")], |_| {});
+        let (_handle, address) = destination.listen("tcp:127.0.0.1:0");
+        let _migration = source.migrate(request(&address, mode));
+        let error = not_moved(&source);
+        assert!(error.contains("disk second: its image is still in use") && error.ends_with("the guest goes on at the source"), "{error}");
+        assert!(matches!(destination.outcome(), destination::Outcome::Abandoned(reason) if reason.contains("still in use")));
+        for disk in &ours {
+            assert!(disk.io().is_ok() && open(&disk.config().id).acquire().is_err(), "disk {} is not locked again", disk.config().id);
+        }
+    }
+    drop(in_use);
+    let theirs = [open("first"), open("second")];
+    let destination = DestinationHost::with(theirs.to_vec(), |_| {});
+    let (_handle, address) = destination.listen("tcp:127.0.0.1:0");
+    let _migration = source.migrate(request(&address, Mode::Auto));
+    assert!(matches!(source.outcome().0, source::Outcome::Completed(_)));
+    assert_eq!(destination.outcome(), destination::Outcome::Completed);
+    assert!(theirs.iter().all(|disk| disk.io().is_ok()) && ours.iter().all(|disk| disk.io().is_err()), "the locks went along");
+    guest::check(destination.pause().ram(), CALM);
+}
+
+#[test]
+fn a_guest_that_restarts_behind_the_migration_s_back_stays() {
+    let source = running();
+    for mode in [Mode::Precopy, Mode::Postcopy] {
+        let destination = DestinationHost::new();
+        let (_handle, address) = destination.listen("tcp:127.0.0.1:0");
+        // It must not come to an end before the restart, and begins with the machine that was there then.
+        let migration = source.migrate(slow(1000, request(&address, Mode::Auto)));
+        source.wait_for(Status::Active);
+        let mut guest = source.guest.lock().unwrap();
+        let Some(Guest::Running(vm)) = guest.take() else { panic!("it does not run") };
+        *guest = Some(Guest::Running(guest::restart(CALM, vm)));
+        drop(guest);
+        match mode {
+            Mode::Precopy => migration.set_max_bandwidth(None),
+            _ => migration.start_postcopy().unwrap(),
+        }
+        let error = not_moved(&source);
+        assert!(error.contains("the guest has restarted in the meantime; try again"), "{error}");
+        assert!(matches!(destination.outcome(), destination::Outcome::Abandoned(_)));
+    }
+    goes_round(&source);
+    retry(&source, Mode::Auto);
 }
 
 #[test]

@@ -118,6 +118,17 @@ pub fn start_with(workload: Workload, disks: Vec<DiskConfig>, events: Sender<VmE
     (vm.start().unwrap_or_else(|error| panic!("{error}")), config)
 }
 
+/// What a guest's restart is to a migration: another machine over the same RAM, which begins to count anew.
+pub fn restart(workload: Workload, vm: Vm<Running>) -> Vm<Running> {
+    let kernel = workload.elf();
+    let (config, ram) = (GuestConfig { kernel: kernel.path().into(), ..vm.config().clone() }, vm.ram().clone());
+    drop(vm);
+    write(&ram, COUNTER, 0);
+    let mut vm = build(&config, ram);
+    vm.load_kernel().unwrap();
+    vm.start().unwrap_or_else(|error| panic!("{error}"))
+}
+
 pub fn build(config: &GuestConfig, ram: GuestRam) -> Vm<Built> {
     Vm::build(config, ram, unbounded().0).unwrap_or_else(|error| panic!("{error}"))
 }

@@ -1,0 +1,68 @@
+//! What tests/sim does not look at: how much is missing when a loss is told.
+
+use super::*;
+
+const NOW: Duration = Duration::ZERO;
+
+/// A guest of 16 pages that runs, all of which are missing.
+fn running() -> Destination {
+    let mut destination = Destination::new();
+    for channel in [Channel::Main, Channel::Urgent] {
+        destination.hello(&Hello { channel, session: 1, program: "a test".into() }, NOW).unwrap();
+    }
+    let package =
+        Package { sent: Totals::default(), postcopy: true, missing: vec![PageRun::new(0, 16)], bitmaps: Vec::new(), machine: Vec::new() };
+    for input in [
+        Input::Frame(Link(0), Channel::Main, Frame::Setup { ram_pages: 16, postcopy: true, machine: Vec::new() }),
+        Input::Prepared,
+        Input::Frame(Link(0), Channel::Main, Frame::Switchover(package)),
+        Input::Loaded { load_us: 1, warnings: Vec::new() },
+        Input::Frame(Link(0), Channel::Main, Frame::Commit),
+        Input::Ran(1),
+    ] {
+        destination.handle(input);
+        while let Poll::Act(_) = destination.poll(NOW) {}
+    }
+    assert_eq!((destination.status(), destination.missing().len()), (Status::PostcopyActive, 16));
+    destination
+}
+
+fn zero(run: PageRun) -> Input {
+    Input::Frame(Link(0), Channel::Main, Frame::Zero(vec![run]))
+}
+
+fn lost() -> Input {
+    Input::Lost(Link(0), Channel::Urgent, "cut".into())
+}
+
+/// Does what is to be done until the link is closed; how many pages are missing then.
+fn missing_when_told(destination: &mut Destination) -> u64 {
+    loop {
+        match destination.poll(NOW) {
+            Poll::Act(Action::Disconnect(_)) => return destination.missing().len(),
+            Poll::Act(Action::PlaceZero(run)) => destination.placed(run, NOW),
+            Poll::Act(_) => {}
+            Poll::Wait(_) => panic!("the loss was not told"),
+        }
+    }
+}
+
+#[test]
+fn zero_pages_that_have_come_are_not_missing_when_the_loss_is_told() {
+    let mut destination = running();
+    destination.handle(zero(PageRun::new(0, 4)));
+    destination.handle(zero(PageRun::new(8, 2)));
+    destination.handle(lost());
+    assert_eq!(missing_when_told(&mut destination), 10);
+    assert!(destination.is_paused());
+}
+
+#[test]
+fn a_loss_after_which_nothing_is_missing_completes() {
+    let mut destination = running();
+    destination.handle(zero(PageRun::new(0, 16)));
+    destination.handle(lost());
+    assert_eq!(missing_when_told(&mut destination), 0);
+    assert_eq!(destination.poll(NOW), Poll::Act(Action::Complete));
+    assert_eq!(destination.status(), Status::Completed);
+}
