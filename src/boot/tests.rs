@@ -5,7 +5,16 @@ use vm_memory::ByteValued;
 use super::*;
 
 fn config(kernel: &Path, cmdline: &str) -> GuestConfig {
-    GuestConfig { name: "test".into(), cpus: 2, memory: 0, kernel: kernel.into(), initrd: None, cmdline: cmdline.into(), disks: Vec::new() }
+    GuestConfig {
+        name: "test".into(),
+        cpus: 2,
+        memory: 0,
+        lock_memory: false,
+        kernel: kernel.into(),
+        initrd: None,
+        cmdline: cmdline.into(),
+        disks: Vec::new(),
+    }
 }
 
 fn file(bytes: &[u8]) -> tempfile::NamedTempFile {

@@ -8,6 +8,7 @@ use clap::{Args, CommandFactory, Parser, ValueEnum};
 use super::bitmap::BitmapArguments;
 use super::options::{ReceiveOptions, RunOptions};
 use super::serial::SerialTarget;
+use super::size::Memory;
 use super::{bandwidth, disk, duration, size};
 use crate::migrate::report::Mode;
 use crate::vm::config::{DiskConfig, GuestConfig};
@@ -87,9 +88,9 @@ pub(super) struct RunArguments {
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
     cpus: u16,
-    /// RAM: 512M, 1G; a multiple of 2M
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size::parse_memory)]
-    memory: u64,
+    /// RAM: 512M, 1G; a multiple of 2M. With lock=on never swapped, once all of it is on the host
+    #[arg(long, value_name = "SIZE[,lock=on]", default_value = "512M", value_parser = size::parse_memory)]
+    memory: Memory,
     /// Raw disk image or block device; may be given several times. A comma in the path is written as two
     #[arg(long = "disk", value_name = "path=P,id=ID[,readonly=on]", value_parser = disk::parse_disk)]
     disks: Vec<DiskConfig>,
@@ -216,7 +217,7 @@ impl RunArguments {
     pub fn into_options(self) -> RunOptions {
         refuse_duplicates(self.disks.iter().map(|disk| disk.id.as_str()));
         let RunArguments { kernel, initrd, cmdline, cpus, memory, disks, host, name } = self;
-        let config = GuestConfig { name, cpus, memory, kernel, initrd, cmdline, disks };
+        let config = GuestConfig { name, cpus, memory: memory.size, lock_memory: memory.lock, kernel, initrd, cmdline, disks };
         RunOptions { config, serial: host.serial, qmp: host.qmp }
     }
 }

@@ -35,6 +35,16 @@ pub enum RamError {
         /// What the kernel said.
         source: rustix::io::Errno,
     },
+    /// RAM cannot be held in memory.
+    #[error(
+        "cannot lock {size} bytes of guest memory: {source}; raise the limit of locked memory (ulimit -l), run as root, or use lock=off"
+    )]
+    Lock {
+        /// Size of RAM in bytes.
+        size: u64,
+        /// What the kernel said.
+        source: rustix::io::Errno,
+    },
     /// vm-memory refused the regions.
     #[error("cannot lay out guest memory: {0}")]
     Layout(String),
@@ -196,6 +206,29 @@ impl GuestRam {
         // SAFETY: the whole of our own private anonymous mapping, whose bytes nobody holds references to.
         unsafe { rustix::mm::madvise(self.base().as_ptr().cast(), self.inner.mapping.size, rustix::mm::Advice::LinuxDontNeed) }
             .map_err(|source| RamError::Map { size: self.size(), source })
+    }
+
+    /// Populates all of RAM and holds it in memory. Not while pages are missing: they would be waited for.
+    pub fn lock(&self) -> Result<(), RamError> {
+        // SAFETY: locking changes no contents, and the range is the mapping.
+        unsafe { rustix::mm::mlock(self.base().as_ptr().cast(), self.inner.mapping.size) }
+            .map_err(|source| RamError::Lock { size: self.size(), source })
+    }
+
+    /// Lets the kernel take pages again; what was locked cannot be discarded.
+    pub fn unlock(&self) {
+        // SAFETY: as for `lock`. Fails only for what is not mapped.
+        let _ = unsafe { rustix::mm::munlock(self.base().as_ptr().cast(), self.inner.mapping.size) };
+    }
+
+    /// Whether [`GuestRam::lock`] would be allowed. Populates nothing.
+    pub fn may_lock(&self) -> Result<(), RamError> {
+        let (start, size) = (self.base().as_ptr().cast(), self.inner.mapping.size);
+        // SAFETY: as for `lock`.
+        unsafe { rustix::mm::mlock_with(start, size, rustix::mm::MlockFlags::ONFAULT) }
+            .map_err(|source| RamError::Lock { size: self.size(), source })?;
+        self.unlock();
+        Ok(())
     }
 
     /// Moves the pages that devices have written since the last call from vm-memory's bitmaps into `dirty`. Devices mark a page when

@@ -13,6 +13,8 @@ pub struct GuestConfig {
     pub cpus: u16,
     /// RAM in bytes, a multiple of [`crate::memory::ram::GRANULE`].
     pub memory: u64,
+    /// Whether all of RAM is held in the host's memory, never swapped (`--memory SIZE,lock=on`); not while pages of it are still to come.
+    pub lock_memory: bool,
     /// bzImage or ELF, as a path on the host that booted the guest.
     pub kernel: PathBuf,
     /// Initial RAM disk, if any.

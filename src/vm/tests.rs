@@ -41,8 +41,16 @@ impl Console {
 }
 
 fn build(kernel: PathBuf, cmdline: &str, cpus: u16, ram: GuestRam) -> (Vm<Built>, Console, Receiver<VmEvent>) {
-    let config =
-        GuestConfig { name: "test".into(), cpus, memory: ram.size(), kernel, initrd: None, cmdline: cmdline.into(), disks: Vec::new() };
+    let config = GuestConfig {
+        name: "test".into(),
+        cpus,
+        memory: ram.size(),
+        lock_memory: false,
+        kernel,
+        initrd: None,
+        cmdline: cmdline.into(),
+        disks: Vec::new(),
+    };
     let (sender, events) = unbounded();
     let vm = Vm::build(&config, ram, sender).unwrap();
     let console = Console::default();

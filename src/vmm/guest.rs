@@ -49,6 +49,16 @@ impl Guest {
         }
     }
 
+    /// The guest's RAM, if it is here and its RAM is to be held in memory.
+    pub fn memory_to_lock(&self) -> Option<GuestRam> {
+        let ram = match self {
+            Guest::Running(vm) => vm.ram(),
+            Guest::Paused(vm) => vm.ram(),
+            _ => return None,
+        };
+        self.config().filter(|config| config.lock_memory).map(|_| ram.clone())
+    }
+
     /// Presses the power button of a running guest.
     pub fn power_button(&self) -> Result<(), Refusal> {
         match self {

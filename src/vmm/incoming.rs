@@ -138,6 +138,9 @@ impl Vmm {
         }
         let disks = self.incoming.open_disks(&mut setup)?;
         let ram = GuestRam::allocate(setup.config.memory).map_err(|error| error.to_string())?;
+        if setup.config.lock_memory {
+            ram.may_lock().map_err(|error| error.to_string())?;
+        }
         let (vmm, machine_ram) = (self.clone(), ram.clone());
         let build = move || {
             let vm = vmm.machine.build(&setup.config, machine_ram, &disks)?;
@@ -202,6 +205,11 @@ impl DestinationOwner for Arc<Vmm> {
     fn ended(&self, outcome: Outcome) {
         let message = match outcome {
             Outcome::Completed => {
+                // Not before: a locked page cannot be discarded, and locking populates what has not come.
+                let ram = lock(&self.guest).memory_to_lock();
+                if let Some(Err(error)) = ram.map(|ram| ram.lock()) {
+                    eprintln!("ferry: the guest has arrived and runs, but its memory can be swapped: {error}\r");
+                }
                 self.incoming.active.store(false, Ordering::Release);
                 Message::Received
             }

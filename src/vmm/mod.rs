@@ -135,7 +135,11 @@ pub fn run(options: RunOptions) -> Result<(), VmmError> {
     for disk in &disks {
         disk.acquire()?;
     }
-    let mut vm = vmm.machine.build(&config, GuestRam::allocate(config.memory)?, &disks)?;
+    let ram = GuestRam::allocate(config.memory)?;
+    if config.lock_memory {
+        ram.lock()?;
+    }
+    let mut vm = vmm.machine.build(&config, ram, &disks)?;
     vm.load_kernel()?;
     *lock(&vmm.disks) = disks;
     main.listen(&vmm, options.qmp.as_deref())?;
@@ -313,7 +317,11 @@ impl Main {
         let Some((config, ram)) = guest.end() else {
             return Err(VmmError::Moving("it asked to restart".into()));
         };
+        ram.unlock();
         ram.clear()?;
+        if config.lock_memory {
+            ram.lock()?;
+        }
         let disks = lock(&vmm.disks).clone();
         let mut vm = vmm.machine.build(&config, ram, &disks)?;
         vm.load_kernel().map_err(VmmError::Restart)?;

@@ -136,6 +136,7 @@ fn setup() -> Vec<u8> {
         name: "guest".into(),
         cpus: 2,
         memory: 512 << 20,
+        lock_memory: false,
         kernel: "vmlinuz".into(),
         initrd: Some("initrd".into()),
         cmdline: "quiet".into(),

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::ferry::{Ferry, wait_until};
 use super::guest::Guest;
 use super::lab::{Hardware, Lab, Transport};
 use super::ram;
@@ -51,6 +52,29 @@ fn an_idle_guest_with_little_in_it_moves() {
         // Nothing is sent of what is zero: there is little more than the kernel.
         assert!(report.normal_pages < 1000, "{report:?}");
         guest.moved_to(&mut there);
+        guest.checks_every_page();
+        here = there;
+    }
+}
+
+#[test]
+fn locked_memory_is_locked_again_when_all_of_it_has_come() {
+    let locked = |ferry: &Ferry| -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", ferry.process.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmLck:")).unwrap().trim();
+        line.strip_suffix(" kB").unwrap().parse().unwrap()
+    };
+    let lab = Lab::new();
+    let mut here = lab.run(&Hardware { memory: "64M,lock=on", cpus: 1, ..Hardware::default() }, "fill=16M rate=1000");
+    let mut guest = Guest::booting_at(&mut here);
+    guest.beats(1);
+    assert_eq!(locked(&here), 64 << 10);
+    for mode in ["postcopy", "precopy"] {
+        let mut there = lab.receive(Transport::Unix);
+        lab.migrate(&here, &there.address, &["--mode", mode]).succeeds();
+        here.ends_with(0);
+        guest.moved_to(&mut there);
+        wait_until(&mut there.client(), "locked memory", |_| locked(&there) == 64 << 10);
         guest.checks_every_page();
         here = there;
     }

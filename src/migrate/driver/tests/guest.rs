@@ -104,6 +104,7 @@ pub fn start_with(workload: Workload, disks: Vec<DiskConfig>, events: Sender<VmE
         name: "tiny".into(),
         cpus: 1,
         memory: RAM,
+        lock_memory: false,
         kernel: kernel.path().into(),
         initrd: None,
         cmdline: String::new(),
