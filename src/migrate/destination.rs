@@ -134,9 +134,12 @@ impl Destination {
 
     /// The source is here on a new link, whether or not the loss of the old one was seen here.
     fn come_back(&mut self) -> Result<Link, String> {
+        if self.state == State::Ended {
+            return Err("this migration is over at the destination".into());
+        }
         if !matches!(self.state, State::Ready | State::Starting | State::Running | State::Whole) {
             self.fail("the source has lost the connection");
-            return Err("nothing of this migration is left at the destination".into());
+            return Err("the guest's state had not come when the link was lost".into());
         }
         self.pause("the source has come back on a new one");
         self.link.0 += 1;

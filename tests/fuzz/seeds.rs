@@ -8,7 +8,7 @@ use ferry::memory::{GuestRam, PageRun};
 use ferry::migrate::driver::owner::MachineSetup;
 use ferry::migrate::report::Faults;
 use ferry::migrate::source::Source;
-use ferry::migrate::wire::{BitmapInfo, Channel, Frame, Package, Totals};
+use ferry::migrate::wire::{BitmapInfo, BitmapPlace, Channel, Frame, Holding, Package, Totals};
 use ferry::vm::config::{DiskConfig, GuestConfig};
 use ferry::vm::facts::MachineFacts;
 use kvm_bindings::*;
@@ -21,14 +21,14 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
     match target {
         "boot" => vec![elf(None), elf(Some(0x10_0000)), bzimage()],
         "command_line" => command_lines(),
-        "destination" => vec![destination(true), destination(false)],
+        "destination" => vec![destination(true), destination(false), recovery_of_destination()],
         "machine_state" => vec![machine_state(), setup()],
         "qmp" => qmp(),
         "serial" => vec![serial()],
-        "source" => (0..3).map(source).collect(),
+        "source" => (0..3).map(source).chain([recovery_of_source()]).collect(),
         "virtio_blk" => [0, 1, 8, 11, 13].map(|kind| virtio_blk(kind).to_vec()).to_vec(),
         "virtio_mmio" => vec![virtio_mmio(0), virtio_mmio(1)],
-        "wire" => [from_source(true), from_destination(true)].concat().iter().map(bytes).collect(),
+        "wire" => [from_source(true), from_destination(true), vec![holding()]].concat().iter().map(bytes).collect(),
         _ => Vec::new(),
     }
 }
@@ -62,7 +62,7 @@ fn from_source(postcopy: bool) -> Vec<Frame> {
     if postcopy {
         frames.extend([Frame::Pages(PageRun::new(2, 1)), Frame::Zero(vec![PageRun::new(40, 8)])]);
     }
-    frames.extend([Frame::End, Frame::Abort("no".into())]);
+    frames.extend([Frame::End, Frame::Goodbye]);
     frames
 }
 
@@ -105,6 +105,46 @@ fn source(mode: u8) -> Vec<u8> {
         }
         steps.extend(bytes(&frame));
         steps.extend([0x82, 1, 0x84, 100]);
+    }
+    steps
+}
+
+/// What a destination has that knows nothing of the commit.
+fn holding() -> Frame {
+    Frame::Holding(Holding { committed: false, missing: vec![PageRun::new(2, 1)], bitmaps: BitmapPlace { index: 1, words: 1 } })
+}
+
+/// The link breaks behind the first bitmap, and another one carries the rest.
+fn recovery_of_destination() -> Vec<u8> {
+    let frames = from_source(true);
+    let rest = frames.iter().position(|frame| *frame == Frame::BitmapComplete(0)).map_or(0, |place| place + 1);
+    let mut steps = Vec::new();
+    for (index, frame) in frames.iter().enumerate() {
+        if index == rest {
+            steps.extend([0x81, 0]);
+            steps.extend(bytes(&frames[0]));
+        }
+        steps.extend(bytes(frame));
+        if index == 0 || index == rest {
+            steps.push(0x80);
+            steps.extend(bytes(&Source::hello(7, Channel::Urgent)));
+        }
+    }
+    steps
+}
+
+/// The link breaks behind the commit, and a person joins the two again.
+fn recovery_of_source() -> Vec<u8> {
+    let mut steps = vec![2, 0x84, 4];
+    let [welcome, prepared, ready, running, done] = [0, 1, 3, 4, 6].map(|index| from_destination(true)[index].clone());
+    for frame in [&welcome, &prepared, &Frame::PassAck, &ready] {
+        steps.extend(bytes(frame));
+        steps.extend([0x84, 100]);
+    }
+    steps.extend([0x81, 0, 0x84, 2, 0x83, 3, 0x84, 2]);
+    for frame in [&welcome, &holding(), &running, &done] {
+        steps.extend(bytes(frame));
+        steps.extend([0x84, 100]);
     }
     steps
 }

@@ -18,15 +18,16 @@ pub struct Message {
 #[derive(Default)]
 pub struct Pipe {
     queue: VecDeque<Message>,
-    broken: bool,
-    /// The reader was told that nothing more comes.
-    pub end_seen: bool,
+    /// Nothing can be sent any more; the step from which the reader can know.
+    end: Option<u64>,
+    /// The reader knows.
+    end_seen: bool,
 }
 
 impl Pipe {
     /// Sends; lost without notice where the connection is broken, as with TCP. Every frame goes through its encoding.
     pub fn send(&mut self, frame: Frame, contents: Vec<Version>) {
-        if self.broken {
+        if self.end.is_some() {
             return;
         }
         let bytes = frame.encode().expect("the engine sent a frame beyond the bounds");
@@ -40,22 +41,31 @@ impl Pipe {
         self.send(Frame::Pages(run), contents);
     }
 
+    /// The next message; nothing at the end, which is then seen.
     pub fn receive(&mut self) -> Option<Message> {
-        self.queue.pop_front()
+        let message = self.queue.pop_front();
+        self.end_seen |= message.is_none();
+        message
     }
 
-    pub fn is_ready(&self) -> bool {
-        !self.queue.is_empty() || (self.broken && !self.end_seen)
+    /// Whether there is a message, or the end of them, at this step.
+    pub fn is_ready(&self, step: u64) -> bool {
+        !self.queue.is_empty() || (self.end.is_some_and(|end| end <= step) && !self.end_seen)
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.queue.is_empty()
+    pub fn has_messages(&self) -> bool {
+        !self.queue.is_empty()
     }
 
-    /// Breaks the connection; what is under way may or may not still arrive.
-    pub fn cut(&mut self, keep: usize) {
+    /// Breaks this direction. Of what is under way the first `keep` still arrive; the reader knows from step `noticed` on.
+    pub fn cut(&mut self, keep: usize, noticed: u64) {
         self.queue.truncate(keep);
-        self.broken = true;
+        self.end = Some(self.end.map_or(noticed, |end| end.min(noticed)));
+    }
+
+    /// The sender ends it in good order.
+    pub fn close(&mut self) {
+        self.cut(usize::MAX, 0);
     }
 
     pub fn lose_one(&mut self) -> bool {
@@ -63,18 +73,17 @@ impl Pipe {
     }
 }
 
-/// Both connections, both directions.
-#[derive(Default)]
-pub struct Link {
-    pub to_destination: [Pipe; 2],
-    pub to_source: [Pipe; 2],
+/// A connection, opened by the source.
+pub struct Connection {
+    pub channel: Channel,
+    pub to_destination: Pipe,
+    pub to_source: Pipe,
+    /// The destination has read what it is, or its end before that.
+    pub greeted: bool,
 }
 
-pub const CHANNELS: [Channel; 2] = [Channel::Main, Channel::Urgent];
-
-pub fn index(channel: Channel) -> usize {
-    match channel {
-        Channel::Main => 0,
-        Channel::Urgent => 1,
+impl Connection {
+    pub fn new(channel: Channel) -> Self {
+        Connection { channel, to_destination: Pipe::default(), to_source: Pipe::default(), greeted: false }
     }
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use ferry::migrate::pages::CLEAR_CHUNK;
 use ferry::migrate::report::Mode;
+use ferry::migrate::wire::Kind;
 
 /// A generator of choices: the same seed, the same story (splitmix64).
 pub struct Choices(u64);
@@ -32,17 +33,25 @@ pub enum Fault {
     KillDestination,
     CutMain,
     CutUrgent,
+    CutBoth,
+    /// The connection is cut with the next frame of this kind on it.
+    Lose(Kind),
     Cancel,
     StartPostcopy,
+    PauseSource,
+    PauseDestination,
     PrepareFails,
     LoadFails,
     StopFails,
     GiveUpFails,
+    /// Longer than anybody waits for an answer.
+    TimePasses,
     /// What no link may do: the oracle's own test.
     LoseFrame,
 }
 
-const FAULTS: [Fault; 10] = [
+/// What ends or changes a migration.
+const FAULTS: [Fault; 11] = [
     Fault::KillSource,
     Fault::KillDestination,
     Fault::CutMain,
@@ -53,17 +62,39 @@ const FAULTS: [Fault; 10] = [
     Fault::LoadFails,
     Fault::StopFails,
     Fault::GiveUpFails,
+    Fault::TimePasses,
+];
+
+/// What a migration must survive once it is past READY.
+const LOSSES: [Fault; 14] = [
+    Fault::CutMain,
+    Fault::CutUrgent,
+    Fault::CutBoth,
+    Fault::PauseSource,
+    Fault::PauseDestination,
+    Fault::Lose(Kind::Ready),
+    Fault::Lose(Kind::Commit),
+    Fault::Lose(Kind::Running),
+    Fault::Lose(Kind::Welcome),
+    Fault::Lose(Kind::Holding),
+    Fault::Lose(Kind::BitmapComplete),
+    Fault::Lose(Kind::End),
+    Fault::Lose(Kind::Done),
+    Fault::Lose(Kind::Goodbye),
 ];
 
 /// What a seed is about.
+#[derive(Clone)]
 pub struct Plan {
     pub mode: Mode,
     pub pages: u64,
     /// Guest steps out of a hundred steps.
     pub guest_share: u64,
     pub downtime_limit: Duration,
-    /// At which step what happens.
-    pub fault: Option<(u64, Fault)>,
+    /// From which step on what happens as soon as it can.
+    pub faults: Vec<(u64, Fault)>,
+    /// One chance in so many steps that a person does what is to be done; nobody is there where it is zero.
+    pub patience: u64,
 }
 
 impl Plan {
@@ -75,19 +106,44 @@ impl Plan {
             pages: if choices.below(40) == 0 { CLEAR_CHUNK + choices.below(300) } else { 1 + choices.below(400) },
             guest_share: [1, 5, 20][choices.below(3) as usize],
             downtime_limit: Duration::from_millis([4, 10, 300][choices.below(3) as usize]),
-            fault: None,
+            faults: Vec::new(),
+            patience: 0,
         }
     }
 
+    /// One fault, and a person who does what can be done about it.
     pub fn disturbed(seed: u64) -> Self {
         let mut choices = Choices(seed ^ 0xd15);
         // Most faults come early; some long after the switch.
         let range = [60, 200, 800][choices.below(3) as usize];
-        let fault = Some((choices.below(range), FAULTS[choices.below(FAULTS.len() as u64) as usize]));
-        Plan { fault, ..Self::undisturbed(seed) }
+        let faults = vec![(choices.below(range), FAULTS[choices.below(FAULTS.len() as u64) as usize])];
+        Plan { faults, patience: 200, ..Self::undisturbed(seed) }
     }
 
-    pub fn fault_kind(&self) -> Option<Fault> {
-        self.fault.map(|(_, fault)| fault)
+    /// The link is lost, up to six times, while both sides live.
+    pub fn losses(seed: u64) -> Self {
+        let mut choices = Choices(seed ^ 0x1055);
+        let range = [200, 800, 3000][choices.below(3) as usize];
+        let mut at = choices.below(range);
+        let count = 1 + choices.below(6);
+        let faults = (0..count).map(|_| {
+            // Often in the middle of the recovery from the one before.
+            let range = [20, 100, 600][choices.below(3) as usize];
+            at += choices.below(range);
+            (at, LOSSES[choices.below(LOSSES.len() as u64) as usize])
+        });
+        let faults = faults.collect();
+        let patience = [1, 20, 400][choices.below(3) as usize];
+        Plan { faults, patience, ..Self::undisturbed(seed) }
+    }
+
+    /// Losses, and then a side dies.
+    pub fn deadly(seed: u64) -> Self {
+        let mut plan = Self::losses(seed);
+        let mut choices = Choices(seed ^ 0xdead);
+        let last = plan.faults.last().map_or(0, |(at, _)| *at);
+        let who = if choices.chance(70) { Fault::KillSource } else { Fault::KillDestination };
+        plan.faults.push((last + choices.below(1000), who));
+        plan
     }
 }

@@ -1,23 +1,26 @@
 //! Two hosts, a guest and whoever disturbs them, one small step at a time in an order that the seed chooses.
 
 mod destination;
+mod disturb;
+mod greet;
 mod guest;
 mod oracle;
+mod person;
+mod placement;
 mod source;
+mod source_links;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
 use destination::DestinationHost;
 use ferry::memory::PageNumber;
-use ferry::migrate::source::Input;
-use ferry::migrate::wire::Channel;
 pub use oracle::Ending;
 use source::SourceHost;
 
-use crate::link::{CHANNELS, Link, index};
+use crate::link::Connection;
 use crate::memory::{Ram, Version};
-use crate::plan::{Choices, Fault, Plan};
+use crate::plan::{Choices, Plan};
 
 /// What a host may do with the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,13 +36,16 @@ enum Right {
 const DISABLED: u32 = 0;
 /// Bits in a bitmap.
 const BITS: u64 = 66_000;
+/// A migration of any seed that takes longer does not end.
+const MAX_STEPS: u64 = 1_000_000;
 
 pub struct World {
     choices: Choices,
     now: Duration,
     step: u64,
     plan: Plan,
-    link: Link,
+    /// All that there ever were; the hosts know theirs by the index.
+    connections: Vec<Connection>,
     source: SourceHost,
     destination: DestinationHost,
     /// What the guest has written, wherever it ran: the truth.
@@ -68,11 +74,11 @@ impl World {
         World {
             source: SourceHost::new(plan, ram),
             destination: DestinationHost::new(plan.pages),
-            plan: Plan { ..*plan },
+            plan: plan.clone(),
             choices,
             now: Duration::ZERO,
             step: 0,
-            link: Link::default(),
+            connections: Vec::new(),
             truth,
             bits,
             next_version,
@@ -83,39 +89,36 @@ impl World {
     /// A second try to another destination, undisturbed.
     pub fn retry(&mut self) {
         self.say("retry");
-        self.plan.fault = None;
-        self.link = Link::default();
+        self.plan.faults.clear();
+        self.connections.clear();
         self.source.retry(&self.plan);
+        self.now = Duration::ZERO;
         self.destination = DestinationHost::new(self.plan.pages);
     }
 
     pub fn story(&self) -> String {
-        self.story[self.story.len().saturating_sub(60)..].join("\n")
+        self.story[self.story.len().saturating_sub(80)..].join("\n")
     }
 
     /// Runs until nothing moves any more, and judges.
     pub fn run(&mut self) -> Result<Ending, String> {
-        for _ in 0..1_000_000 {
+        for _ in 0..MAX_STEPS {
             self.step += 1;
             self.now += Duration::from_micros(20);
             self.disturb();
-            if self.source.right == Right::Running
-                && self.destination.right == Right::Running
-                && self.source.alive
-                && self.destination.alive
-            {
-                return Err("two runners".into());
-            }
+            self.person_acts();
+            self.check_runners()?;
             if let Some(ending) = self.judge()? {
                 return Ok(ending);
             }
             match self.choices.below(100) {
                 dice if dice < self.plan.guest_share => self.guest_step()?,
-                dice if dice % 6 == 0 => self.source_reads(Channel::Main),
-                dice if dice % 6 == 1 => self.source_reads(Channel::Urgent),
-                dice if dice % 6 == 2 => self.destination_reads(Channel::Main)?,
-                dice if dice % 6 == 3 => self.destination_reads(Channel::Urgent)?,
-                dice if dice % 6 == 4 => self.destination_serves()?,
+                dice if dice % 7 == 0 => self.source_reads_main(),
+                dice if dice % 7 == 1 => self.source_serves_requests(),
+                dice if dice % 7 == 2 => self.destination_session()?,
+                dice if dice % 7 == 3 => self.destination_reads_urgent(),
+                dice if dice % 7 == 4 => self.destination_serves()?,
+                dice if dice % 7 == 5 => self.destination_greets(),
                 _ => self.source_step()?,
             }
         }
@@ -124,50 +127,6 @@ impl World {
 
     fn say(&mut self, text: impl Into<String>) {
         self.story.push(format!("{:>6} {}", self.step, text.into()));
-    }
-
-    fn disturb(&mut self) {
-        let Some((at, fault)) = self.plan.fault else { return };
-        if self.step < at {
-            return;
-        }
-        let keep = self.choices.below(4) as usize;
-        match fault {
-            Fault::KillSource => {
-                self.source.alive = false;
-                CHANNELS.iter().for_each(|channel| self.link.to_destination[index(*channel)].cut(keep));
-            }
-            Fault::KillDestination => {
-                self.destination.alive = false;
-                CHANNELS.iter().for_each(|channel| self.link.to_source[index(*channel)].cut(keep));
-            }
-            Fault::CutMain | Fault::CutUrgent => {
-                let channel = usize::from(fault == Fault::CutUrgent);
-                self.link.to_destination[channel].cut(keep);
-                self.link.to_source[channel].cut(0);
-            }
-            Fault::Cancel => self.source.inputs.push_back(Input::Cancel),
-            Fault::StartPostcopy => self.source.inputs.push_back(Input::StartPostcopy),
-            // These wait for the moment at which they can happen.
-            Fault::PrepareFails | Fault::LoadFails | Fault::StopFails | Fault::GiveUpFails => return,
-            Fault::LoseFrame => {
-                let lost = CHANNELS.iter().any(|channel| self.link.to_destination[index(*channel)].lose_one());
-                if !lost {
-                    return;
-                }
-            }
-        }
-        self.say(format!("{fault:?}"));
-        self.plan.fault = None;
-    }
-
-    fn fails(&mut self, fault: Fault) -> bool {
-        let now = self.plan.fault_kind() == Some(fault);
-        if now {
-            self.say(format!("{fault:?}"));
-            self.plan.fault = None;
-        }
-        now
     }
 }
 

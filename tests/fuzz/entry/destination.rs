@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use ferry::memory::PageNumber;
-use ferry::migrate::destination::{Action, Destination, Input, Outcome, Placement, Poll};
-use ferry::migrate::wire::{Frame, Hello};
+use ferry::migrate::destination::{Action, Destination, Input, Link, Outcome, Placement, Poll};
+use ferry::migrate::wire::{Channel, Frame, Hello};
 
 use super::allocation::{proportionate, within};
 use super::session::{Step, steps};
@@ -22,7 +22,9 @@ pub fn run(data: &[u8]) {
 struct Host {
     engine: Destination,
     now: Duration,
+    link: Link,
     committed: bool,
+    whole: bool,
     ended: bool,
 }
 
@@ -31,21 +33,28 @@ impl Host {
         for step in steps(data) {
             match step {
                 Step::Frame(channel, Frame::Hello(Hello { channel: said, session, program })) if channel == said => {
-                    let _ = self.engine.hello(&Hello { channel, session, program }, self.now);
+                    if let (Ok(link), Channel::Main) = (self.engine.hello(&Hello { channel, session, program }, self.now), channel) {
+                        self.link = link;
+                    }
                 }
                 Step::Frame(channel, Frame::Pages(run)) => match self.engine.pages(channel, run) {
                     Ok(Placement::Fault) => self.engine.placed(run, self.now),
                     Ok(Placement::Direct) => {}
                     Err(reason) => self.engine.handle(Input::Failed(reason)),
                 },
-                Step::Frame(channel, frame) => self.engine.handle(Input::Frame(channel, frame)),
-                Step::Lost(channel) => self.engine.handle(Input::Lost(channel, "cut".into())),
+                Step::Frame(channel, frame) => self.engine.handle(Input::Frame(self.link, channel, frame)),
+                Step::Lost(channel) => self.engine.handle(Input::Lost(self.link, channel, "cut".into())),
                 Step::Wait(time) => self.now += time,
                 Step::Local(byte @ 0..0x80) => {
                     self.engine.fault(PageNumber(byte.into()), self.now);
                 }
-                Step::Local(byte) if byte.is_multiple_of(2) => self.engine.handle(Input::Failed("no".into())),
-                Step::Local(_) => self.engine.handle(Input::Warning("hm".into())),
+                Step::Local(byte) => self.engine.handle(match byte % 5 {
+                    0 => Input::Failed("no".into()),
+                    1 => Input::Warning("hm".into()),
+                    2 => Input::GiveUp("enough".into()),
+                    3 => Input::Pause,
+                    _ => Input::GiveUpRest,
+                }),
                 Step::Poll(_) => {}
             }
             while let Poll::Act(action) = self.engine.poll(self.now) {
@@ -72,10 +81,15 @@ impl Host {
             Action::FinishBuilding => {}
             Action::Empty(run) => assert!(run.is_within(HOST_PAGES), "{run}"),
             Action::LoadBitmap { .. } | Action::CompleteBitmap(_) | Action::AbandonBitmaps => assert!(self.committed),
+            Action::Disconnect(_) | Action::Reconnect(_) => {}
+            Action::Complete => {
+                assert!(!self.whole && self.committed && self.engine.missing().is_empty(), "complete, but pages are missing");
+                self.whole = true;
+            }
             Action::End(outcome) => {
                 self.ended = true;
                 assert_eq!(matches!(outcome, Outcome::Abandoned(_)), !self.committed, "{outcome:?}");
-                assert!(outcome != Outcome::Completed || self.engine.missing().is_empty(), "done, but pages are missing");
+                assert_eq!(outcome == Outcome::Completed, self.whole, "{outcome:?}");
             }
         }
     }

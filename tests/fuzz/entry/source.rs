@@ -19,7 +19,7 @@ pub fn run(data: &[u8]) {
     let config = Config { mode, downtime_limit: Duration::from_millis(50), ram_pages: PAGES, session: 1, machine: vec![1; 10] };
     let engine = Source::new(config);
     let (now, bitmaps) = (Duration::ZERO, IncomingBitmaps::default());
-    let mut host = Host { engine, now, stopped: false, given_up: false, ended: false, bitmaps };
+    let mut host = Host { engine, now, stopped: false, given_up: false, connected: false, ended: false, bitmaps };
     within(proportionate(data.len()), || host.live(data));
 }
 
@@ -28,6 +28,7 @@ struct Host {
     now: Duration,
     stopped: bool,
     given_up: bool,
+    connected: bool,
     ended: bool,
     /// How the destination accounts for bitmaps.
     bitmaps: IncomingBitmaps,
@@ -48,12 +49,14 @@ impl Host {
                 Step::Lost(channel) => self.engine.handle(Input::Lost(channel, "cut".into()), self.now),
                 Step::Wait(time) => self.now += time,
                 Step::Local(byte) => {
-                    let input = match byte % 4 {
+                    let input = match byte % 7 {
                         0 => Input::Cancel,
                         1 => Input::StartPostcopy,
                         2 => Input::DowntimeLimit(Duration::from_millis(byte.into())),
-                        _ if byte & 4 == 0 => Input::Failed("no".into()),
-                        _ => Input::GuestEnded("it powered off".into()),
+                        3 => Input::Recover,
+                        4 => Input::Pause,
+                        5 => Input::GuestEnded("it powered off".into()),
+                        _ => Input::Failed("no".into()),
                     };
                     self.engine.handle(input, self.now);
                 }
@@ -84,6 +87,7 @@ impl Host {
         match action {
             Action::Send(frame) => {
                 assert!(frame != Frame::Commit || self.given_up, "committed before the guest was given up");
+                assert!(self.connected, "{frame:?} without a connection");
                 match &frame {
                     Frame::Switchover(package) => self.bitmaps = IncomingBitmaps::new(&package.bitmaps),
                     Frame::BitmapComplete(index) => self.bitmaps.complete(*index).expect("all its words went"),
@@ -93,7 +97,12 @@ impl Host {
                 let length = frame.encode().expect("what is sent can be encoded").len();
                 self.engine.sent_frame(&frame, length as u64);
             }
-            Action::OpenUrgent => {}
+            Action::Connect => self.connected = true,
+            Action::Disconnect(_) => {
+                assert!(self.given_up, "paused before the commit");
+                self.connected = false;
+            }
+            Action::OpenUrgent => assert!(self.connected),
             Action::StartTracking => self.engine.handle(Input::Harvested(PageSet::full(PAGES)), self.now),
             Action::Harvest => self.engine.handle(Input::Harvested(some_pages()), self.now),
             Action::Stop => {

@@ -1,15 +1,14 @@
-//! The destination's host: does what the engine says, as the driver's threads would.
+//! The destination's host: does what the engine says, as the migration's thread would.
 
 use std::collections::{BTreeSet, VecDeque};
 
-use ferry::memory::{PageNumber, PageRun};
-use ferry::migrate::destination::{self, Destination, Placement};
-use ferry::migrate::pages::FaultAnswer;
-use ferry::migrate::wire::{Channel, Frame};
+use ferry::memory::PageNumber;
+use ferry::migrate::destination::{self, Action, Destination, Input, Link, Placement};
+use ferry::migrate::wire::{Channel, Frame, Package};
 
+use super::placement::Placing;
 use super::{DISABLED, Right, World, brief, disabled_bits};
-use crate::link::{CHANNELS, index};
-use crate::memory::{Ram, Version};
+use crate::memory::Ram;
 use crate::plan::Fault;
 
 pub(super) struct DestinationHost {
@@ -17,13 +16,34 @@ pub(super) struct DestinationHost {
     pub(super) ram: Ram,
     pub(super) right: Right,
     pub(super) alive: bool,
+    /// All of the guest is here.
+    pub(super) whole: bool,
     pub(super) outcome: Option<destination::Outcome>,
     pub(super) userfault: bool,
     /// Faults that the kernel has queued, and answers under way.
     pub(super) faults: VecDeque<PageNumber>,
-    pub(super) placing: Vec<(Channel, PageRun, Vec<Version>)>,
+    pub(super) placing: Vec<Placing>,
     pub(super) blocked: Option<PageNumber>,
     pub(super) bitmap: BitmapCopy,
+    pub(super) session: Option<Session>,
+    /// The link that stands, by who greets.
+    pub(super) current: Option<Link>,
+    /// Links whose readers are to end.
+    pub(super) interrupted: BTreeSet<Link>,
+    /// Connections on their way to those who use them.
+    pub(super) next_main: Option<usize>,
+    pub(super) next_urgent: Option<(Link, usize)>,
+    /// Where faults are asked about.
+    pub(super) urgent: Option<(Link, usize)>,
+    /// Urgent connections, each with a thread that reads it.
+    pub(super) readers: Vec<(Link, usize)>,
+}
+
+/// The migration's thread.
+pub(super) struct Session {
+    pub(super) link: Link,
+    /// Unless it is lost.
+    pub(super) main: Option<usize>,
 }
 
 /// The destination's bitmap: the source's bits, and the successor that records meanwhile.
@@ -45,162 +65,168 @@ impl DestinationHost {
             ram: Ram::new(pages),
             right: Right::None,
             alive: true,
+            whole: false,
             outcome: None,
             userfault: false,
             faults: VecDeque::new(),
             placing: Vec::new(),
             blocked: None,
             bitmap: BitmapCopy::default(),
+            session: None,
+            current: None,
+            interrupted: BTreeSet::new(),
+            next_main: None,
+            next_urgent: None,
+            urgent: None,
+            readers: Vec::new(),
         }
+    }
+
+    pub(super) fn main(&self) -> Option<usize> {
+        self.session.as_ref()?.main
     }
 }
 
 impl World {
     // --- the destination's driver ---
 
-    pub(super) fn destination_reads(&mut self, channel: Channel) -> Result<(), String> {
-        // A reader places what it has read before it reads again.
-        if !self.destination.alive || self.destination.placing.iter().any(|(whose, ..)| *whose == channel) {
+    /// Does one thing that the engine says, or else reads one frame.
+    pub(super) fn destination_session(&mut self) -> Result<(), String> {
+        let destination = &mut self.destination;
+        let Some(Session { link, main }) = destination.session else { return Ok(()) };
+        // It places what it has read before it does anything else.
+        let is_placing = destination.placing.iter().any(|placing| Some(placing.reader) == main);
+        if !destination.alive || destination.outcome.is_some() || is_placing {
             return Ok(());
         }
-        if channel == Channel::Main && self.destination_acts()? {
+        if let destination::Poll::Act(action) = destination.engine.poll(self.now) {
+            self.say(format!("destination: {}", brief(&action)));
+            return self.destination_acts(action);
+        }
+        let Some(index) = main else { return Ok(()) };
+        let pipe = &mut self.connections[index].to_destination;
+        let interrupted = destination.interrupted.contains(&link) && !pipe.has_messages();
+        if !interrupted && !pipe.is_ready(self.step) {
             return Ok(());
         }
-        let pipe = &mut self.link.to_destination[index(channel)];
-        if !pipe.is_ready() || self.destination.outcome.is_some() {
-            return Ok(());
-        }
-        let engine = &mut self.destination.engine;
-        let Some(message) = pipe.receive() else {
-            pipe.end_seen = true;
-            engine.handle(destination::Input::Lost(channel, "cut".into()));
+        let message = if interrupted { None } else { pipe.receive() };
+        let Some(message) = message else {
+            destination.engine.handle(Input::Lost(link, Channel::Main, "cut".into()));
             return Ok(());
         };
+        // The connection may be replaced while its reader reads.
+        self.destination_greets();
+        let destination = &mut self.destination;
         match message.frame {
-            Frame::Hello(hello) => engine.hello(&hello, self.now).map_err(|reason| format!("hello refused: {reason}"))?,
-            Frame::Pages(run) => match engine.pages(channel, run) {
+            Frame::Pages(run) => match destination.engine.pages(Channel::Main, run) {
                 Ok(Placement::Direct) => {
                     for (page, version) in run.pages().zip(message.contents) {
-                        self.destination.ram.fill(page, version);
+                        destination.ram.fill(page, version);
                     }
                 }
-                Ok(Placement::Fault) => self.destination.placing.push((channel, run, message.contents)),
-                Err(reason) => engine.handle(destination::Input::Failed(reason)),
+                Ok(Placement::Fault) => destination.placing.push(Placing { reader: index, run, contents: Some(message.contents) }),
+                Err(reason) => destination.engine.handle(Input::Failed(reason)),
             },
-            frame => engine.handle(destination::Input::Frame(channel, frame)),
+            frame => destination.engine.handle(Input::Frame(link, Channel::Main, frame)),
         }
         Ok(())
     }
 
-    /// Does what the engine says; true if there was anything.
-    fn destination_acts(&mut self) -> Result<bool, String> {
-        let destination::Poll::Act(action) = self.destination.engine.poll(self.now) else { return Ok(false) };
-        self.say(format!("destination: {}", brief(&action)));
+    fn destination_acts(&mut self, action: Action) -> Result<(), String> {
         match action {
-            destination::Action::Send(channel, frame) => self.link.to_source[index(channel)].send(frame, Vec::new()),
-            destination::Action::Prepare { .. } => {
-                let input = if self.fails(Fault::PrepareFails) {
-                    destination::Input::Failed("no such disk here".into())
-                } else {
-                    destination::Input::Prepared
-                };
-                self.destination.engine.handle(input);
-            }
-            destination::Action::FinishBuilding => {}
-            destination::Action::Empty(run) => self.destination.ram.discard(run),
-            destination::Action::Load(package) => {
-                if self.fails(Fault::LoadFails) {
-                    self.destination.engine.handle(destination::Input::Failed("the state does not load".into()));
-                    return Ok(true);
+            Action::Send(channel, frame) => {
+                assert_eq!(channel, Channel::Main);
+                if let Some(main) = self.destination.main() {
+                    self.may_lose(main, frame.kind());
+                    self.connections[main].to_source.send(frame, Vec::new());
                 }
-                for run in package.missing {
-                    self.destination.ram.discard(run);
-                }
-                self.destination.userfault = package.postcopy;
-                self.destination.right = Right::Paused;
-                self.destination.engine.handle(destination::Input::Loaded { load_us: 5, warnings: Vec::new() });
             }
-            destination::Action::Run => {
+            Action::Prepare { .. } => {
+                let fails = self.fails(Fault::PrepareFails);
+                self.destination.engine.handle(if fails { Input::Failed("no such disk here".into()) } else { Input::Prepared });
+            }
+            Action::FinishBuilding => {}
+            Action::Empty(run) => self.destination.ram.discard(run),
+            Action::Load(package) => self.load(*package),
+            Action::Run => {
+                if self.source.right != Right::GivenUp {
+                    return Err("the guest is to run though the source has not given it up".into());
+                }
                 self.destination.right = Right::Running;
-                self.destination.engine.handle(destination::Input::Ran(5));
+                // A link may come back while the guest is started.
+                self.destination_greets();
+                self.destination.engine.handle(Input::Ran(5));
             }
-            destination::Action::PlaceZero(run) => {
+            Action::PlaceZero(run) => {
                 for page in run.pages() {
-                    self.place(page, 0);
+                    self.place_from_source(page, 0)?;
                 }
                 self.destination.engine.placed(run, self.now);
             }
-            destination::Action::LoadBitmap { index, first, words, .. } => {
+            Action::LoadBitmap { index, first, words, .. } => {
                 let bitmap = &mut self.destination.bitmap;
                 let loaded = if index == DISABLED { &mut bitmap.disabled } else { &mut bitmap.loaded };
                 for (word, bits) in (first..).zip(words) {
                     loaded.extend((0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| word * 64 + bit));
                 }
             }
-            destination::Action::CompleteBitmap(DISABLED) => {
+            Action::CompleteBitmap(DISABLED) => {
                 if self.destination.bitmap.disabled != disabled_bits() {
                     return Err("the disabled bitmap is wrong".into());
                 }
             }
-            destination::Action::CompleteBitmap(_) => {
+            Action::CompleteBitmap(_) => {
                 let bitmap = &mut self.destination.bitmap;
+                assert!(!bitmap.complete, "a bitmap is completed twice");
                 bitmap.loaded.append(&mut bitmap.successor.clone());
                 bitmap.complete = true;
             }
-            destination::Action::AbandonBitmaps => self.destination.bitmap.abandoned = true,
-            destination::Action::End(outcome) => {
+            Action::AbandonBitmaps => self.destination.bitmap.abandoned = !self.destination.bitmap.complete,
+            Action::Disconnect(_) => self.destination_disconnects(),
+            Action::Reconnect(link) => {
+                let destination = &mut self.destination;
+                if destination.current == Some(link) {
+                    destination.session = Some(Session { link, main: destination.next_main.take() });
+                }
+            }
+            Action::Complete => self.end_watch()?,
+            Action::End(outcome) => {
                 if matches!(outcome, destination::Outcome::Abandoned(_)) {
+                    assert_ne!(self.destination.right, Right::Running, "abandoned a guest that runs");
                     self.destination.right = Right::None;
-                } else if outcome == destination::Outcome::Completed {
-                    self.destination.userfault = false;
                 }
                 self.destination.outcome = Some(outcome);
-                CHANNELS.iter().for_each(|channel| self.link.to_source[index(*channel)].cut(usize::MAX));
+                if let Some(main) = self.destination.main() {
+                    self.connections[main].to_source.close();
+                }
+                self.connections.iter_mut().filter(|connection| !connection.greeted).for_each(|connection| connection.to_source.close());
             }
-        }
-        Ok(true)
-    }
-
-    /// The fault server and the second half of placements, each one step of its own thread.
-    pub(super) fn destination_serves(&mut self) -> Result<(), String> {
-        if !self.destination.alive {
-            return Ok(());
-        }
-        if self.choices.chance(50)
-            && let Some(page) = self.destination.faults.pop_front()
-        {
-            match self.destination.engine.fault(page, self.now) {
-                FaultAnswer::Request(run) => self.link.to_source[1].send(Frame::Request(run), Vec::new()),
-                FaultAnswer::Wait => {}
-                FaultAnswer::Zero(run) => run.pages().for_each(|page| self.place(page, 0)),
-            }
-            return Ok(());
-        }
-        if self.destination.placing.is_empty() {
-            return Ok(());
-        }
-        let chosen = self.choices.below(self.destination.placing.len() as u64) as usize;
-        let (channel, run, contents) = self.destination.placing[chosen].clone();
-        // First the contents, then the account of it; other threads may run in between.
-        if contents.is_empty() {
-            self.destination.placing.remove(chosen);
-            self.destination.engine.placed(run, self.now);
-        } else {
-            for (page, version) in run.pages().zip(contents) {
-                self.place(page, version);
-            }
-            self.destination.placing[chosen] = (channel, run, Vec::new());
         }
         Ok(())
     }
 
-    /// UFFDIO_COPY and UFFDIO_ZEROPAGE: a page that is there stays; whoever waits for it wakes.
-    fn place(&mut self, page: PageNumber, version: Version) {
-        if self.destination.userfault && !self.destination.ram.is_populated(page) {
-            self.destination.ram.place(page, version);
+    fn load(&mut self, package: Package) {
+        if self.fails(Fault::LoadFails) {
+            return self.destination.engine.handle(Input::Failed("the state does not load".into()));
         }
-        if self.destination.blocked == Some(page) {
-            self.destination.blocked = None;
+        for run in package.missing {
+            self.destination.ram.discard(run);
+        }
+        self.destination.userfault = package.postcopy;
+        self.destination.right = Right::Paused;
+        self.destination.engine.handle(Input::Loaded { load_us: 5, warnings: Vec::new() });
+    }
+
+    /// Closes the main connection, and lets the reader of the urgent one end.
+    fn destination_disconnects(&mut self) {
+        let Some(Session { link, main }) = &mut self.destination.session else { return };
+        if let Some(index) = main.take() {
+            let keep = [usize::MAX, 0, 2][self.choices.below(3) as usize];
+            self.connections[index].to_source.cut(keep, self.step);
+            self.connections[index].to_destination.cut(0, u64::MAX);
+        }
+        if self.destination.current == Some(*link) {
+            self.destination.interrupted.insert(*link);
         }
     }
 }

@@ -1,10 +1,10 @@
 //! The oracle: sees both hosts and the truth, and judges how it ended.
 
 use ferry::memory::PageNumber;
-use ferry::migrate::{destination, source};
+use ferry::migrate::report::Status;
+use ferry::migrate::source;
 
 use super::{Right, World};
-use crate::link::{CHANNELS, index};
 
 /// How a world ended, as the oracle sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,35 +15,40 @@ pub enum Ending {
     Stayed,
     /// The source died with the guest before the commit.
     DiedWithSource,
-    /// After the commit a side or the link was lost.
+    /// After the commit a side died that the guest could not do without.
     LostAfterCommit,
+    /// After the commit the link was lost, and nobody joins the two again.
+    Paused,
 }
 
 impl World {
     // --- the oracle ---
 
-    pub(super) fn judge(&mut self) -> Result<Option<Ending>, String> {
-        let quiet = CHANNELS.iter().all(|channel| self.link.to_destination[index(*channel)].is_empty());
+    pub(super) fn check_runners(&self) -> Result<(), String> {
+        let runs = |alive: bool, right: Right| alive && right == Right::Running;
+        if runs(self.source.alive, self.source.right) && runs(self.destination.alive, self.destination.right) {
+            return Err("two runners".into());
+        }
+        Ok(())
+    }
+
+    pub(super) fn judge(&self) -> Result<Option<Ending>, String> {
         let (source, destination) = (&self.source, &self.destination);
-        let source_ended = !source.alive || source.outcome.is_some();
-        let destination_ended = !destination.alive || destination.outcome.is_some();
-        if !(source_ended && destination_ended) || (destination.alive && !destination.placing.is_empty() && quiet) {
-            // A source whose destination died before it connected hears of it from the link; give it its time.
+        if source.alive && destination.alive && source.engine.is_paused() && self.plan.patience == 0 {
+            return Ok(Some(Ending::Paused));
+        }
+        if source.alive && source.right == Right::GivenUp && destination.alive && destination.outcome.is_some() && !destination.whole {
+            return Err("the guest was given up at either side".into());
+        }
+        // Without a destination nothing comes of a recovery.
+        let source_over = !source.alive || source.outcome.is_some() || (source.engine.is_paused() && !destination.alive);
+        if !source_over || !self.is_destination_over() {
             return Ok(None);
         }
         let completed = matches!(source.outcome, Some(source::Outcome::Completed(_)));
-        if completed && destination.alive && destination.outcome != Some(destination::Outcome::Completed) {
-            return Err("the source says it is done, and the destination does not".into());
-        }
-        if destination.alive && destination.outcome == Some(destination::Outcome::Completed) {
-            for page in 0..self.plan.pages {
-                self.check_read(PageNumber(page), destination.ram.read(PageNumber(page)), "destination, at the end,")?;
-            }
-            let bitmap = &destination.bitmap;
-            if !bitmap.abandoned && bitmap.loaded != self.bits {
-                return Err("the bitmap is wrong".into());
-            }
-            if completed && bitmap.abandoned {
+        if destination.alive && destination.whole {
+            self.check_whole("destination, at the end,")?;
+            if completed && destination.bitmap.abandoned {
                 return Err("the bitmap was dropped though the source is done".into());
             }
             return Ok(Some(Ending::Moved));
@@ -53,16 +58,46 @@ impl World {
                 for page in 0..self.plan.pages {
                     self.check_read(PageNumber(page), source.ram.read(PageNumber(page)), "source, at the end,")?;
                 }
-                if destination.alive && destination.right == Right::Running {
-                    return Err("two runners".into());
+                if destination.alive && destination.engine.is_committed() {
+                    return Err("the destination has a guest that stayed".into());
                 }
                 Ok(Some(Ending::Stayed))
             }
             (true, Right::Paused) => Err("the guest stands still at the source for ever".into()),
-            (true, _) => Ok(Some(Ending::LostAfterCommit)),
-            (false, Right::GivenUp) => Ok(Some(Ending::LostAfterCommit)),
-            (false, _) if destination.alive && destination.right == Right::Running => Err("two runners".into()),
-            (false, _) => Ok(Some(Ending::DiedWithSource)),
+            _ if source.alive && destination.alive => Err("the guest is lost though both sides live".into()),
+            (_, Right::GivenUp) => Ok(Some(Ending::LostAfterCommit)),
+            _ if destination.alive && destination.right == Right::Running => Err("two runners".into()),
+            _ => Ok(Some(Ending::DiedWithSource)),
         }
+    }
+
+    /// Whether nothing will happen at the destination any more.
+    fn is_destination_over(&self) -> bool {
+        let destination = &self.destination;
+        if !destination.alive {
+            return true;
+        }
+        let silent = destination.main().is_none() && destination.readers.is_empty() && self.connections.iter().all(|link| link.greeted);
+        if !destination.placing.is_empty() {
+            return false;
+        }
+        if destination.outcome.is_some() || (silent && destination.engine.status() == Status::None) {
+            return true;
+        }
+        // Without its source it lacks what it lacks.
+        let is_lost = destination.engine.lost().is_some() && silent;
+        is_lost && (destination.whole || (!self.source.alive && !destination.engine.missing().is_empty()))
+    }
+
+    /// All that the guest has written, and all that its disks' bitmaps have recorded, is at the destination.
+    pub(super) fn check_whole(&self, when: &str) -> Result<(), String> {
+        for page in 0..self.plan.pages {
+            self.check_read(PageNumber(page), self.destination.ram.read(PageNumber(page)), when)?;
+        }
+        let bitmap = &self.destination.bitmap;
+        if !bitmap.abandoned && (!bitmap.complete || bitmap.loaded != self.bits) {
+            return Err(format!("the bitmap is wrong at the {when} complete: {}", bitmap.complete));
+        }
+        Ok(())
     }
 }

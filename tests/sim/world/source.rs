@@ -5,11 +5,10 @@ use std::time::Duration;
 
 use ferry::memory::PageRun;
 use ferry::migrate::source::{self, Bulk, Config, Sent, Source, Stopped};
-use ferry::migrate::wire::{BitmapInfo, Channel, Frame};
+use ferry::migrate::wire::{BitmapInfo, Frame};
 
 use super::{BITS, DISABLED, Right, World, brief, disabled_bits};
-use crate::link::{CHANNELS, index};
-use crate::memory::Ram;
+use crate::memory::{Ram, Version};
 use crate::plan::{Fault, Plan};
 
 pub(super) struct SourceHost {
@@ -18,52 +17,64 @@ pub(super) struct SourceHost {
     pub(super) right: Right,
     pub(super) alive: bool,
     pub(super) outcome: Option<source::Outcome>,
+    /// What the readers have reported.
     pub(super) inputs: VecDeque<source::Input>,
     /// The guest is being stopped; it may write until it stands still.
     pub(super) stopping: bool,
+    /// What the guest left behind when it stood still: pages and recorded bits.
+    pub(super) left: Option<(Vec<Version>, BTreeSet<u64>)>,
+    /// The main connection, where something can be sent on it.
+    pub(super) main: Option<usize>,
+    /// The main connection, as its reader has it until it has reported the end.
+    pub(super) main_reader: Option<usize>,
+    pub(super) urgent: Option<usize>,
+    /// The last words are on their way; until which step the destination's end is waited for.
+    pub(super) ending: Option<(Box<source::Outcome>, u64)>,
 }
 
 impl SourceHost {
     /// A host that runs the guest in `ram` and begins to move it.
     pub(super) fn new(plan: &Plan, ram: Ram) -> Self {
+        let (mode, downtime_limit, ram_pages) = (plan.mode, plan.downtime_limit, plan.pages);
         SourceHost {
-            engine: engine(plan),
+            engine: Source::new(Config { mode, downtime_limit, ram_pages, session: 42, machine: vec![1, 2, 3] }),
             ram,
             right: Right::Running,
             alive: true,
             outcome: None,
             inputs: VecDeque::new(),
             stopping: false,
+            left: None,
+            main: None,
+            main_reader: None,
+            urgent: None,
+            ending: None,
         }
     }
 
     /// Begins to move the guest once more.
     pub(super) fn retry(&mut self, plan: &Plan) {
-        self.engine = engine(plan);
-        self.outcome = None;
-        self.inputs.clear();
+        let ram = std::mem::replace(&mut self.ram, Ram::new(0));
+        *self = SourceHost::new(plan, ram);
     }
-}
-
-fn engine(plan: &Plan) -> Source {
-    let (mode, downtime_limit, ram_pages) = (plan.mode, plan.downtime_limit, plan.pages);
-    Source::new(Config { mode, downtime_limit, ram_pages, session: 42, machine: vec![1, 2, 3] })
 }
 
 impl World {
     // --- the source's driver ---
 
     pub(super) fn source_step(&mut self) -> Result<(), String> {
-        if !self.source.alive {
+        if !self.source.alive || self.source.outcome.is_some() {
             return Ok(());
         }
-        if let Some(input) = self.source.inputs.pop_front() {
+        if self.source.ending.is_some() {
+            self.source_ends();
+        } else if let Some(input) = self.source.inputs.pop_front() {
             self.source.engine.handle(input, self.now);
         } else if self.source.stopping {
             self.source_stopped();
         } else {
             match self.source.engine.poll(self.now) {
-                source::Poll::Act(action) => self.source_acts(action),
+                source::Poll::Act(action) => self.source_acts(action)?,
                 source::Poll::Bulk(bulk) => self.source_sends(bulk)?,
                 source::Poll::Wait(_) => {}
             }
@@ -71,56 +82,66 @@ impl World {
         Ok(())
     }
 
-    fn source_acts(&mut self, action: source::Action) {
+    fn source_acts(&mut self, action: source::Action) -> Result<(), String> {
         self.say(format!("source: {}", brief(&action)));
-        if action == source::Action::GiveUp && self.fails(Fault::GiveUpFails) {
-            let reason = "a disk cannot be flushed".into();
-            return self.source.engine.handle(source::Input::GiveUpFailed(reason), self.now);
-        }
-        let source = &mut self.source;
         match action {
+            source::Action::Connect => self.source_opens_main(),
             source::Action::Send(frame) => {
-                source.engine.sent_frame(&frame, 16);
-                self.link.to_destination[0].send(frame, Vec::new());
+                self.source.engine.sent_frame(&frame, 16);
+                self.source_says(frame, Vec::new());
             }
-            source::Action::OpenUrgent => self.link.to_destination[1].send(Source::hello(42, Channel::Urgent), Vec::new()),
+            source::Action::Disconnect(_) => self.source_disconnects(),
+            source::Action::OpenUrgent => self.source_opens_urgent(),
             source::Action::StartTracking => {
-                let touched = source.ram.start_log();
-                source.inputs.push_back(source::Input::Harvested(touched));
+                let touched = self.source.ram.start_log();
+                self.source.engine.handle(source::Input::Harvested(touched), self.now);
             }
-            source::Action::Harvest => source.inputs.push_back(source::Input::Harvested(source.ram.harvest())),
-            source::Action::Stop => source.stopping = true,
+            source::Action::Harvest => {
+                let dirty = self.source.ram.harvest();
+                self.source.engine.handle(source::Input::Harvested(dirty), self.now);
+            }
+            source::Action::Stop => self.source.stopping = true,
             source::Action::Resume => {
-                assert_eq!(source.right, Right::Paused, "resumed a guest that does not stand still here");
-                source.right = Right::Running;
+                assert_eq!(self.source.right, Right::Paused, "resumed a guest that does not stand still here");
+                self.source.right = Right::Running;
             }
-            source::Action::GiveUp => {
-                assert_eq!(source.right, Right::Paused);
-                source.right = Right::GivenUp;
-            }
+            source::Action::GiveUp => self.source_gives_up(),
             source::Action::End(outcome) => {
-                source.outcome = Some(*outcome);
-                for channel in CHANNELS {
-                    let pipe = &mut self.link.to_destination[index(channel)];
-                    pipe.cut(usize::MAX);
+                if matches!(*outcome, source::Outcome::Completed(_)) && !self.destination.whole {
+                    return Err("the source says it is done, and the destination is not".into());
                 }
+                self.source_begins_to_end(outcome);
             }
+        }
+        Ok(())
+    }
+
+    /// Whatever has come after READY is a reason not to pass the commit point.
+    fn source_gives_up(&mut self) {
+        assert_eq!(self.source.right, Right::Paused);
+        if self.fails(Fault::GiveUpFails) {
+            let reason = "a disk cannot be flushed".into();
+            self.source.engine.handle(source::Input::GiveUpFailed(reason), self.now);
+        } else if let Some(hindrance) = self.source.inputs.pop_front() {
+            self.source.engine.handle(source::Input::GiveUpFailed(format!("{hindrance:?}")), self.now);
+        } else {
+            self.source.right = Right::GivenUp;
         }
     }
 
     fn source_stopped(&mut self) {
         self.source.stopping = false;
+        self.source.right = Right::Paused;
         if self.fails(Fault::StopFails) {
-            self.source.right = Right::Paused;
-            self.source.inputs.push_back(source::Input::StopFailed("the guest cannot be saved".into()));
+            self.source.engine.handle(source::Input::StopFailed("the guest cannot be saved".into()), self.now);
             return;
         }
-        self.source.right = Right::Paused;
+        self.source.left = Some((self.truth.clone(), self.bits.clone()));
         let info = |name: &str, enabled| BitmapInfo { disk: "root".into(), name: name.into(), granularity: 65536, bits: BITS, enabled };
         let bitmaps = vec![info("last-week", false), info("backup", true)];
         let dirty = self.source.ram.harvest();
         let stopped = Stopped { machine: vec![7; 100], dirty, bitmaps, stop_us: 1, device_state_us: 1, last_sync_us: 1 };
-        self.source.inputs.push_back(source::Input::Stopped(stopped));
+        self.source.engine.handle(source::Input::Stopped(stopped), self.now);
     }
 
     fn source_sends(&mut self, bulk: Bulk) -> Result<(), String> {
@@ -135,11 +156,15 @@ impl World {
                 if self.source.right == Right::Running && self.choices.chance(20) {
                     self.guest_step()?;
                 }
-                let sent = self.send_pages(0, run);
+                let sent = self.source_sends_pages(run);
                 self.source.engine.sent(sent);
             }
             Bulk::Bitmap { index: bitmap, first, count } => {
-                let bits = if bitmap == DISABLED { disabled_bits() } else { self.bits_at_stop() };
+                let bits = match (&self.source.left, bitmap) {
+                    (_, DISABLED) => disabled_bits(),
+                    (Some((_, bits)), _) => bits.clone(),
+                    (None, _) => return Err("bits are sent of a guest that runs".into()),
+                };
                 let words: Vec<u64> = (first..first + count)
                     .map(|word| bits.range(word * 64..word * 64 + 64).fold(0, |bits, bit| bits | 1 << (bit % 64)))
                     .collect();
@@ -149,58 +174,27 @@ impl World {
                     Frame::Bitmap { index: bitmap, first, zero: 0, words }
                 };
                 self.source.engine.sent_bitmap(100);
-                self.link.to_destination[0].send(frame, Vec::new());
+                self.source_says(frame, Vec::new());
             }
         }
         Ok(())
     }
 
-    /// The source's bits do not change after the stop; what the successor has is newer.
-    fn bits_at_stop(&self) -> BTreeSet<u64> {
-        self.bits.difference(&self.destination.bitmap.successor).copied().collect()
-    }
-
-    fn send_pages(&mut self, channel: usize, run: PageRun) -> Sent {
+    fn source_sends_pages(&mut self, run: PageRun) -> Sent {
         let mut sent = Sent { busy: Duration::from_micros(run.count * 2), ..Sent::default() };
         for page in run.pages() {
             let version = self.source.ram.read(page);
             let single = PageRun::single(page);
-            if version == 0 && channel == 0 {
-                self.link.to_destination[channel].send(Frame::Zero(vec![single]), Vec::new());
+            if version == 0 {
+                self.source_says(Frame::Zero(vec![single]), Vec::new());
                 sent.zero += 1;
                 sent.bytes += 20;
             } else {
-                self.link.to_destination[channel].pages(single, vec![version]);
+                self.source_says(Frame::Pages(single), vec![version]);
                 sent.normal += 1;
                 sent.bytes += 4112;
             }
         }
         sent
-    }
-
-    pub(super) fn source_reads(&mut self, channel: Channel) {
-        let pipe = &mut self.link.to_source[index(channel)];
-        if !self.source.alive || !pipe.is_ready() {
-            return;
-        }
-        match (pipe.receive(), channel) {
-            (None, _) => {
-                pipe.end_seen = true;
-                self.source.inputs.push_back(source::Input::Lost(channel, "cut".into()));
-            }
-            (Some(message), Channel::Main) => self.source.inputs.push_back(source::Input::Frame(message.frame)),
-            (Some(message), Channel::Urgent) => {
-                let Frame::Request(run) = message.frame else { panic!("not a request: {:?}", message.frame) };
-                if self.source.outcome.is_none() {
-                    match self.source.engine.request(run) {
-                        Ok(()) => {
-                            let sent = self.send_pages(1, run);
-                            self.source.engine.sent_urgent(sent);
-                        }
-                        Err(reason) => self.source.inputs.push_back(source::Input::Failed(reason)),
-                    }
-                }
-            }
-        }
     }
 }

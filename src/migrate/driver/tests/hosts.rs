@@ -56,6 +56,7 @@ pub struct SourceHost {
 
 pub enum SourceEvent {
     Changed(Status),
+    Paused(String),
     Ended(Box<source::Outcome>, Option<Vm<Moved>>),
 }
 
@@ -82,8 +83,20 @@ impl SourceHost {
         loop {
             match self.seen.recv_deadline(deadline).expect("the source says nothing any more") {
                 SourceEvent::Changed(status) if status == wanted => return,
-                SourceEvent::Changed(_) => {}
+                SourceEvent::Changed(_) | SourceEvent::Paused(_) => {}
                 SourceEvent::Ended(outcome, _) => panic!("ended early: {outcome:?}"),
+            }
+        }
+    }
+
+    /// Waits until the link is lost after the commit; returns what a person is told.
+    pub fn paused(&self) -> String {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            match self.seen.recv_deadline(deadline).expect("the source does not pause") {
+                SourceEvent::Paused(text) => return text,
+                SourceEvent::Changed(_) => {}
+                SourceEvent::Ended(outcome, _) => panic!("ended instead of waiting for a new link: {outcome:?}"),
             }
         }
     }
@@ -140,6 +153,10 @@ impl SourceOwner for SourceHost {
         let _ = self.events.send(SourceEvent::Changed(status));
     }
 
+    fn paused(&self, text: String) {
+        let _ = self.events.send(SourceEvent::Paused(text));
+    }
+
     fn ended(&self, outcome: source::Outcome, moved: Option<Vm<Moved>>) {
         let _ = self.events.send(SourceEvent::Ended(Box::new(outcome), moved));
     }
@@ -158,6 +175,7 @@ pub struct DestinationHost {
 #[derive(Debug)]
 pub enum DestinationEvent {
     Runs,
+    Paused(String),
     LostPage(String),
     Ended(destination::Outcome),
 }
@@ -183,6 +201,14 @@ impl DestinationHost {
 
     pub fn next(&self) -> DestinationEvent {
         self.seen.recv_timeout(LIMIT).expect("the destination says nothing any more")
+    }
+
+    /// Waits until the link is lost; returns why.
+    pub fn paused(&self) -> String {
+        match self.next() {
+            DestinationEvent::Paused(reason) => reason,
+            other => panic!("{other:?} instead of a lost link"),
+        }
     }
 
     pub fn outcome(&self) -> destination::Outcome {
@@ -237,6 +263,10 @@ impl DestinationOwner for DestinationHost {
     }
 
     fn changed(&self, _status: Status) {}
+
+    fn paused(&self, reason: String) {
+        let _ = self.events.send(DestinationEvent::Paused(reason));
+    }
 
     fn waits_for_lost_page(&self, text: String) {
         let _ = self.events.send(DestinationEvent::LostPage(text));

@@ -1,0 +1,121 @@
+//! What goes wrong by the plan: cuts, deaths, failures.
+
+use std::time::Duration;
+
+use ferry::migrate::wire::{Channel, Kind};
+use ferry::migrate::{destination, source};
+
+use super::World;
+use crate::plan::Fault;
+
+/// Longer than any time limit of either engine.
+const TOO_LONG: Duration = Duration::from_secs(61);
+
+impl World {
+    pub(super) fn disturb(&mut self) {
+        let step = self.step;
+        let due: Vec<Fault> = self.plan.faults.iter().filter(|(at, _)| *at <= step).map(|(_, fault)| *fault).collect();
+        for fault in due {
+            if self.happens(fault) {
+                self.fails(fault);
+            }
+        }
+    }
+
+    /// Lets `fault` happen, if it can now.
+    fn happens(&mut self, fault: Fault) -> bool {
+        match fault {
+            Fault::KillSource => {
+                self.source.alive = false;
+                self.cut_all(true, false);
+            }
+            Fault::KillDestination => {
+                self.destination.alive = false;
+                self.cut_all(false, true);
+            }
+            Fault::CutMain => self.cut_last(Channel::Main),
+            Fault::CutUrgent => self.cut_last(Channel::Urgent),
+            Fault::CutBoth => {
+                self.cut_last(Channel::Main);
+                self.cut_last(Channel::Urgent);
+            }
+            Fault::Cancel => self.cancel(),
+            Fault::StartPostcopy => self.source.engine.handle(source::Input::StartPostcopy, self.now),
+            Fault::PauseSource if self.source.alive && self.source.engine.is_committed() && !self.source.engine.is_over() => {
+                self.source.engine.handle(source::Input::Pause, self.now);
+            }
+            Fault::PauseDestination if self.destination.alive && self.destination.engine.is_committed() => {
+                self.destination.engine.handle(destination::Input::Pause);
+            }
+            Fault::TimePasses => self.now += TOO_LONG,
+            Fault::LoseFrame => return self.connections.iter_mut().any(|connection| connection.to_destination.lose_one()),
+            // These wait for the moment at which they can happen.
+            Fault::PauseSource | Fault::PauseDestination | Fault::Lose(_) => return false,
+            Fault::PrepareFails | Fault::LoadFails | Fault::StopFails | Fault::GiveUpFails => return false,
+        }
+        true
+    }
+
+    /// Whether it is time for `fault`; it happens once.
+    pub(super) fn fails(&mut self, fault: Fault) -> bool {
+        let due = self.plan.faults.iter().position(|(at, planned)| *planned == fault && *at <= self.step);
+        if let Some(due) = due {
+            self.say(format!("{fault:?}"));
+            self.plan.faults.remove(due);
+        }
+        due.is_some()
+    }
+
+    /// Cuts `connection` if it is time for a frame of this kind to be lost.
+    pub(super) fn may_lose(&mut self, connection: usize, kind: Kind) {
+        if self.fails(Fault::Lose(kind)) {
+            self.cut(connection);
+        }
+    }
+
+    /// Cuts both directions of a connection; some of what is under way may still arrive. Either side may know at once, or late.
+    pub(super) fn cut(&mut self, connection: usize) {
+        let cut = [(); 2].map(|()| {
+            let keep = [0, 1, 4, usize::MAX][self.choices.below(4) as usize];
+            let late = [0, 0, 100, 3000][self.choices.below(4) as usize];
+            (keep, self.step + self.choices.below(late + 1))
+        });
+        let connection = &mut self.connections[connection];
+        connection.to_destination.cut(cut[0].0, cut[0].1);
+        connection.to_source.cut(cut[1].0, cut[1].1);
+    }
+
+    fn cut_last(&mut self, channel: Channel) {
+        if let Some(last) = self.connections.iter().rposition(|connection| connection.channel == channel) {
+            self.cut(last);
+        }
+    }
+
+    /// Whoever dies leaves the other the end of all connections, which come at once where its kernel lives on.
+    fn cut_all(&mut self, to_destination: bool, to_source: bool) {
+        for index in 0..self.connections.len() {
+            let (keep, noticed) = (self.choices.below(4) as usize, self.step + self.choices.below(100));
+            let connection = &mut self.connections[index];
+            if to_destination {
+                connection.to_destination.cut(keep, noticed);
+            }
+            if to_source {
+                connection.to_source.cut(keep, noticed);
+            }
+        }
+    }
+
+    fn cancel(&mut self) {
+        if !self.source.alive || self.source.engine.is_committed() {
+            return;
+        }
+        self.source.engine.handle(source::Input::Cancel, self.now);
+        // A blocked send is cut in the middle of a frame: nothing can follow it.
+        if let Some(main) = self.source.main
+            && self.choices.chance(30)
+        {
+            self.connections[main].to_destination.cut(usize::MAX, u64::MAX);
+            self.source.main = None;
+        }
+    }
+}

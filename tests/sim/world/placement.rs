@@ -1,0 +1,112 @@
+//! Page faults at the destination, and pages that are placed where the guest may wait for them.
+
+use ferry::memory::{PageNumber, PageRun};
+use ferry::migrate::destination::Input;
+use ferry::migrate::pages::FaultAnswer;
+use ferry::migrate::wire::Frame;
+
+use super::{Right, World};
+use crate::memory::Version;
+
+/// Pages that a reader has read.
+pub(super) struct Placing {
+    /// The connection.
+    pub(super) reader: usize,
+    pub(super) run: PageRun,
+    /// Until they are placed; then it is still to be reported.
+    pub(super) contents: Option<Vec<Version>>,
+}
+
+impl World {
+    /// The fault server and the second half of placements, each one step of its own thread.
+    pub(super) fn destination_serves(&mut self) -> Result<(), String> {
+        if !self.destination.alive {
+            return Ok(());
+        }
+        if self.choices.chance(50) {
+            return self.serve_fault();
+        }
+        if self.destination.placing.is_empty() {
+            return Ok(());
+        }
+        let chosen = self.choices.below(self.destination.placing.len() as u64) as usize;
+        let Placing { run, contents, .. } = &mut self.destination.placing[chosen];
+        let run = *run;
+        // First the contents, then the account of it; other threads may run in between.
+        match contents.take() {
+            None => {
+                self.destination.placing.remove(chosen);
+                self.destination.engine.placed(run, self.now);
+            }
+            Some(contents) => {
+                for (page, version) in run.pages().zip(contents) {
+                    self.place_from_source(page, version)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn serve_fault(&mut self) -> Result<(), String> {
+        let destination = &mut self.destination;
+        if !destination.userfault {
+            return Ok(());
+        }
+        if let Some(urgent) = destination.next_urgent.take() {
+            destination.urgent = Some(urgent);
+            for run in destination.engine.renew_requests() {
+                self.request(run);
+            }
+            return Ok(());
+        }
+        let Some(page) = destination.faults.pop_front() else { return Ok(()) };
+        match destination.engine.fault(page, self.now) {
+            FaultAnswer::Wait => {}
+            // Its owner is told; the next urgent connection makes up for it.
+            FaultAnswer::Request(_) if destination.engine.is_paused() => {}
+            FaultAnswer::Request(run) => self.request(run),
+            FaultAnswer::Zero(run) => run.pages().for_each(|page| self.place(page, 0)),
+        }
+        Ok(())
+    }
+
+    fn request(&mut self, run: PageRun) {
+        let Some((link, index)) = self.destination.urgent else { return };
+        if self.destination.interrupted.contains(&link) {
+            self.destination.urgent = None;
+            let input = Input::Lost(link, ferry::migrate::wire::Channel::Urgent, "interrupted".into());
+            return self.destination.engine.handle(input);
+        }
+        self.connections[index].to_source.send(Frame::Request(run), Vec::new());
+    }
+
+    /// A page as the source has sent it: nothing but what the guest left there.
+    pub(super) fn place_from_source(&mut self, page: PageNumber, version: Version) -> Result<(), String> {
+        let left = self.source.left.as_ref().map(|(pages, _)| pages[page.0 as usize]);
+        if left != Some(version) {
+            return Err(format!("{page} is to be placed in version {version}, but the guest left {left:?}"));
+        }
+        self.place(page, version);
+        Ok(())
+    }
+
+    /// UFFDIO_COPY and UFFDIO_ZEROPAGE: a page that is there stays; whoever waits for it wakes.
+    fn place(&mut self, page: PageNumber, version: Version) {
+        if self.destination.userfault && !self.destination.ram.is_populated(page) {
+            self.destination.ram.place(page, version);
+        }
+        if self.destination.blocked == Some(page) {
+            self.destination.blocked = None;
+        }
+    }
+
+    /// All is here: the watch over memory ends, and whoever waits looks again.
+    pub(super) fn end_watch(&mut self) -> Result<(), String> {
+        assert_eq!(self.destination.right, Right::Running);
+        self.destination.userfault = false;
+        self.destination.blocked = None;
+        self.destination.faults.clear();
+        self.destination.whole = true;
+        self.check_whole("destination, when it is complete,")
+    }
+}

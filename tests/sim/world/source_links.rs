@@ -1,0 +1,147 @@
+//! The source's connections, one pair after the other, and their readers.
+
+use std::time::Duration;
+
+use ferry::migrate::source::{self, Sent, Source};
+use ferry::migrate::wire::{Channel, Frame};
+
+use super::World;
+use crate::link::Connection;
+use crate::memory::Version;
+
+/// Inputs that readers may be ahead by.
+const INPUTS: usize = 16;
+/// Steps for which the end of the destination's words is waited for.
+const CLOSE_STEPS: u64 = 2000;
+
+impl World {
+    fn connect(&mut self, channel: Channel) -> Option<usize> {
+        if !self.is_listening() {
+            let reason = "connection refused".into();
+            self.source.engine.handle(source::Input::Failed(reason), self.now);
+            return None;
+        }
+        self.connections.push(Connection::new(channel));
+        Some(self.connections.len() - 1)
+    }
+
+    pub(super) fn source_opens_main(&mut self) {
+        self.source.main = self.connect(Channel::Main);
+        self.source.main_reader = self.source.main;
+    }
+
+    pub(super) fn source_opens_urgent(&mut self) {
+        self.source.urgent = self.connect(Channel::Urgent);
+        if let Some(urgent) = self.source.urgent {
+            self.connections[urgent].to_destination.send(Source::hello(42, Channel::Urgent), Vec::new());
+        }
+    }
+
+    /// Sends on the main connection, if there is one.
+    pub(super) fn source_says(&mut self, frame: Frame, contents: Vec<Version>) {
+        let Some(main) = self.source.main else { return };
+        self.may_lose(main, frame.kind());
+        self.connections[main].to_destination.send(frame, contents);
+    }
+
+    /// Closes both connections; what their readers have reported is heard no more.
+    pub(super) fn source_disconnects(&mut self) {
+        self.source.inputs.clear();
+        self.source.main = None;
+        for connection in [self.source.main_reader.take(), self.source.urgent.take()].into_iter().flatten() {
+            self.source_closes(connection);
+        }
+    }
+
+    /// What is under way may be destroyed if something from the destination was not read.
+    fn source_closes(&mut self, connection: usize) {
+        let keep = [usize::MAX, 0, 2][self.choices.below(3) as usize];
+        self.connections[connection].to_destination.cut(keep, self.step);
+        self.connections[connection].to_source.cut(0, u64::MAX);
+    }
+
+    pub(super) fn source_reads_main(&mut self) {
+        let Some(main) = self.source.main_reader.filter(|_| self.source.alive) else { return };
+        let pipe = &mut self.connections[main].to_source;
+        if self.source.inputs.len() >= INPUTS || !pipe.is_ready(self.step) {
+            return;
+        }
+        let input = match pipe.receive() {
+            Some(message) => source::Input::Frame(message.frame),
+            None => {
+                self.source.main_reader = None;
+                source::Input::Lost(Channel::Main, "cut".into())
+            }
+        };
+        self.source.inputs.push_back(input);
+    }
+
+    /// Answers one request from the urgent connection, whose end ends its thread and closes it.
+    pub(super) fn source_serves_requests(&mut self) {
+        let Some(urgent) = self.source.urgent.filter(|_| self.source.alive) else { return };
+        let pipe = &mut self.connections[urgent].to_source;
+        if !pipe.is_ready(self.step) {
+            return;
+        }
+        let input = match pipe.receive().map(|message| message.frame) {
+            Some(Frame::Request(run)) => match self.source.engine.request(run) {
+                Ok(()) => {
+                    let contents = run.pages().map(|page| self.source.ram.read(page)).collect();
+                    self.connections[urgent].to_destination.pages(run, contents);
+                    let busy = Duration::from_micros(run.count * 2);
+                    return self.source.engine.sent_urgent(Sent { normal: run.count, zero: 0, bytes: run.bytes(), busy });
+                }
+                Err(reason) => source::Input::Failed(reason),
+            },
+            Some(frame) => source::Input::Lost(Channel::Urgent, format!("{frame:?} does not belong here")),
+            None => source::Input::Lost(Channel::Urgent, "cut".into()),
+        };
+        self.source.urgent = None;
+        self.source_closes(urgent);
+        self.source.inputs.push_back(input);
+    }
+
+    /// Says that nothing follows, and waits for the destination's end.
+    pub(super) fn source_begins_to_end(&mut self, outcome: Box<source::Outcome>) {
+        let until = match self.source.main.take() {
+            Some(main) if self.source.main_reader.is_some() => {
+                self.connections[main].to_destination.close();
+                self.step + CLOSE_STEPS
+            }
+            _ => self.step,
+        };
+        self.source.ending = Some((outcome, until));
+    }
+
+    pub(super) fn source_ends(&mut self) {
+        self.source.inputs.clear();
+        let Some((outcome, until)) = self.source.ending.take() else { return };
+        if self.source.main_reader.is_some() && self.step < until {
+            self.source.ending = Some((outcome, until));
+            return;
+        }
+        // A connection that was at its end before the last words could be said heard nothing.
+        let heard = self.source.main_reader.is_none() && self.step < until;
+        self.source_disconnects();
+        if self.source.engine.may_be_waited_for() && !heard {
+            self.settle();
+        }
+        self.source.outcome = Some(*outcome);
+    }
+
+    /// Tells a destination that may have said READY that the guest was not given up, if it can be reached.
+    fn settle(&mut self) {
+        if !self.is_listening() || self.choices.chance(15) {
+            return self.say("source: cannot settle");
+        }
+        self.say("source: settles");
+        let mut connection = Connection::new(Channel::Main);
+        connection.to_destination.send(Source::hello(42, Channel::Main), Vec::new());
+        connection.to_destination.send(Frame::Abort("the guest goes on at the source".into()), Vec::new());
+        connection.to_destination.close();
+        if self.choices.chance(15) {
+            connection.to_destination.cut(1, self.step);
+        }
+        self.connections.push(connection);
+    }
+}
