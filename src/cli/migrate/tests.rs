@@ -9,7 +9,7 @@ fn event(value: Value) -> Map<String, Value> {
 #[test]
 fn only_a_final_status_ends_the_following() {
     let mut last_seen = Status::None;
-    for status in ["setup", "active", "device", "postcopy-active", "postcopy-paused", "cancelling"] {
+    for status in ["setup", "active", "device", "postcopy-active", "postcopy-recover", "cancelling"] {
         let event = event(json!({ "event": "MIGRATION", "data": { "status": status } }));
         assert!(end_in_event(&event, &mut last_seen).is_none(), "{status}");
     }
@@ -20,6 +20,13 @@ fn only_a_final_status_ends_the_following() {
         end_in_event(&event(json!({ "event": "MIGRATION", "data": { "status": "failed", "report": report } })), &mut last_seen).unwrap();
     assert_eq!((end.status, end.report.is_some()), (Status::Failed, true));
     assert_eq!(end.into_result().unwrap_err().to_string(), "why");
+}
+
+#[test]
+fn a_pause_ends_the_following_and_says_how_to_go_on() {
+    let event = event(json!({ "event": "MIGRATION", "data": { "status": "postcopy-paused" } }));
+    let end = end_in_event(&event, &mut Status::PostcopyActive).unwrap();
+    assert!(end.into_result().unwrap_err().to_string().contains("`ferry recover`"));
 }
 
 #[test]
