@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use ferry::memory::{PageRun, PageSet};
 use ferry::migrate::bitmaps::IncomingBitmaps;
-use ferry::migrate::report::Mode;
+use ferry::migrate::report::{Mode, Status};
 use ferry::migrate::source::{Action, Bulk, Config, Input, Outcome, Poll, Sent, Source, Stopped};
-use ferry::migrate::wire::{BitmapInfo, Channel, Frame};
+use ferry::migrate::wire::{BitmapInfo, BitmapPlace, Channel, Frame};
 
 use super::allocation::{proportionate, within};
 use super::session::{Step, steps};
@@ -38,7 +38,15 @@ impl Host {
     fn live(&mut self, data: &[u8]) {
         for step in steps(data) {
             match step {
-                Step::Frame(Channel::Main, frame) => self.engine.handle(Input::Frame(frame), self.now),
+                Step::Frame(Channel::Main, frame) => {
+                    let was_recovering = self.is_recovering();
+                    self.engine.handle(Input::Frame(frame.clone()), self.now);
+                    if let (Frame::Holding(holding), true, false) = (frame, was_recovering, self.is_recovering())
+                        && !self.engine.is_paused()
+                    {
+                        self.bitmaps = bitmaps_until(holding.bitmaps);
+                    }
+                }
                 Step::Frame(Channel::Urgent, Frame::Request(run)) => match self.engine.request(run) {
                     Ok(()) => self.engine.sent_urgent(sent(run)),
                     Err(reason) => self.engine.handle(Input::Lost(Channel::Urgent, reason), self.now),
@@ -66,6 +74,10 @@ impl Host {
         }
         self.poll(100_000);
         assert!(matches!(self.engine.poll(self.now), Poll::Wait(_)), "it never waits");
+    }
+
+    fn is_recovering(&self) -> bool {
+        self.engine.progress(self.now).status == Status::PostcopyRecover
     }
 
     fn poll(&mut self, times: usize) {
@@ -107,10 +119,8 @@ impl Host {
             Action::Harvest => self.engine.handle(Input::Harvested(some_pages()), self.now),
             Action::Stop => {
                 self.stopped = true;
-                let bitmap = |name: &str| BitmapInfo { disk: "root".into(), name: name.into(), granularity: 512, bits: 999, enabled: true };
-                let bitmaps = vec![bitmap("a"), bitmap("b")];
-                let stopped =
-                    Stopped { machine: vec![2; 10], dirty: some_pages(), bitmaps, stop_us: 1, device_state_us: 1, last_sync_us: 1 };
+                let (dirty, bitmaps) = (some_pages(), bitmaps());
+                let stopped = Stopped { machine: vec![2; 10], dirty, bitmaps, stop_us: 1, device_state_us: 1, last_sync_us: 1 };
                 self.engine.handle(Input::Stopped(stopped), self.now);
             }
             Action::Resume => {
@@ -128,6 +138,25 @@ impl Host {
             }
         }
     }
+}
+
+fn bitmaps() -> Vec<BitmapInfo> {
+    let bitmap = |name: &str| BitmapInfo { disk: "root".into(), name: name.into(), granularity: 512, bits: 999, enabled: true };
+    vec![bitmap("a"), bitmap("b")]
+}
+
+/// The account of a destination to which everything before `place` has come.
+fn bitmaps_until(place: BitmapPlace) -> IncomingBitmaps {
+    let infos = bitmaps();
+    let mut account = IncomingBitmaps::new(&infos);
+    for (index, info) in (0..place.index).zip(&infos) {
+        account.words(index, 0, info.words()).expect("words in order");
+        account.complete(index).expect("all its words");
+    }
+    if place.words > 0 {
+        account.words(place.index, 0, place.words).expect("no more words than there are");
+    }
+    account
 }
 
 fn some_pages() -> PageSet {
