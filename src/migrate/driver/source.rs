@@ -130,6 +130,9 @@ impl SourceMigration {
         if engine.is_over() {
             return Err("the migration is over".into());
         }
+        if engine.is_committed() {
+            return Err("the guest belongs to the destination already".into());
+        }
         engine.handle(Input::StartPostcopy, self.shared.now());
         drop(engine);
         self.shared.wake();
