@@ -258,6 +258,8 @@ impl Destination {
             (Input::Warning(warning), _) => self.warnings.push(warning),
             (Input::Failed(reason), _) => self.fail(&reason),
             (Input::Lost(_, _, reason), _) => self.fail(&format!("the connection to the source was lost: {reason}")),
+            // The source may have given the guest up just now: it says whether it has, or the link is lost and a person finds out.
+            (Input::GiveUp(reason), State::Ready) if self.lost.is_none() => self.send(Channel::Main, Frame::Abort(reason)),
             (Input::GiveUp(reason), _) if !self.is_committed() => {
                 self.actions.clear();
                 self.send(Channel::Main, Frame::Abort(reason.clone()));
@@ -484,7 +486,8 @@ impl Destination {
         self.lost = Some(reason.into());
         self.urgent = false;
         self.end_received = false;
-        self.actions.retain(|action| !matches!(action, Action::Send(..) | Action::Reconnect(_)));
+        // A connection that was not taken up yet must be, to be closed.
+        self.actions.retain(|action| !matches!(action, Action::Send(..)));
         self.actions.push_back(Action::Disconnect(reason.into()));
     }
 

@@ -191,6 +191,10 @@ impl Source {
         self.state == State::Paused
     }
 
+    fn is_disconnecting(&self) -> bool {
+        self.actions.iter().any(|action| matches!(action, Action::Disconnect(_)))
+    }
+
     /// Whether the destination may have said READY without hearing that the guest was not given up: it waits for a word.
     pub fn may_be_waited_for(&self) -> bool {
         self.package_sent && !self.given_up
@@ -249,6 +253,8 @@ impl Source {
         match (input, self.state) {
             (Input::ResumeFailed(reason), _) => self.on_resume_failed(&reason, now),
             (_, State::Ended) => {}
+            // Of the link that is about to be closed; a person may already have asked for another one.
+            (Input::Frame(_) | Input::Lost(..) | Input::Failed(_), _) if self.is_disconnecting() => {}
             (Input::Frame(frame), _) => self.on_frame(frame, now),
             (Input::Harvested(dirty), State::Harvesting) => self.on_harvested(&dirty, now),
             (Input::Stopped(stopped), State::Stopping) => self.on_stopped(stopped, now),

@@ -40,6 +40,8 @@ pub enum Fault {
     StartPostcopy,
     PauseSource,
     PauseDestination,
+    /// A person wants the guest no more at the destination.
+    GiveUpDestination,
     PrepareFails,
     LoadFails,
     StopFails,
@@ -51,13 +53,14 @@ pub enum Fault {
 }
 
 /// What ends or changes a migration.
-const FAULTS: [Fault; 11] = [
+const FAULTS: [Fault; 12] = [
     Fault::KillSource,
     Fault::KillDestination,
     Fault::CutMain,
     Fault::CutUrgent,
     Fault::Cancel,
     Fault::StartPostcopy,
+    Fault::GiveUpDestination,
     Fault::PrepareFails,
     Fault::LoadFails,
     Fault::StopFails,
@@ -66,12 +69,13 @@ const FAULTS: [Fault; 11] = [
 ];
 
 /// What a migration must survive once it is past READY.
-const LOSSES: [Fault; 14] = [
+const LOSSES: [Fault; 15] = [
     Fault::CutMain,
     Fault::CutUrgent,
     Fault::CutBoth,
     Fault::PauseSource,
     Fault::PauseDestination,
+    Fault::GiveUpDestination,
     Fault::Lose(Kind::Ready),
     Fault::Lose(Kind::Commit),
     Fault::Lose(Kind::Running),
@@ -93,6 +97,8 @@ pub struct Plan {
     pub downtime_limit: Duration,
     /// From which step on what happens as soon as it can.
     pub faults: Vec<(u64, Fault)>,
+    /// Those steps are counted from READY.
+    pub from_ready: bool,
     /// One chance in so many steps that a person does what is to be done; nobody is there where it is zero.
     pub patience: u64,
 }
@@ -107,6 +113,7 @@ impl Plan {
             guest_share: [1, 5, 20][choices.below(3) as usize],
             downtime_limit: Duration::from_millis([4, 10, 300][choices.below(3) as usize]),
             faults: Vec::new(),
+            from_ready: false,
             patience: 0,
         }
     }
@@ -120,10 +127,11 @@ impl Plan {
         Plan { faults, patience: 200, ..Self::undisturbed(seed) }
     }
 
-    /// The link is lost, up to six times, while both sides live.
+    /// The link is lost, up to six times, while both sides live; mostly in and after the switch.
     pub fn losses(seed: u64) -> Self {
         let mut choices = Choices(seed ^ 0x1055);
-        let range = [200, 800, 3000][choices.below(3) as usize];
+        let from_ready = choices.chance(80);
+        let range = [1, 30, 200, 2000][choices.below(4) as usize];
         let mut at = choices.below(range);
         let count = 1 + choices.below(6);
         let faults = (0..count).map(|_| {
@@ -134,7 +142,7 @@ impl Plan {
         });
         let faults = faults.collect();
         let patience = [1, 20, 400][choices.below(3) as usize];
-        Plan { faults, patience, ..Self::undisturbed(seed) }
+        Plan { faults, from_ready, patience, ..Self::undisturbed(seed) }
     }
 
     /// Losses, and then a side dies.

@@ -44,6 +44,8 @@ pub struct World {
     now: Duration,
     step: u64,
     plan: Plan,
+    /// The step from which the plan counts, once it has come.
+    plan_begins: Option<u64>,
     /// All that there ever were; the hosts know theirs by the index.
     connections: Vec<Connection>,
     source: SourceHost,
@@ -75,6 +77,7 @@ impl World {
             source: SourceHost::new(plan, ram),
             destination: DestinationHost::new(plan.pages),
             plan: plan.clone(),
+            plan_begins: if plan.from_ready { None } else { Some(0) },
             choices,
             now: Duration::ZERO,
             step: 0,
@@ -94,6 +97,11 @@ impl World {
         self.source.retry(&self.plan);
         self.now = Duration::ZERO;
         self.destination = DestinationHost::new(self.plan.pages);
+    }
+
+    /// How often the two were joined again.
+    pub fn recoveries(&self) -> u32 {
+        self.source.outcome.as_ref().map_or(0, |outcome| outcome.report().recoveries)
     }
 
     pub fn story(&self) -> String {

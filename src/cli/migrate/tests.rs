@@ -7,7 +7,7 @@ fn event(value: Value) -> Map<String, Value> {
 }
 
 #[test]
-fn only_a_final_status_ends_the_following() {
+fn a_final_status_or_a_pause_ends_the_following() {
     let mut last_seen = Status::None;
     for status in ["setup", "active", "device", "postcopy-active", "postcopy-recover", "cancelling"] {
         let event = event(json!({ "event": "MIGRATION", "data": { "status": status } }));
@@ -15,6 +15,8 @@ fn only_a_final_status_ends_the_following() {
     }
     assert_eq!(last_seen, Status::Cancelling);
     assert!(end_in_event(&event(json!({ "event": "STOP" })), &mut last_seen).is_none());
+    let paused = event(json!({ "event": "MIGRATION", "data": { "status": "postcopy-paused" } }));
+    assert_eq!(end_in_event(&paused, &mut last_seen).unwrap().status, Status::PostcopyPaused);
     let report = Report { status: Status::Failed, error: Some("why".into()), ..Default::default() };
     let end =
         end_in_event(&event(json!({ "event": "MIGRATION", "data": { "status": "failed", "report": report } })), &mut last_seen).unwrap();

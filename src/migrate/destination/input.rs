@@ -28,7 +28,8 @@ pub enum Input {
     Warning(String),
     /// A connection is gone.
     Lost(Link, Channel, String),
-    /// A person ends it, for this reason. After the commit the guest is here, and nothing comes of this.
+    /// A person ends it, for this reason. After the commit the guest is here, and nothing comes of this; from READY on, as long as the link
+    /// stands, the source is asked.
     GiveUp(String),
     /// A person breaks the link.
     Pause,

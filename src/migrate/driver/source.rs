@@ -150,7 +150,7 @@ impl SourceMigration {
             return Err("the migration is over".into());
         }
         if engine.is_committed() {
-            return Err("the guest is the destination's already".into());
+            return Err("the guest belongs to the destination already".into());
         }
         engine.handle(Input::StartPostcopy, self.shared.now());
         drop(engine);

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 
 use ferry::memory::PageNumber;
 use ferry::migrate::destination::{self, Action, Destination, Input, Link, Placement};
-use ferry::migrate::wire::{Channel, Frame, Package};
+use ferry::migrate::wire::{Channel, Frame, Kind, Package};
 
 use super::placement::Placing;
 use super::{DISABLED, Right, World, brief, disabled_bits};
@@ -136,6 +136,9 @@ impl World {
         match action {
             Action::Send(channel, frame) => {
                 assert_eq!(channel, Channel::Main);
+                if frame.kind() == Kind::Ready {
+                    self.plan_begins.get_or_insert(self.step);
+                }
                 if let Some(main) = self.destination.main() {
                     self.may_lose(main, frame.kind());
                     self.connections[main].to_source.send(frame, Vec::new());

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use ferry::migrate::report::Status;
 use ferry::migrate::wire::{Channel, Kind};
 use ferry::migrate::{destination, source};
 
@@ -13,13 +14,18 @@ const TOO_LONG: Duration = Duration::from_secs(61);
 
 impl World {
     pub(super) fn disturb(&mut self) {
-        let step = self.step;
+        let Some(step) = self.plan_step() else { return };
         let due: Vec<Fault> = self.plan.faults.iter().filter(|(at, _)| *at <= step).map(|(_, fault)| *fault).collect();
         for fault in due {
             if self.happens(fault) {
                 self.fails(fault);
             }
         }
+    }
+
+    /// This step, as the plan counts.
+    fn plan_step(&self) -> Option<u64> {
+        self.plan_begins.map(|begin| self.step - begin)
     }
 
     /// Lets `fault` happen, if it can now.
@@ -44,13 +50,19 @@ impl World {
             Fault::PauseSource if self.source.alive && self.source.engine.is_committed() && !self.source.engine.is_over() => {
                 self.source.engine.handle(source::Input::Pause, self.now);
             }
-            Fault::PauseDestination if self.destination.alive && self.destination.engine.is_committed() => {
+            Fault::PauseDestination if self.destination.alive && self.destination.engine.status() == Status::PostcopyActive => {
                 self.destination.engine.handle(destination::Input::Pause);
+            }
+            // Before the source is there it would be the end of the destination; without a link only a person who knows both sides may.
+            Fault::GiveUpDestination
+                if self.destination.alive && self.destination.session.is_some() && !self.destination.engine.is_paused() =>
+            {
+                self.destination.engine.handle(destination::Input::GiveUp("nobody wants it here".into()));
             }
             Fault::TimePasses => self.now += TOO_LONG,
             Fault::LoseFrame => return self.connections.iter_mut().any(|connection| connection.to_destination.lose_one()),
             // These wait for the moment at which they can happen.
-            Fault::PauseSource | Fault::PauseDestination | Fault::Lose(_) => return false,
+            Fault::PauseSource | Fault::PauseDestination | Fault::GiveUpDestination | Fault::Lose(_) => return false,
             Fault::PrepareFails | Fault::LoadFails | Fault::StopFails | Fault::GiveUpFails => return false,
         }
         true
@@ -58,7 +70,8 @@ impl World {
 
     /// Whether it is time for `fault`; it happens once.
     pub(super) fn fails(&mut self, fault: Fault) -> bool {
-        let due = self.plan.faults.iter().position(|(at, planned)| *planned == fault && *at <= self.step);
+        let step = self.plan_step();
+        let due = self.plan.faults.iter().position(|(at, planned)| *planned == fault && Some(*at) <= step);
         if let Some(due) = due {
             self.say(format!("{fault:?}"));
             self.plan.faults.remove(due);

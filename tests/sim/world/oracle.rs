@@ -2,7 +2,6 @@
 
 use ferry::memory::PageNumber;
 use ferry::migrate::report::Status;
-use ferry::migrate::source;
 
 use super::{Right, World};
 
@@ -11,6 +10,8 @@ use super::{Right, World};
 pub enum Ending {
     /// The destination runs all of the guest.
     Moved,
+    /// The destination runs all of the guest, without its dirty bitmaps, because the source is dead.
+    MovedWithoutBitmaps,
     /// The source runs all of the guest, and a retry may be made.
     Stayed,
     /// The source died with the guest before the commit.
@@ -45,13 +46,12 @@ impl World {
         if !source_over || !self.is_destination_over() {
             return Ok(None);
         }
-        let completed = matches!(source.outcome, Some(source::Outcome::Completed(_)));
         if destination.alive && destination.whole {
             self.check_whole("destination, at the end,")?;
-            if completed && destination.bitmap.abandoned {
-                return Err("the bitmap was dropped though the source is done".into());
+            if destination.bitmap.abandoned && source.alive {
+                return Err("the bitmap was dropped though the source lives".into());
             }
-            return Ok(Some(Ending::Moved));
+            return Ok(Some(if destination.bitmap.abandoned { Ending::MovedWithoutBitmaps } else { Ending::Moved }));
         }
         match (source.alive, source.right) {
             (true, Right::Running) => {
