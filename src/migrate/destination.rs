@@ -50,7 +50,7 @@ enum State {
 }
 
 /// The destination's state machine.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Destination {
     state: State,
     actions: VecDeque<Action>,
@@ -180,6 +180,12 @@ impl Destination {
         matches!(self.state, State::Starting | State::Running | State::Whole) || self.outcome == Some(Outcome::Completed)
     }
 
+    /// Whether a person may end it: not when the guest is this side's, nor when the source, told that all is ready, may be giving it up
+    /// right now. Once that link is lost only a person can say that the source will not come back.
+    pub fn may_give_up(&self) -> bool {
+        !self.is_committed() && (self.state != State::Ready || self.lost.is_some())
+    }
+
     /// Whether the link is lost, and the source is waited for.
     pub fn is_paused(&self) -> bool {
         self.status() == Status::PostcopyPaused
@@ -255,7 +261,7 @@ impl Destination {
             (Input::Warning(warning), _) => self.warnings.push(warning),
             (Input::Failed(reason), _) => self.fail(&reason),
             (Input::Lost(_, _, reason), _) => self.fail(&format!("the connection to the source was lost: {reason}")),
-            (Input::GiveUp(reason), _) if !self.is_committed() => {
+            (Input::GiveUp(reason), _) if self.may_give_up() => {
                 self.actions.clear();
                 self.send(Channel::Main, Frame::Abort(reason.clone()));
                 self.finish(Outcome::Abandoned(reason));

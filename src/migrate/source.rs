@@ -87,7 +87,7 @@ enum State {
 }
 
 /// The source's state machine.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Source {
     config: Config,
     state: State,
@@ -186,6 +186,15 @@ impl Source {
         self.state == State::Paused
     }
 
+    fn is_disconnecting(&self) -> bool {
+        self.actions.iter().any(|action| matches!(action, Action::Disconnect(_)))
+    }
+
+    /// Whether a person may break the link. Not while the driver is giving the guest up: that may still fail, and then the guest goes on.
+    pub fn may_be_paused(&self) -> bool {
+        self.is_committed() && !self.is_over() && !self.actions.contains(&Action::Send(Frame::Commit))
+    }
+
     /// Whether the destination may have said READY without hearing that the guest was not given up: it waits for a word.
     pub fn may_be_waited_for(&self) -> bool {
         self.package_sent && !self.given_up
@@ -243,6 +252,8 @@ impl Source {
     pub fn handle(&mut self, input: Input, now: Duration) {
         match (input, self.state) {
             (_, State::Ended) => {}
+            // Of a link that is lost already: after a recovery that was quicker than the driver it must not pass for the new one's.
+            (Input::Frame(_) | Input::Lost(..) | Input::Failed(_), _) if self.is_disconnecting() => {}
             (Input::Frame(frame), _) => self.on_frame(frame, now),
             (Input::Harvested(dirty), State::Harvesting) => self.on_harvested(&dirty, now),
             (Input::Stopped(stopped), State::Stopping) => self.on_stopped(stopped, now),
@@ -267,7 +278,7 @@ impl Source {
                 self.send(Self::hello(self.config.session, Channel::Main));
                 self.enter(State::Reconnecting, Some(now + HELLO_TIMEOUT));
             }
-            (Input::Pause, _) if self.is_committed() => self.pause("it was broken on purpose"),
+            (Input::Pause, _) if self.may_be_paused() => self.pause("it was broken on purpose"),
             (Input::Recover | Input::Pause, _) => {}
             (Input::Cancel, _) if self.is_committed() => {}
             (Input::Cancel, _) => self.fail(Failure::Cancelled, now),

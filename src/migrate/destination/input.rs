@@ -28,7 +28,7 @@ pub enum Input {
     Warning(String),
     /// A connection is gone.
     Lost(Link, Channel, String),
-    /// A person ends it, for this reason. After the commit the guest is here, and nothing comes of this.
+    /// A person ends it, for this reason. Nothing comes of this where [`super::Destination::may_give_up`] says no.
     GiveUp(String),
     /// A person breaks the link.
     Pause,

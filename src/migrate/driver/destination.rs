@@ -178,6 +178,9 @@ impl DestinationMigration {
         if engine.is_committed() {
             return Err("the guest is here already".into());
         }
+        if !engine.may_give_up() {
+            return Err("the guest is being handed over at this moment: the source may have given it up".into());
+        }
         let alone = engine.status() == Status::None;
         engine.handle(Input::GiveUp(reason.into()));
         drop(engine);

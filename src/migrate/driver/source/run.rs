@@ -342,7 +342,8 @@ impl Migration {
         while self.is_linked() {
             match self.inputs.recv_deadline(deadline) {
                 Ok(input) => self.take(input),
-                Err(_) => self.shared.handle(Input::Lost(Channel::Main, reason.into())),
+                // If the engine counts on a connection still, it is one that a person has already asked for.
+                Err(_) => return self.shared.handle(Input::Lost(Channel::Main, reason.into())),
             }
         }
     }
