@@ -60,7 +60,9 @@ fn check(mode: Mode, troubles: Troubles, mutation: Option<Mutation>) -> Result<(
         graph.transitions,
         began.elapsed().as_secs_f64(),
     );
-    graph.require(NO_END, |state| state.source.alive && state.destination.alive, is_settled)?;
+    // As long as the person has not despaired.
+    let is_live = |state: &State| state.source.alive && state.destination.alive && state.troubles.recoveries > 0;
+    graph.require(NO_END, is_live, is_settled)?;
     // Before the commit the source needs nobody.
     graph.require(
         LOST,
@@ -79,7 +81,7 @@ fn holds(mode: Mode, troubles: Troubles) {
     }
 }
 
-const NONE: Troubles = Troubles { losses: 0, deaths: 0, echoes: 0, timeouts: 0, cancels: 0, stops: 0 };
+const NONE: Troubles = Troubles { losses: 0, deaths: 0, echoes: 0, timeouts: 0, cancels: 0, stops: 0, recoveries: 3 };
 
 #[test]
 fn one_trouble_of_each_kind() {
@@ -96,6 +98,7 @@ fn one_trouble_of_each_kind() {
 fn troubles_together() {
     holds(Mode::Precopy, Troubles { losses: 1, deaths: 1, cancels: 1, ..NONE });
     holds(Mode::Precopy, Troubles { losses: 1, echoes: 1, ..NONE });
+    holds(Mode::Precopy, Troubles { losses: 2, ..NONE });
     holds(Mode::Postcopy, Troubles { losses: 1, deaths: 1, ..NONE });
 }
 

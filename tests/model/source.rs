@@ -36,7 +36,7 @@ impl World {
             }
         }
         let engine = self.engines.source(source.engine);
-        if engine.is_paused() {
+        if engine.is_paused() && state.troubles.recoveries > 0 {
             steps.push((Step::Recover, true));
         }
         if engine.is_committed() && !engine.is_paused() && !engine.is_over() && state.troubles.losses > 0 {

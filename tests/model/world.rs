@@ -109,6 +109,9 @@ pub struct Troubles {
     pub cancels: u8,
     /// A person at the destination gives up while the link stands.
     pub stops: u8,
+    /// How often a person joins the two again. Each new link can be broken by what is left of the one before, as often as the network
+    /// holds that back, so that without a bound there would be no end to the states.
+    pub recoveries: u8,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -192,7 +195,7 @@ impl World {
                 ending: None,
             },
             connections: Vec::new(),
-            troubles: Troubles { losses: 0, deaths: 0, echoes: 0, timeouts: 0, cancels: 0, stops: 0 },
+            troubles: Troubles { losses: 0, deaths: 0, echoes: 0, timeouts: 0, cancels: 0, stops: 0, recoveries: 0 },
         };
         while state.source.right == Right::Running {
             let step = self.steps(&state).into_iter().next().expect("the migration does not come to the switch");
@@ -259,7 +262,10 @@ impl World {
             Step::DestinationReads(index) => self.destination_reads(state, index),
             Step::DestinationReadsEnd(index) => self.destination_reads_end(state, index),
             Step::GuestTouchesMissingPage => self.destination_asks(state, ToDestination::Fault(PageNumber(0))),
-            Step::Recover => self.tell_source(state, ToSource::Recover),
+            Step::Recover => {
+                state.troubles.recoveries -= 1;
+                self.tell_source(state, ToSource::Recover);
+            }
             Step::StopWaiting => self.tell_destination(state, ToDestination::GiveUp),
             Step::LoseConnection(index) => {
                 state.troubles.losses -= 1;
