@@ -6,7 +6,7 @@ use std::rc::Rc;
 use crate::world::{State, Step, World};
 
 /// More states than this mean that something counts without an end.
-const MAX_STATES: usize = 1_000_000;
+const MAX_STATES: usize = 5_000_000;
 
 /// A state that breaks a property, and how it came to be.
 #[derive(Debug)]
