@@ -50,7 +50,7 @@ enum State {
 }
 
 /// The destination's state machine.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Destination {
     state: State,
     actions: VecDeque<Action>,
@@ -117,13 +117,17 @@ impl Destination {
             (Channel::Main, None) if self.state == State::Ended => Err("this side has given up waiting for a migration".into()),
             (Channel::Main, None) => {
                 self.session = Some(hello.session);
+                self.link = Link(hello.link);
                 self.welcome();
                 self.enter(State::Setup, Some(now + SETUP_TIMEOUT));
                 Ok(self.link)
             }
-            (Channel::Main, Some(session)) if session == hello.session => self.come_back(),
+            (Channel::Main, Some(session)) if session == hello.session && hello.link > self.link.0 => self.come_back(Link(hello.link)),
+            (Channel::Main, Some(session)) if session == hello.session => Err("a newer connection has replaced this one".into()),
             (Channel::Main, Some(_)) => Err("another migration to here is under way".into()),
-            (Channel::Urgent, Some(session)) if session == hello.session && !self.urgent && self.lost.is_none() => {
+            (Channel::Urgent, Some(session))
+                if session == hello.session && self.link == Link(hello.link) && !self.urgent && self.lost.is_none() =>
+            {
                 self.urgent = true;
                 self.check_prepared();
                 Ok(self.link)
@@ -133,7 +137,7 @@ impl Destination {
     }
 
     /// The source is here on a new link, whether or not the loss of the old one was seen here.
-    fn come_back(&mut self) -> Result<Link, String> {
+    fn come_back(&mut self, link: Link) -> Result<Link, String> {
         if self.state == State::Ended {
             return Err("this migration is over at the destination".into());
         }
@@ -142,7 +146,7 @@ impl Destination {
             return Err("the guest's state had not come when the link was lost".into());
         }
         self.pause("the source has come back on a new one");
-        self.link.0 += 1;
+        self.link = link;
         self.lost = None;
         self.actions.push_back(Action::Reconnect(self.link));
         self.welcome();

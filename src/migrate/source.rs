@@ -90,7 +90,7 @@ enum State {
 }
 
 /// The source's state machine.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Source {
     config: Config,
     state: State,
@@ -104,6 +104,7 @@ pub struct Source {
     postcopy_requested: bool,
     /// The right to run the guest is gone: [`Action::GiveUp`] was handed to the driver.
     given_up: bool,
+    link: u32,
     package_sent: bool,
     /// What ends the migration as soon as the guest, about to be stopped, can be let go on.
     failure: Option<Failure>,
@@ -138,7 +139,7 @@ struct PassMeter {
 impl Source {
     /// A migration that begins now, with a `Hello` to be sent on the main connection.
     pub fn new(config: Config) -> Self {
-        let hello = Self::hello(config.session, Channel::Main);
+        let hello = Self::hello(config.session, 0, Channel::Main);
         let report = Report { mode: config.mode, ..Report::default() };
         Source {
             outgoing: Outgoing::new(config.ram_pages),
@@ -152,6 +153,7 @@ impl Source {
             switch_postcopy: false,
             postcopy_requested: false,
             given_up: false,
+            link: 0,
             package_sent: false,
             failure: None,
             pass: PassMeter::default(),
@@ -167,8 +169,13 @@ impl Source {
     }
 
     /// The first frame on a connection of the migration `session`.
-    pub fn hello(session: u128, channel: Channel) -> Frame {
-        Frame::Hello(Hello { channel, session, program: concat!("ferry ", env!("CARGO_PKG_VERSION")).into() })
+    pub fn hello(session: u128, link: u32, channel: Channel) -> Frame {
+        Frame::Hello(Hello { channel, session, link, program: concat!("ferry ", env!("CARGO_PKG_VERSION")).into() })
+    }
+
+    /// The number of the link that stands, stood last, or is being opened.
+    pub fn link(&self) -> u32 {
+        self.link
     }
 
     /// The pages that the destination does not hold in their last version.
@@ -193,6 +200,11 @@ impl Source {
 
     fn is_disconnecting(&self) -> bool {
         self.actions.iter().any(|action| matches!(action, Action::Disconnect(_)))
+    }
+
+    /// Whether a person may break the link. Not while the driver is giving the guest up: that may still fail, and then the guest goes on.
+    pub fn may_be_paused(&self) -> bool {
+        self.is_committed() && !self.is_over() && !self.actions.contains(&Action::Send(Frame::Commit))
     }
 
     /// Whether the destination may have said READY without hearing that the guest was not given up: it waits for a word.
@@ -278,10 +290,11 @@ impl Source {
             }
             (Input::Recover, State::Paused) => {
                 self.actions.push_back(Action::Connect);
-                self.send(Self::hello(self.config.session, Channel::Main));
+                self.link += 1;
+                self.send(Self::hello(self.config.session, self.link, Channel::Main));
                 self.enter(State::Reconnecting, Some(now + HELLO_TIMEOUT));
             }
-            (Input::Pause, _) if self.is_committed() => self.pause("it was broken on purpose"),
+            (Input::Pause, _) if self.may_be_paused() => self.pause("it was broken on purpose"),
             (Input::Recover | Input::Pause, _) => {}
             (Input::Cancel, _) if self.is_committed() => {}
             (Input::Cancel, _) => self.fail(Failure::Cancelled, now),

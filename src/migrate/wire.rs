@@ -204,6 +204,9 @@ pub struct Hello {
     pub channel: Channel,
     /// Random number that ties the connections of one migration together, also across a recovery.
     pub session: u128,
+    /// Which of the migration's links this connection belongs to, counted from 0: a connection that was held up on its way cannot pass for
+    /// one of a newer link.
+    pub link: u32,
     /// Version of the program, for messages.
     pub program: String,
 }

@@ -47,7 +47,7 @@ fn from_source(postcopy: bool) -> Vec<Frame> {
     let sent = Totals { normal: 4, zero: 3 };
     let bitmaps = vec![bitmap("a"), bitmap("b")];
     let mut frames = vec![
-        Source::hello(7, Channel::Main),
+        Source::hello(7, 0, Channel::Main),
         Frame::Setup { ram_pages: 64, postcopy, machine: vec![1, 2, 3] },
         Frame::Pages(PageRun::new(0, 4)),
         Frame::Zero(vec![PageRun::new(1, 1), PageRun::new(10, 2)]),
@@ -87,7 +87,7 @@ fn destination(postcopy: bool) -> Vec<u8> {
         steps.extend(bytes(frame));
         if index == 0 {
             steps.push(0x80);
-            steps.extend(bytes(&Source::hello(7, Channel::Urgent)));
+            steps.extend(bytes(&Source::hello(7, 0, Channel::Urgent)));
         }
         if *frame == Frame::Commit {
             steps.extend([0x83, 40, 0x83, 50]);
@@ -127,7 +127,7 @@ fn recovery_of_destination() -> Vec<u8> {
         steps.extend(bytes(frame));
         if index == 0 || index == rest {
             steps.push(0x80);
-            steps.extend(bytes(&Source::hello(7, Channel::Urgent)));
+            steps.extend(bytes(&Source::hello(7, 0, Channel::Urgent)));
         }
     }
     steps

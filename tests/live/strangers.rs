@@ -27,7 +27,7 @@ fn is_closed(stream: &mut TcpStream) -> Vec<u8> {
 }
 
 fn hello(channel: Channel) -> Vec<u8> {
-    Frame::Hello(Hello { channel, session: 1, program: "a test".into() }).encode().unwrap()
+    Frame::Hello(Hello { channel, session: 1, link: 0, program: "a test".into() }).encode().unwrap()
 }
 
 #[test]

@@ -8,7 +8,7 @@ const NOW: Duration = Duration::ZERO;
 fn running() -> Destination {
     let mut destination = Destination::new();
     for channel in [Channel::Main, Channel::Urgent] {
-        destination.hello(&Hello { channel, session: 1, program: "a test".into() }, NOW).unwrap();
+        destination.hello(&Hello { channel, session: 1, link: 0, program: "a test".into() }, NOW).unwrap();
     }
     let package =
         Package { sent: Totals::default(), postcopy: true, missing: vec![PageRun::new(0, 16)], bitmaps: Vec::new(), machine: Vec::new() };

@@ -190,7 +190,7 @@ impl SourceMigration {
     /// Breaks the link after the commit, on purpose.
     pub fn pause(&self) -> Result<(), String> {
         let mut engine = self.shared.engine();
-        if !engine.is_committed() || engine.is_over() {
+        if !engine.may_be_paused() {
             return Err("only a postcopy can be paused; a migration before it can be cancelled".into());
         }
         engine.handle(Input::Pause, self.shared.now());

@@ -20,7 +20,12 @@ fn frame() -> impl Strategy<Value = Frame> {
     let package = (totals(), any::<bool>(), prop::collection::vec(run(), 0..20), prop::collection::vec(bitmap, 0..4), bytes())
         .prop_map(|(sent, postcopy, missing, bitmaps, machine)| Package { sent, postcopy, missing, bitmaps, machine });
     prop_oneof![
-        (channel, any::<u128>(), text()).prop_map(|(channel, session, program)| Frame::Hello(Hello { channel, session, program })),
+        (channel, any::<u128>(), any::<u32>(), text()).prop_map(|(channel, session, link, program)| Frame::Hello(Hello {
+            channel,
+            session,
+            link,
+            program
+        })),
         text().prop_map(Frame::Welcome),
         text().prop_map(Frame::Abort),
         (any::<u64>(), any::<bool>(), bytes()).prop_map(|(ram_pages, postcopy, machine)| Frame::Setup { ram_pages, postcopy, machine }),
@@ -87,7 +92,7 @@ proptest! {
 
 #[test]
 fn strangers_and_other_versions_are_told_so() {
-    let hello = Frame::Hello(Hello { channel: Channel::Main, session: 1, program: "ferry".into() }).encode().unwrap();
+    let hello = Frame::Hello(Hello { channel: Channel::Main, session: 1, link: 0, program: "ferry".into() }).encode().unwrap();
     for (at, byte) in [(HEADER_SIZE, b'X'), (HEADER_SIZE + 8, 2), (HEADER_SIZE + 10, 0)] {
         let mut other = hello.clone();
         other[at] = byte;

@@ -32,8 +32,8 @@ impl Host {
     fn live(&mut self, data: &[u8]) {
         for step in steps(data) {
             match step {
-                Step::Frame(channel, Frame::Hello(Hello { channel: said, session, program })) if channel == said => {
-                    if let (Ok(link), Channel::Main) = (self.engine.hello(&Hello { channel, session, program }, self.now), channel) {
+                Step::Frame(channel, Frame::Hello(Hello { channel: said, session, link, program })) if channel == said => {
+                    if let (Ok(link), Channel::Main) = (self.engine.hello(&Hello { channel, session, link, program }, self.now), channel) {
                         self.link = link;
                     }
                 }

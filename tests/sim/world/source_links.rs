@@ -33,7 +33,8 @@ impl World {
     pub(super) fn source_opens_urgent(&mut self) {
         self.source.urgent = self.connect(Channel::Urgent);
         if let Some(urgent) = self.source.urgent {
-            self.connections[urgent].to_destination.send(Source::hello(42, Channel::Urgent), Vec::new());
+            let hello = Source::hello(42, self.source.engine.link(), Channel::Urgent);
+            self.connections[urgent].to_destination.send(hello, Vec::new());
         }
     }
 
@@ -136,7 +137,8 @@ impl World {
         }
         self.say("source: settles");
         let mut connection = Connection::new(Channel::Main);
-        connection.to_destination.send(Source::hello(42, Channel::Main), Vec::new());
+        let link = self.source.engine.link() + 1;
+        connection.to_destination.send(Source::hello(42, link, Channel::Main), Vec::new());
         connection.to_destination.send(Frame::Abort("the guest goes on at the source".into()), Vec::new());
         connection.to_destination.close();
         if self.choices.chance(15) {

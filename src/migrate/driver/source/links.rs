@@ -61,8 +61,9 @@ pub fn settle(shared: &Shared, address: &Address) {
     let Ok(interrupt) = Interrupt::new() else { return };
     let Ok(connection) = connect(address, &interrupt, deadline) else { return };
     let (mut reader, mut writer) = connection.split();
+    let link = shared.engine().link() + 1;
     let words = [
-        Source::hello(shared.session, Channel::Main),
+        Source::hello(shared.session, link, Channel::Main),
         Frame::Abort("the link was lost in the switch; the guest goes on at the source".into()),
     ];
     if words.iter().all(|frame| frames::send(&mut writer, frame, deadline).is_ok()) && writer.finish().is_ok() {

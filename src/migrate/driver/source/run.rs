@@ -229,7 +229,7 @@ impl Migration {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let connection = connect(&address, &self.shared.cancel, Some(deadline)).map_err(|error| error.to_string())?;
         let (reader, mut writer) = connection.interrupted_by(&closing).split();
-        let hello = Source::hello(self.shared.session, Channel::Urgent);
+        let hello = Source::hello(self.shared.session, self.shared.engine().link(), Channel::Urgent);
         frames::send(&mut writer, &hello, Some(deadline)).map_err(|error| format!("urgent connection to {address}: {error}"))?;
         let (shared, io, inputs) = (self.shared.clone(), self.io.clone(), self.input_sender.clone());
         self.spawn("migration-urgent", move || links::serve_requests(&shared, &io, reader, writer, &inputs))
@@ -360,7 +360,8 @@ impl Migration {
         while self.is_linked() {
             match self.inputs.recv_deadline(deadline) {
                 Ok(input) => self.take(input),
-                Err(_) => self.shared.handle(Input::Lost(Channel::Main, reason.into())),
+                // If the engine counts on a connection still, it is one that a person has already asked for.
+                Err(_) => return self.shared.handle(Input::Lost(Channel::Main, reason.into())),
             }
         }
     }
@@ -368,7 +369,9 @@ impl Migration {
     /// Closes the connections so that nothing under way is destroyed, ends the threads and reports.
     fn end(mut self, outcome: Outcome) {
         let mut heard = false;
+        // A destination that had closed the connection before did not hear what was said last.
         if let Some(mut writer) = self.main.take()
+            && !self.main_ended
             && writer.finish().is_ok()
         {
             // What the destination still sends is read away: closing with unread data would reset the connection and destroy our last

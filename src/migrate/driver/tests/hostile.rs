@@ -39,7 +39,7 @@ fn say(address: &Address, bytes: &[u8]) -> Vec<u8> {
 }
 
 fn hello(channel: Channel) -> Vec<u8> {
-    source::Source::hello(99, channel).encode().unwrap()
+    source::Source::hello(99, 0, channel).encode().unwrap()
 }
 
 /// A choice from 0 to `bound`, the same in every run (splitmix64).
