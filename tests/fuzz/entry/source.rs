@@ -6,7 +6,7 @@ use ferry::memory::{PageRun, PageSet};
 use ferry::migrate::bitmaps::IncomingBitmaps;
 use ferry::migrate::report::Mode;
 use ferry::migrate::source::{Action, Bulk, Config, Input, Outcome, Poll, Sent, Source, Stopped};
-use ferry::migrate::wire::{BitmapInfo, Channel, Frame};
+use ferry::migrate::wire::{BitmapInfo, BitmapPlace, Channel, Frame};
 
 use super::allocation::{proportionate, within};
 use super::session::{Step, steps};
@@ -19,7 +19,7 @@ pub fn run(data: &[u8]) {
     let config = Config { mode, downtime_limit: Duration::from_millis(50), ram_pages: PAGES, session: 1, machine: vec![1; 10] };
     let engine = Source::new(config);
     let (now, bitmaps) = (Duration::ZERO, IncomingBitmaps::default());
-    let mut host = Host { engine, now, stopped: false, given_up: false, connected: false, ended: false, bitmaps };
+    let mut host = Host { engine, now, stopped: false, given_up: false, connected: false, ended: false, bitmaps, infos: Vec::new() };
     within(proportionate(data.len()), || host.live(data));
 }
 
@@ -32,12 +32,17 @@ struct Host {
     ended: bool,
     /// How the destination accounts for bitmaps.
     bitmaps: IncomingBitmaps,
+    infos: Vec<BitmapInfo>,
 }
 
 impl Host {
     fn live(&mut self, data: &[u8]) {
         for step in steps(data) {
             match step {
+                Step::Frame(Channel::Main, Frame::Holding(holding)) => {
+                    self.go_to(holding.bitmaps);
+                    self.engine.handle(Input::Frame(Frame::Holding(holding)), self.now);
+                }
                 Step::Frame(Channel::Main, frame) => self.engine.handle(Input::Frame(frame), self.now),
                 Step::Frame(Channel::Urgent, Frame::Request(run)) => match self.engine.request(run) {
                     Ok(()) => self.engine.sent_urgent(sent(run)),
@@ -67,6 +72,15 @@ impl Host {
         assert!(matches!(self.engine.poll(self.now), Poll::Wait(_)), "it never waits");
     }
 
+    /// The bitmaps have come as far as `place`; if there is no such place, the engine pauses and sends no more of them.
+    fn go_to(&mut self, place: BitmapPlace) {
+        self.bitmaps = IncomingBitmaps::new(&self.infos);
+        for (index, info) in (0..place.index).zip(&self.infos) {
+            self.bitmaps.words(index, 0, info.words()).and_then(|()| self.bitmaps.complete(index)).expect("all words");
+        }
+        let _ = self.bitmaps.words(place.index, 0, place.words);
+    }
+
     fn poll(&mut self, times: usize) {
         for _ in 0..times {
             match self.engine.poll(self.now) {
@@ -88,7 +102,10 @@ impl Host {
                 assert!(frame != Frame::Commit || self.given_up, "committed before the guest was given up");
                 assert!(self.connected, "{frame:?} without a connection");
                 match &frame {
-                    Frame::Switchover(package) => self.bitmaps = IncomingBitmaps::new(&package.bitmaps),
+                    Frame::Switchover(package) => {
+                        self.infos.clone_from(&package.bitmaps);
+                        self.bitmaps = IncomingBitmaps::new(&package.bitmaps);
+                    }
                     Frame::BitmapComplete(index) => self.bitmaps.complete(*index).expect("all its words went"),
                     Frame::End => assert!(self.bitmaps.all_complete()),
                     _ => {}
