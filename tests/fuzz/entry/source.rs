@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ferry::memory::{PageRun, PageSet};
 use ferry::migrate::bitmaps::IncomingBitmaps;
-use ferry::migrate::report::{Mode, Status};
+use ferry::migrate::report::Mode;
 use ferry::migrate::source::{Action, Bulk, Config, Input, Outcome, Poll, Sent, Source, Stopped};
 use ferry::migrate::wire::{BitmapInfo, BitmapPlace, Channel, Frame};
 
@@ -19,7 +19,7 @@ pub fn run(data: &[u8]) {
     let config = Config { mode, downtime_limit: Duration::from_millis(50), ram_pages: PAGES, session: 1, machine: vec![1; 10] };
     let engine = Source::new(config);
     let (now, bitmaps) = (Duration::ZERO, IncomingBitmaps::default());
-    let mut host = Host { engine, now, stopped: false, given_up: false, connected: false, ended: false, bitmaps };
+    let mut host = Host { engine, now, stopped: false, given_up: false, connected: false, ended: false, bitmaps, infos: Vec::new() };
     within(proportionate(data.len()), || host.live(data));
 }
 
@@ -32,21 +32,18 @@ struct Host {
     ended: bool,
     /// How the destination accounts for bitmaps.
     bitmaps: IncomingBitmaps,
+    infos: Vec<BitmapInfo>,
 }
 
 impl Host {
     fn live(&mut self, data: &[u8]) {
         for step in steps(data) {
             match step {
-                Step::Frame(Channel::Main, frame) => {
-                    let was_recovering = self.is_recovering();
-                    self.engine.handle(Input::Frame(frame.clone()), self.now);
-                    if let (Frame::Holding(holding), true, false) = (frame, was_recovering, self.is_recovering())
-                        && !self.engine.is_paused()
-                    {
-                        self.bitmaps = bitmaps_until(holding.bitmaps);
-                    }
+                Step::Frame(Channel::Main, Frame::Holding(holding)) => {
+                    self.go_to(holding.bitmaps);
+                    self.engine.handle(Input::Frame(Frame::Holding(holding)), self.now);
                 }
+                Step::Frame(Channel::Main, frame) => self.engine.handle(Input::Frame(frame), self.now),
                 Step::Frame(Channel::Urgent, Frame::Request(run)) => match self.engine.request(run) {
                     Ok(()) => self.engine.sent_urgent(sent(run)),
                     Err(reason) => self.engine.handle(Input::Lost(Channel::Urgent, reason), self.now),
@@ -76,8 +73,13 @@ impl Host {
         assert!(matches!(self.engine.poll(self.now), Poll::Wait(_)), "it never waits");
     }
 
-    fn is_recovering(&self) -> bool {
-        self.engine.progress(self.now).status == Status::PostcopyRecover
+    /// The bitmaps have come as far as `place`; if there is no such place, the engine pauses and sends no more of them.
+    fn go_to(&mut self, place: BitmapPlace) {
+        self.bitmaps = IncomingBitmaps::new(&self.infos);
+        for (index, info) in (0..place.index).zip(&self.infos) {
+            self.bitmaps.words(index, 0, info.words()).and_then(|()| self.bitmaps.complete(index)).expect("all words");
+        }
+        let _ = self.bitmaps.words(place.index, 0, place.words);
     }
 
     fn poll(&mut self, times: usize) {
@@ -101,7 +103,10 @@ impl Host {
                 assert!(frame != Frame::Commit || self.given_up, "committed before the guest was given up");
                 assert!(self.connected, "{frame:?} without a connection");
                 match &frame {
-                    Frame::Switchover(package) => self.bitmaps = IncomingBitmaps::new(&package.bitmaps),
+                    Frame::Switchover(package) => {
+                        self.infos.clone_from(&package.bitmaps);
+                        self.bitmaps = IncomingBitmaps::new(&package.bitmaps);
+                    }
                     Frame::BitmapComplete(index) => self.bitmaps.complete(*index).expect("all its words went"),
                     Frame::End => assert!(self.bitmaps.all_complete()),
                     _ => {}
@@ -119,8 +124,10 @@ impl Host {
             Action::Harvest => self.engine.handle(Input::Harvested(some_pages()), self.now),
             Action::Stop => {
                 self.stopped = true;
-                let (dirty, bitmaps) = (some_pages(), bitmaps());
-                let stopped = Stopped { machine: vec![2; 10], dirty, bitmaps, stop_us: 1, device_state_us: 1, last_sync_us: 1 };
+                let bitmap = |name: &str| BitmapInfo { disk: "root".into(), name: name.into(), granularity: 512, bits: 999, enabled: true };
+                let bitmaps = vec![bitmap("a"), bitmap("b")];
+                let stopped =
+                    Stopped { machine: vec![2; 10], dirty: some_pages(), bitmaps, stop_us: 1, device_state_us: 1, last_sync_us: 1 };
                 self.engine.handle(Input::Stopped(stopped), self.now);
             }
             Action::Resume => {
@@ -138,25 +145,6 @@ impl Host {
             }
         }
     }
-}
-
-fn bitmaps() -> Vec<BitmapInfo> {
-    let bitmap = |name: &str| BitmapInfo { disk: "root".into(), name: name.into(), granularity: 512, bits: 999, enabled: true };
-    vec![bitmap("a"), bitmap("b")]
-}
-
-/// The account of a destination to which everything before `place` has come.
-fn bitmaps_until(place: BitmapPlace) -> IncomingBitmaps {
-    let infos = bitmaps();
-    let mut account = IncomingBitmaps::new(&infos);
-    for (index, info) in (0..place.index).zip(&infos) {
-        account.words(index, 0, info.words()).expect("words in order");
-        account.complete(index).expect("all its words");
-    }
-    if place.words > 0 {
-        account.words(place.index, 0, place.words).expect("no more words than there are");
-    }
-    account
 }
 
 fn some_pages() -> PageSet {

@@ -121,10 +121,8 @@ impl World {
             self.source.ending = Some((outcome, until));
             return;
         }
-        // A connection that was at its end before the last words could be said heard nothing.
-        let heard = self.source.main_reader.is_none() && self.step < until;
         self.source_disconnects();
-        if self.source.engine.may_be_waited_for() && !heard {
+        if self.source.engine.may_be_waited_for() {
             self.settle();
         }
         self.source.outcome = Some(*outcome);

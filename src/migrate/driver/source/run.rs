@@ -368,10 +368,7 @@ impl Migration {
 
     /// Closes the connections so that nothing under way is destroyed, ends the threads and reports.
     fn end(mut self, outcome: Outcome) {
-        let mut heard = false;
-        // A destination that had closed the connection before did not hear what was said last.
         if let Some(mut writer) = self.main.take()
-            && !self.main_ended
             && writer.finish().is_ok()
         {
             // What the destination still sends is read away: closing with unread data would reset the connection and destroy our last
@@ -382,10 +379,10 @@ impl Migration {
             {
                 self.take(input);
             }
-            heard = self.main_ended;
         }
         self.disconnect();
-        if self.shared.engine().may_be_waited_for() && !heard {
+        // Whether it heard why cannot be known; one that did listens no more.
+        if self.shared.engine().may_be_waited_for() {
             links::settle(&self.shared, &self.address());
         }
         let moved = self.guest.end();
