@@ -18,12 +18,13 @@ mod input;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use hdrhistogram::Histogram;
+use rustix::process::Pid;
 
 pub use action::{Action, Outcome, Placement, Poll};
 pub use input::{Input, Link};
 
 use super::bitmaps::IncomingBitmaps;
+use super::blocktime::Blocktime;
 use super::pages::{FaultAnswer, Incoming};
 use super::report::{Faults, Status};
 use super::wire::{Channel, Frame, Hello, Holding, MAX_BITMAP_WORDS, MAX_RUN, Package, Totals};
@@ -72,7 +73,7 @@ pub struct Destination {
     resume_us: u64,
     warnings: Vec<String>,
     faults: Faults,
-    latencies: Option<Histogram<u64>>,
+    blocktime: Blocktime,
     outcome: Option<Outcome>,
 }
 
@@ -104,8 +105,7 @@ impl Destination {
             resume_us: 0,
             warnings: Vec::new(),
             faults: Faults::default(),
-            // One microsecond to ten minutes, two digits.
-            latencies: Histogram::new_with_bounds(1, 600_000_000, 2).ok(),
+            blocktime: Blocktime::default(),
             outcome: None,
         }
     }
@@ -295,11 +295,8 @@ impl Destination {
 
     /// Pages have been placed by userfaultfd.
     pub fn placed(&mut self, run: PageRun, now: Duration) {
-        for latency in self.incoming.placed(run, now) {
-            if let Some(latencies) = &mut self.latencies {
-                latencies.saturating_record(latency.as_micros() as u64);
-            }
-        }
+        let latencies = self.incoming.placed(run, now);
+        self.blocktime.placed(run, &latencies, now);
     }
 
     /// Somebody touched a missing page.
@@ -311,6 +308,30 @@ impl Destination {
             FaultAnswer::Wait => {}
         }
         answer
+    }
+
+    /// Tells, after a fault on `page` that was not answered by [`FaultAnswer::Zero`], which `thread` it is that waits.
+    pub fn blocked(&mut self, thread: Pid, page: PageNumber, now: Duration) {
+        self.blocktime.begin(thread, page, now);
+    }
+
+    /// What to ask for in advance because of that fault, once its own page has been asked for. It may be left out.
+    pub fn prefetch(&mut self, page: PageNumber) -> Vec<PageRun> {
+        if self.lost.is_some() || self.state == State::Ended { Vec::new() } else { self.incoming.prefetch(page) }
+    }
+
+    /// The threads of the vCPUs, that of vCPU 0 first.
+    pub fn set_vcpu_threads(&mut self, threads: &[Pid]) {
+        self.blocktime.set_vcpus(threads);
+    }
+
+    /// The page faults so far, once pages are missing or were.
+    pub fn faults(&self) -> Option<Faults> {
+        let mut faults = self.faults.clone();
+        let (prefetched, used) = self.incoming.prefetched();
+        (faults.prefetched, faults.prefetch_used) = (prefetched, used);
+        self.blocktime.write(&mut faults);
+        self.postcopy.then_some(faults)
     }
 
     /// Pages may come when the host is ready and the urgent connection stands: postcopy must not begin before it.
@@ -450,17 +471,12 @@ impl Destination {
     }
 
     fn complete(&mut self) {
-        if let Some(latencies) = &self.latencies {
-            self.faults.p50_us = latencies.value_at_quantile(0.5);
-            self.faults.p99_us = latencies.value_at_quantile(0.99);
-            self.faults.max_us = latencies.max();
-        }
         self.actions.push_back(Action::Complete);
         self.enter(State::Whole, None);
     }
 
     fn done(&mut self) {
-        self.send(Channel::Main, Frame::Done { faults: self.faults.clone(), warnings: self.warnings.clone() });
+        self.send(Channel::Main, Frame::Done { faults: self.faults().unwrap_or_default(), warnings: self.warnings.clone() });
     }
 
     /// Something went wrong. Before READY that ends the migration, from then on only the link: the source may have given the guest up.

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use super::prefetch::{MAX_AHEAD, Prefetch};
 use crate::memory::{PageNumber, PageRun, PageSet};
 
 /// Pages whose dirty bits are cleared by one call just before the first of them is sent: 16 MiB. Larger chunks make fewer calls; smaller
@@ -76,7 +77,7 @@ impl Outgoing {
 pub enum FaultAnswer {
     /// Ask the source for it.
     Request(PageRun),
-    /// It was asked for before; it will come.
+    /// It was asked for before, perhaps in advance; it will come.
     Wait,
     /// The page is not missing: it is zero and was never sent, or it has been placed since the fault. Place a zero page; where that
     /// finds a page, wake who waits.
@@ -89,12 +90,14 @@ pub struct Incoming {
     missing: PageSet,
     requested: PageSet,
     since: HashMap<PageNumber, Duration>,
+    prefetch: Prefetch,
 }
 
 impl Incoming {
     /// The pages in `missing` are still to come.
     pub fn new(missing: PageSet) -> Self {
-        Incoming { requested: PageSet::empty(missing.universe()), missing, since: HashMap::new() }
+        let pages = missing.universe();
+        Incoming { requested: PageSet::empty(pages), missing, since: HashMap::new(), prefetch: Prefetch::new(pages) }
     }
 
     /// The pages that have not been placed.
@@ -108,11 +111,26 @@ impl Incoming {
         if !self.missing.contains(page) {
             return FaultAnswer::Zero(run);
         }
-        if self.requested.insert(run) == 0 {
-            return FaultAnswer::Wait;
+        self.since.entry(page).or_insert(now);
+        if self.requested.insert(run) == 0 { FaultAnswer::Wait } else { FaultAnswer::Request(run) }
+    }
+
+    /// What to ask for in advance, after a fault on `page` that was answered by [`FaultAnswer::Request`] or [`FaultAnswer::Wait`], and after
+    /// the request for the page itself.
+    pub fn prefetch(&mut self, page: PageNumber) -> Vec<PageRun> {
+        // What was requested and nobody waits for was asked for in advance.
+        let under_way = self.requested.len().saturating_sub(self.since.len() as u64);
+        let can_ask = |page| self.missing.contains(page) && !self.requested.contains(page);
+        let runs = self.prefetch.fault(page, MAX_AHEAD.saturating_sub(under_way), can_ask);
+        for run in &runs {
+            self.requested.insert(*run);
         }
-        self.since.insert(page, now);
-        FaultAnswer::Request(run)
+        runs
+    }
+
+    /// Pages asked for in advance, and how many of them are known to have been touched.
+    pub fn prefetched(&self) -> (u64, u64) {
+        (self.prefetch.proposed(), self.prefetch.used())
     }
 
     /// The pages of `run` have been placed. Only now are they no longer missing: a fault between arrival and placement must not be
@@ -129,6 +147,7 @@ impl Incoming {
     pub fn renew(&mut self) -> Vec<PageRun> {
         let all = PageRun::new(0, self.requested.universe());
         self.requested.remove(all);
+        self.prefetch.forget_open();
         let waiting: Vec<_> = self.waiting().into_iter().map(PageRun::single).collect();
         for run in &waiting {
             self.requested.insert(*run);
