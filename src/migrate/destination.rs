@@ -476,7 +476,7 @@ impl Destination {
     }
 
     fn done(&mut self) {
-        self.send(Channel::Main, Frame::Done { faults: self.faults().unwrap_or_default(), warnings: self.warnings.clone() });
+        self.send(Channel::Main, Frame::Done { faults: Box::new(self.faults().unwrap_or_default()), warnings: self.warnings.clone() });
     }
 
     /// Something went wrong. Before READY that ends the migration, from then on only the link: the source may have given the guest up.

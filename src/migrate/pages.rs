@@ -189,4 +189,56 @@ mod tests {
         }
         assert_eq!(sent, 3 * CLEAR_CHUNK - 100);
     }
+
+    fn incoming(missing: PageRun) -> Incoming {
+        let mut pages = PageSet::empty(4096);
+        pages.insert(missing);
+        Incoming::new(pages)
+    }
+
+    #[test]
+    fn several_faults_are_in_service_at_a_time() {
+        let mut incoming = incoming(PageRun::new(0, 4096));
+        let ms = Duration::from_millis;
+        for page in [5, 1000, 3000] {
+            let page = PageNumber(page);
+            assert_eq!(incoming.fault(page, ms(page.0)), FaultAnswer::Request(PageRun::single(page)));
+            assert_eq!(incoming.fault(page, ms(9999)), FaultAnswer::Wait);
+        }
+        assert_eq!(incoming.waiting(), [5, 1000, 3000].map(PageNumber));
+        assert_eq!(incoming.placed(PageRun::new(1000, 1), ms(1005)), [ms(5)]);
+        assert_eq!(incoming.placed(PageRun::new(0, 4096), ms(3005)), [ms(3000), ms(5)]);
+    }
+
+    #[test]
+    fn who_touches_a_page_that_is_coming_in_advance_waits_for_it() {
+        let mut incoming = incoming(PageRun::new(10, 100));
+        let mut ahead = Vec::new();
+        for page in [10, 11] {
+            incoming.fault(PageNumber(page), Duration::ZERO);
+            ahead.extend(incoming.prefetch(PageNumber(page)));
+        }
+        assert_eq!(ahead, [PageRun::new(12, 4)]);
+        assert_eq!(incoming.waiting(), [10, 11].map(PageNumber), "nobody waits for what comes in advance");
+        assert_eq!(incoming.fault(PageNumber(12), Duration::ZERO), FaultAnswer::Wait);
+        assert_eq!(incoming.waiting().len(), 3);
+        incoming.prefetch(PageNumber(12));
+        assert_eq!(incoming.prefetched().1, 1);
+        // On a new link only what is waited for is asked for.
+        assert_eq!(incoming.renew(), [10, 11, 12].map(|page| PageRun::new(page, 1)));
+        assert_eq!(incoming.fault(PageNumber(14), Duration::ZERO), FaultAnswer::Request(PageRun::new(14, 1)));
+    }
+
+    #[test]
+    fn little_is_on_its_way_in_advance() {
+        let mut incoming = incoming(PageRun::new(0, 4096));
+        let mut ahead = 0;
+        for page in 0..64 {
+            incoming.fault(PageNumber(page), Duration::ZERO);
+            let runs = incoming.prefetch(PageNumber(page));
+            ahead += runs.iter().map(|run| run.count).sum::<u64>();
+            assert!(incoming.requested.len() - incoming.since.len() as u64 <= MAX_AHEAD, "at {page}");
+        }
+        assert!(ahead > MAX_AHEAD, "{ahead}");
+    }
 }
