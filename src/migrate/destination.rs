@@ -13,22 +13,21 @@
 //! and whoever knows the session number may come back on a new one. After COMMIT the guest is ours, whatever happens.
 
 mod action;
+mod faults;
 mod input;
 
 use std::collections::VecDeque;
 use std::time::Duration;
-
-use rustix::process::Pid;
 
 pub use action::{Action, Outcome, Placement, Poll};
 pub use input::{Input, Link};
 
 use super::bitmaps::IncomingBitmaps;
 use super::blocktime::Blocktime;
-use super::pages::{FaultAnswer, Incoming};
+use super::pages::Incoming;
 use super::report::{Faults, Status};
 use super::wire::{Channel, Frame, Hello, Holding, MAX_BITMAP_WORDS, MAX_RUN, Package, Totals};
-use crate::memory::{PageNumber, PageRun, PageSet};
+use crate::memory::{PageRun, PageSet};
 
 /// Longest guest RAM, in pages: what a 48-bit physical address space can hold.
 const MAX_RAM_PAGES: u64 = 1 << 36;
@@ -195,26 +194,6 @@ impl Destination {
         self.link
     }
 
-    /// Pages that have not come yet, in postcopy.
-    pub fn missing(&self) -> &PageSet {
-        self.incoming.missing()
-    }
-
-    /// Pages that somebody in the guest waits for, longest waiting first.
-    pub fn waiting(&self) -> Vec<PageNumber> {
-        self.incoming.waiting()
-    }
-
-    /// Since when the one that has waited longest waits.
-    pub fn waiting_since(&self) -> Option<Duration> {
-        self.incoming.waiting_since()
-    }
-
-    /// What is to be asked for on the urgent connection of a new link: all that somebody waits for.
-    pub fn renew_requests(&mut self) -> Vec<PageRun> {
-        self.incoming.renew()
-    }
-
     /// What to do next.
     pub fn poll(&mut self, now: Duration) -> Poll {
         if self.deadline.is_some_and(|deadline| now >= deadline) {
@@ -283,7 +262,10 @@ impl Destination {
                 self.received.normal += run.count;
                 Ok(Placement::Direct)
             }
-            (State::Running | State::Whole, Channel::Main) if self.postcopy => Ok(Placement::Fault),
+            (State::Running | State::Whole, Channel::Main) if self.postcopy => {
+                self.incoming.comes_anyway(run);
+                Ok(Placement::Fault)
+            }
             (State::Loading | State::Ready | State::Starting | State::Running | State::Whole | State::Ended, Channel::Urgent)
                 if self.postcopy =>
             {
@@ -291,47 +273,6 @@ impl Destination {
             }
             (state, _) => Err(format!("the source sent {run} on the {channel:?} connection in state {state:?}")),
         }
-    }
-
-    /// Pages have been placed by userfaultfd.
-    pub fn placed(&mut self, run: PageRun, now: Duration) {
-        let latencies = self.incoming.placed(run, now);
-        self.blocktime.placed(run, &latencies, now);
-    }
-
-    /// Somebody touched a missing page.
-    pub fn fault(&mut self, page: PageNumber, now: Duration) -> FaultAnswer {
-        let answer = self.incoming.fault(page, now);
-        match answer {
-            FaultAnswer::Request(run) => self.faults.requested += run.count,
-            FaultAnswer::Zero(_) => self.faults.local += 1,
-            FaultAnswer::Wait => {}
-        }
-        answer
-    }
-
-    /// Tells, after a fault on `page` that was not answered by [`FaultAnswer::Zero`], which `thread` it is that waits.
-    pub fn blocked(&mut self, thread: Pid, page: PageNumber, now: Duration) {
-        self.blocktime.begin(thread, page, now);
-    }
-
-    /// What to ask for in advance because of that fault, once its own page has been asked for. It may be left out.
-    pub fn prefetch(&mut self, page: PageNumber) -> Vec<PageRun> {
-        if self.lost.is_some() || self.state == State::Ended { Vec::new() } else { self.incoming.prefetch(page) }
-    }
-
-    /// The threads of the vCPUs, that of vCPU 0 first.
-    pub fn set_vcpu_threads(&mut self, threads: &[Pid]) {
-        self.blocktime.set_vcpus(threads);
-    }
-
-    /// The page faults so far, once pages are missing or were.
-    pub fn faults(&self) -> Option<Faults> {
-        let mut faults = self.faults.clone();
-        let (prefetched, used) = self.incoming.prefetched();
-        (faults.prefetched, faults.prefetch_used) = (prefetched, used);
-        self.blocktime.write(&mut faults);
-        self.postcopy.then_some(faults)
     }
 
     /// Pages may come when the host is ready and the urgent connection stands: postcopy must not begin before it.
@@ -408,6 +349,7 @@ impl Destination {
                 return Err(format!("the source sent zero {run} of {}", self.ram_pages));
             }
             if self.state == State::Running {
+                self.incoming.comes_anyway(run);
                 self.actions.push_back(Action::PlaceZero(run));
                 continue;
             }

@@ -128,6 +128,12 @@ impl Incoming {
         runs
     }
 
+    /// The pages of `run` come in the background, or are known to be zero. Comes before they are placed.
+    pub fn comes_anyway(&mut self, run: PageRun) {
+        // Those that were asked for and have been placed came in advance, indeed.
+        self.requested.runs_within(run).for_each(|run| self.prefetch.comes_anyway(run));
+    }
+
     /// Pages asked for in advance, and how many of them are known to have been touched.
     pub fn prefetched(&self) -> (u64, u64) {
         (self.prefetch.proposed(), self.prefetch.used())
@@ -227,6 +233,21 @@ mod tests {
         // On a new link only what is waited for is asked for.
         assert_eq!(incoming.renew(), [10, 11, 12].map(|page| PageRun::new(page, 1)));
         assert_eq!(incoming.fault(PageNumber(14), Duration::ZERO), FaultAnswer::Request(PageRun::new(14, 1)));
+    }
+
+    #[test]
+    fn what_the_background_brings_sooner_was_not_needed_in_advance() {
+        let mut incoming = incoming(PageRun::new(10, 100));
+        for page in [10, 11] {
+            incoming.fault(PageNumber(page), Duration::ZERO);
+            incoming.prefetch(PageNumber(page));
+        }
+        incoming.placed(PageRun::new(12, 1), Duration::ZERO);
+        incoming.comes_anyway(PageRun::new(12, 50));
+        incoming.placed(PageRun::new(12, 50), Duration::ZERO);
+        incoming.fault(PageNumber(62), Duration::ZERO);
+        incoming.prefetch(PageNumber(62));
+        assert_eq!(incoming.prefetched(), (4 + 8, 1), "only the first of four came in advance");
     }
 
     #[test]

@@ -94,6 +94,11 @@ impl Prefetch {
         self.propose(stream, room, can_ask)
     }
 
+    /// The pages of `run` come without having been asked for: asking for them in advance was of no use.
+    pub fn comes_anyway(&mut self, run: PageRun) {
+        self.open.remove(run);
+    }
+
     /// What was asked for will not come; what is needed of it will be asked for again.
     pub fn forget_open(&mut self) {
         self.open = PageSet::empty(self.open.universe());
