@@ -7,11 +7,15 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::mm::{Advice, UserfaultfdFlags, madvise};
+use rustix::process::Pid;
 use thiserror::Error;
-use userfaultfd::{Event, IoctlFlags, Uffd, UffdBuilder};
+use userfaultfd::{Event, FeatureFlags, IoctlFlags, Uffd, UffdBuilder};
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
 use super::{GuestRam, PAGE_SIZE, PageNumber, PageRun};
+
+/// Names the thread that faults; every kernel since Linux 4.14 does, and faults inside the kernel need a later one.
+const FEATURES: FeatureFlags = FeatureFlags::THREAD_ID;
 
 /// `struct uffdio_api` of linux/userfaultfd.h.
 #[repr(C)]
@@ -84,6 +88,15 @@ pub enum UffdError {
     },
 }
 
+/// A touch of a missing page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The page.
+    pub page: PageNumber,
+    /// The thread that waits for it, if the kernel says so. One of the kernel's own where it takes a vCPU's fault for it.
+    pub thread: Option<Pid>,
+}
+
 /// A userfaultfd that watches nothing yet: proof that this host can do postcopy.
 #[derive(Debug)]
 pub struct Userfaultfd(Uffd);
@@ -93,7 +106,7 @@ impl Userfaultfd {
     /// permissions an administrator can set, then by the system call.
     pub fn open() -> Result<Self, UffdError> {
         let mut builder = UffdBuilder::new();
-        builder.close_on_exec(true).non_blocking(true).user_mode_only(false);
+        builder.close_on_exec(true).non_blocking(true).user_mode_only(false).require_features(FEATURES);
         match builder.create() {
             Ok(uffd) => Ok(Userfaultfd(uffd)),
             Err(userfaultfd::Error::OpenDevUserfaultfd(_)) => Self::from_system_call(),
@@ -106,7 +119,7 @@ impl Userfaultfd {
         // SAFETY: the descriptor stays in this module, which manipulates nothing but guest RAM with it.
         let fd = unsafe { rustix::mm::userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) };
         let fd = fd.map_err(|error| UffdError::Unavailable(error.into()))?;
-        let mut api = UffdioApi { api: UFFD_API, features: 0, ioctls: 0 };
+        let mut api = UffdioApi { api: UFFD_API, features: FEATURES.bits(), ioctls: 0 };
         // SAFETY: the structure's size is asserted above.
         if unsafe { ioctl_with_mut_ref(&fd, UFFDIO_API, &mut api) } < 0 {
             return Err(UffdError::Unavailable(io::Error::last_os_error()));
@@ -145,12 +158,12 @@ pub struct MissingPages {
 impl MissingPages {
     /// Waits for the next touch of a missing page, or until `stop` is readable (then `None`). The same page can come several times,
     /// once for every thread that touches it, and also when it was placed meanwhile.
-    pub fn next_fault(&self, stop: impl AsFd) -> Result<Option<PageNumber>, UffdError> {
+    pub fn next_fault(&self, stop: impl AsFd) -> Result<Option<Fault>, UffdError> {
         loop {
             match self.uffd.read_event() {
-                Ok(Some(Event::Pagefault { addr, .. })) => {
+                Ok(Some(Event::Pagefault { addr, thread_id, .. })) => {
                     if let Some(page) = self.ram.page_at_host_address(addr as usize) {
-                        return Ok(Some(page));
+                        return Ok(Some(Fault { page, thread: Pid::from_raw(thread_id.as_raw()) }));
                     }
                 }
                 // No other event was asked for.

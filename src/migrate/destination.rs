@@ -13,21 +13,21 @@
 //! and whoever knows the session number may come back on a new one. After COMMIT the guest is ours, whatever happens.
 
 mod action;
+mod faults;
 mod input;
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use hdrhistogram::Histogram;
-
 pub use action::{Action, Outcome, Placement, Poll};
 pub use input::{Input, Link};
 
 use super::bitmaps::IncomingBitmaps;
-use super::pages::{FaultAnswer, Incoming};
+use super::blocktime::Blocktime;
+use super::pages::Incoming;
 use super::report::{Faults, Status};
 use super::wire::{Channel, Frame, Hello, Holding, MAX_BITMAP_WORDS, MAX_RUN, Package, Totals};
-use crate::memory::{PageNumber, PageRun, PageSet};
+use crate::memory::{PageRun, PageSet};
 
 /// Longest guest RAM, in pages: what a 48-bit physical address space can hold.
 const MAX_RAM_PAGES: u64 = 1 << 36;
@@ -72,7 +72,7 @@ pub struct Destination {
     resume_us: u64,
     warnings: Vec<String>,
     faults: Faults,
-    latencies: Option<Histogram<u64>>,
+    blocktime: Blocktime,
     outcome: Option<Outcome>,
 }
 
@@ -104,8 +104,7 @@ impl Destination {
             resume_us: 0,
             warnings: Vec::new(),
             faults: Faults::default(),
-            // One microsecond to ten minutes, two digits.
-            latencies: Histogram::new_with_bounds(1, 600_000_000, 2).ok(),
+            blocktime: Blocktime::default(),
             outcome: None,
         }
     }
@@ -202,26 +201,6 @@ impl Destination {
         self.link
     }
 
-    /// Pages that have not come yet, in postcopy.
-    pub fn missing(&self) -> &PageSet {
-        self.incoming.missing()
-    }
-
-    /// Pages that somebody in the guest waits for, longest waiting first.
-    pub fn waiting(&self) -> Vec<PageNumber> {
-        self.incoming.waiting()
-    }
-
-    /// Since when the one that has waited longest waits.
-    pub fn waiting_since(&self) -> Option<Duration> {
-        self.incoming.waiting_since()
-    }
-
-    /// What is to be asked for on the urgent connection of a new link: all that somebody waits for.
-    pub fn renew_requests(&mut self) -> Vec<PageRun> {
-        self.incoming.renew()
-    }
-
     /// What to do next.
     pub fn poll(&mut self, now: Duration) -> Poll {
         if self.deadline.is_some_and(|deadline| now >= deadline) {
@@ -292,7 +271,10 @@ impl Destination {
                 self.received.normal += run.count;
                 Ok(Placement::Direct)
             }
-            (State::Running | State::Whole, Channel::Main) if self.postcopy => Ok(Placement::Fault),
+            (State::Running | State::Whole, Channel::Main) if self.postcopy => {
+                self.incoming.comes_anyway(run);
+                Ok(Placement::Fault)
+            }
             (State::Loading | State::Ready | State::Starting | State::Running | State::Whole | State::Ended, Channel::Urgent)
                 if self.postcopy =>
             {
@@ -300,26 +282,6 @@ impl Destination {
             }
             (state, _) => Err(format!("the source sent {run} on the {channel:?} connection in state {state:?}")),
         }
-    }
-
-    /// Pages have been placed by userfaultfd.
-    pub fn placed(&mut self, run: PageRun, now: Duration) {
-        for latency in self.incoming.placed(run, now) {
-            if let Some(latencies) = &mut self.latencies {
-                latencies.saturating_record(latency.as_micros() as u64);
-            }
-        }
-    }
-
-    /// Somebody touched a missing page.
-    pub fn fault(&mut self, page: PageNumber, now: Duration) -> FaultAnswer {
-        let answer = self.incoming.fault(page, now);
-        match answer {
-            FaultAnswer::Request(run) => self.faults.requested += run.count,
-            FaultAnswer::Zero(_) => self.faults.local += 1,
-            FaultAnswer::Wait => {}
-        }
-        answer
     }
 
     /// Pages may come when the host is ready and the urgent connection stands: postcopy must not begin before it.
@@ -396,6 +358,7 @@ impl Destination {
                 return Err(format!("the source sent zero {run} of {}", self.ram_pages));
             }
             if self.state == State::Running {
+                self.incoming.comes_anyway(run);
                 self.actions.push_back(Action::PlaceZero(run));
                 continue;
             }
@@ -459,17 +422,12 @@ impl Destination {
     }
 
     fn complete(&mut self) {
-        if let Some(latencies) = &self.latencies {
-            self.faults.p50_us = latencies.value_at_quantile(0.5);
-            self.faults.p99_us = latencies.value_at_quantile(0.99);
-            self.faults.max_us = latencies.max();
-        }
         self.actions.push_back(Action::Complete);
         self.enter(State::Whole, None);
     }
 
     fn done(&mut self) {
-        self.send(Channel::Main, Frame::Done { faults: self.faults.clone(), warnings: self.warnings.clone() });
+        self.send(Channel::Main, Frame::Done { faults: Box::new(self.faults().unwrap_or_default()), warnings: self.warnings.clone() });
     }
 
     /// Something went wrong. Before READY that ends the migration, from then on only the link: the source may have given the guest up.

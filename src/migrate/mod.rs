@@ -1,11 +1,13 @@
 //! Live migration: pure state machines for both sides, and the driver that connects them to sockets, KVM and userfaultfd.
 
 pub mod bitmaps;
+pub mod blocktime;
 pub mod destination;
 pub mod driver;
 pub mod pace;
 pub mod pages;
 pub mod policy;
+pub mod prefetch;
 pub mod report;
 pub mod source;
 pub mod transport;

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use super::prefetch::{MAX_AHEAD, Prefetch};
 use crate::memory::{PageNumber, PageRun, PageSet};
 
 /// Pages whose dirty bits are cleared by one call just before the first of them is sent: 16 MiB. Larger chunks make fewer calls; smaller
@@ -76,7 +77,7 @@ impl Outgoing {
 pub enum FaultAnswer {
     /// Ask the source for it.
     Request(PageRun),
-    /// It was asked for before; it will come.
+    /// It was asked for before, perhaps in advance; it will come.
     Wait,
     /// The page is not missing: it is zero and was never sent, or it has been placed since the fault. Place a zero page; where that
     /// finds a page, wake who waits.
@@ -89,12 +90,14 @@ pub struct Incoming {
     missing: PageSet,
     requested: PageSet,
     since: HashMap<PageNumber, Duration>,
+    prefetch: Prefetch,
 }
 
 impl Incoming {
     /// The pages in `missing` are still to come.
     pub fn new(missing: PageSet) -> Self {
-        Incoming { requested: PageSet::empty(missing.universe()), missing, since: HashMap::new() }
+        let pages = missing.universe();
+        Incoming { requested: PageSet::empty(pages), missing, since: HashMap::new(), prefetch: Prefetch::new(pages) }
     }
 
     /// The pages that have not been placed.
@@ -108,11 +111,32 @@ impl Incoming {
         if !self.missing.contains(page) {
             return FaultAnswer::Zero(run);
         }
-        if self.requested.insert(run) == 0 {
-            return FaultAnswer::Wait;
+        self.since.entry(page).or_insert(now);
+        if self.requested.insert(run) == 0 { FaultAnswer::Wait } else { FaultAnswer::Request(run) }
+    }
+
+    /// What to ask for in advance, after a fault on `page` that was answered by [`FaultAnswer::Request`] or [`FaultAnswer::Wait`], and after
+    /// the request for the page itself.
+    pub fn prefetch(&mut self, page: PageNumber) -> Vec<PageRun> {
+        // What was requested and nobody waits for was asked for in advance.
+        let under_way = self.requested.len().saturating_sub(self.since.len() as u64);
+        let can_ask = |page| self.missing.contains(page) && !self.requested.contains(page);
+        let runs = self.prefetch.fault(page, MAX_AHEAD.saturating_sub(under_way), can_ask);
+        for run in &runs {
+            self.requested.insert(*run);
         }
-        self.since.insert(page, now);
-        FaultAnswer::Request(run)
+        runs
+    }
+
+    /// The pages of `run` come in the background, or are known to be zero. Comes before they are placed.
+    pub fn comes_anyway(&mut self, run: PageRun) {
+        // Those that were asked for and have been placed came in advance, indeed.
+        self.requested.runs_within(run).for_each(|run| self.prefetch.comes_anyway(run));
+    }
+
+    /// Pages asked for in advance, and how many of them are known to have been touched.
+    pub fn prefetched(&self) -> (u64, u64) {
+        (self.prefetch.proposed(), self.prefetch.used())
     }
 
     /// The pages of `run` have been placed. Only now are they no longer missing: a fault between arrival and placement must not be
@@ -129,6 +153,7 @@ impl Incoming {
     pub fn renew(&mut self) -> Vec<PageRun> {
         let all = PageRun::new(0, self.requested.universe());
         self.requested.remove(all);
+        self.prefetch.forget_open();
         let waiting: Vec<_> = self.waiting().into_iter().map(PageRun::single).collect();
         for run in &waiting {
             self.requested.insert(*run);
@@ -169,5 +194,72 @@ mod tests {
             sent += run.count;
         }
         assert_eq!(sent, 3 * CLEAR_CHUNK - 100);
+    }
+
+    fn incoming(missing: PageRun) -> Incoming {
+        let mut pages = PageSet::empty(4096);
+        pages.insert(missing);
+        Incoming::new(pages)
+    }
+
+    #[test]
+    fn several_faults_are_in_service_at_a_time() {
+        let mut incoming = incoming(PageRun::new(0, 4096));
+        let ms = Duration::from_millis;
+        for page in [5, 1000, 3000] {
+            let page = PageNumber(page);
+            assert_eq!(incoming.fault(page, ms(page.0)), FaultAnswer::Request(PageRun::single(page)));
+            assert_eq!(incoming.fault(page, ms(9999)), FaultAnswer::Wait);
+        }
+        assert_eq!(incoming.waiting(), [5, 1000, 3000].map(PageNumber));
+        assert_eq!(incoming.placed(PageRun::new(1000, 1), ms(1005)), [ms(5)]);
+        assert_eq!(incoming.placed(PageRun::new(0, 4096), ms(3005)), [ms(3000), ms(5)]);
+    }
+
+    #[test]
+    fn who_touches_a_page_that_is_coming_in_advance_waits_for_it() {
+        let mut incoming = incoming(PageRun::new(10, 100));
+        let mut ahead = Vec::new();
+        for page in [10, 11] {
+            incoming.fault(PageNumber(page), Duration::ZERO);
+            ahead.extend(incoming.prefetch(PageNumber(page)));
+        }
+        assert_eq!(ahead, [PageRun::new(12, 4)]);
+        assert_eq!(incoming.waiting(), [10, 11].map(PageNumber), "nobody waits for what comes in advance");
+        assert_eq!(incoming.fault(PageNumber(12), Duration::ZERO), FaultAnswer::Wait);
+        assert_eq!(incoming.waiting().len(), 3);
+        incoming.prefetch(PageNumber(12));
+        assert_eq!(incoming.prefetched().1, 1);
+        // On a new link only what is waited for is asked for.
+        assert_eq!(incoming.renew(), [10, 11, 12].map(|page| PageRun::new(page, 1)));
+        assert_eq!(incoming.fault(PageNumber(14), Duration::ZERO), FaultAnswer::Request(PageRun::new(14, 1)));
+    }
+
+    #[test]
+    fn what_the_background_brings_sooner_was_not_needed_in_advance() {
+        let mut incoming = incoming(PageRun::new(10, 100));
+        for page in [10, 11] {
+            incoming.fault(PageNumber(page), Duration::ZERO);
+            incoming.prefetch(PageNumber(page));
+        }
+        incoming.placed(PageRun::new(12, 1), Duration::ZERO);
+        incoming.comes_anyway(PageRun::new(12, 50));
+        incoming.placed(PageRun::new(12, 50), Duration::ZERO);
+        incoming.fault(PageNumber(62), Duration::ZERO);
+        incoming.prefetch(PageNumber(62));
+        assert_eq!(incoming.prefetched(), (4 + 8, 1), "only the first of four came in advance");
+    }
+
+    #[test]
+    fn little_is_on_its_way_in_advance() {
+        let mut incoming = incoming(PageRun::new(0, 4096));
+        let mut ahead = 0;
+        for page in 0..64 {
+            incoming.fault(PageNumber(page), Duration::ZERO);
+            let runs = incoming.prefetch(PageNumber(page));
+            ahead += runs.iter().map(|run| run.count).sum::<u64>();
+            assert!(incoming.requested.len() - incoming.since.len() as u64 <= MAX_AHEAD, "at {page}");
+        }
+        assert!(ahead > MAX_AHEAD, "{ahead}");
     }
 }

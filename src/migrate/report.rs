@@ -115,6 +115,9 @@ pub struct Progress {
     /// How long the first of them has been waited for, in milliseconds.
     #[serde(default)]
     pub waiting_ms: u64,
+    /// At the destination: the page faults of a postcopy.
+    #[serde(default)]
+    pub faults: Option<Faults>,
     /// The blackout that switching now would cost, in milliseconds.
     pub expected_downtime_ms: u64,
     /// Why the migration failed.
@@ -165,7 +168,7 @@ pub struct Downtime {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Faults {
-    /// Pages asked for over the urgent connection.
+    /// Pages asked for over the urgent connection because somebody touched them.
     pub requested: u64,
     /// Faults answered without the source: zero pages, or pages that had arrived meanwhile.
     pub local: u64,
@@ -175,6 +178,38 @@ pub struct Faults {
     pub p99_us: u64,
     /// Longest.
     pub max_us: u64,
+    /// Pages asked for in advance, behind faults.
+    #[serde(default)]
+    pub prefetched: u64,
+    /// Those of them that are known to have been touched. Of the others it is not known, or they were asked for in vain.
+    #[serde(default)]
+    pub prefetch_used: u64,
+    /// The waits that have ended, in QEMU's measures: average latency of pages that came from the source, in nanoseconds.
+    #[serde(default)]
+    pub latency_ns: u64,
+    /// How many of these latencies lie from 2^N to 2^(N+1) microseconds, for N from 0 to 23. The first and the last count those beyond
+    /// as well.
+    #[serde(default)]
+    pub latency_dist: Vec<u64>,
+    /// Time in which all vCPUs waited, in microseconds.
+    #[serde(default)]
+    pub blocktime_us: u64,
+    /// Time in which each vCPU waited on its own thread, in microseconds.
+    #[serde(default)]
+    pub vcpu_blocktime_us: Vec<u64>,
+    /// Average wait of each vCPU, in nanoseconds.
+    #[serde(default)]
+    pub vcpu_latency_ns: Vec<u64>,
+    /// Average wait of all other threads, those of devices and the kernel's for vCPUs, in nanoseconds.
+    #[serde(default)]
+    pub non_vcpu_latency_ns: u64,
+}
+
+impl Faults {
+    /// Pages asked for in advance that are not known to have been touched.
+    pub fn prefetch_unused(&self) -> u64 {
+        self.prefetched.saturating_sub(self.prefetch_used)
+    }
 }
 
 /// What a finished migration cost. The source has it; `ferry migrate --report` writes it.

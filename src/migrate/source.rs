@@ -361,7 +361,7 @@ impl Source {
             }
             (Frame::Done { faults, warnings }, State::Ending) => {
                 self.report.warnings.extend(warnings);
-                self.report.faults = self.switch_postcopy.then_some(faults);
+                self.report.faults = self.switch_postcopy.then_some(*faults);
                 self.send(Frame::Goodbye);
                 self.finish(Status::Completed, now);
             }

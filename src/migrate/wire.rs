@@ -339,7 +339,7 @@ pub enum Frame {
     /// D: every page and every bitmap is in place; the source may forget the guest. With the page faults as measured here, and warnings.
     Done {
         /// Page faults served.
-        faults: Faults,
+        faults: Box<Faults>,
         /// Warnings since `Ready`.
         warnings: Vec<String>,
     },

@@ -49,6 +49,15 @@ pub fn query_migrate(progress: &Progress, report: Option<&Report>) -> Value {
         },
         "ferry": report.map_or_else(|| Details::Progress(progress.clone()), |report| Details::Report(report.clone())),
     });
+    // Where QEMU has them: at the destination, and here also in what the source was told at the end.
+    if let Some(faults) = report.map_or(&progress.faults, |report| &report.faults) {
+        answer["postcopy-blocktime"] = milliseconds(faults.blocktime_us).into();
+        answer["postcopy-vcpu-blocktime"] = faults.vcpu_blocktime_us.iter().map(|time| milliseconds(*time)).collect();
+        answer["postcopy-latency"] = faults.latency_ns.into();
+        answer["postcopy-latency-dist"] = faults.latency_dist.iter().copied().collect();
+        answer["postcopy-vcpu-latency"] = faults.vcpu_latency_ns.iter().copied().collect();
+        answer["postcopy-non-vcpu-latency"] = faults.non_vcpu_latency_ns.into();
+    }
     match report {
         // Rounded up: a short blackout is not none.
         Some(report) => answer["downtime"] = report.downtime.total_us.div_ceil(1000).into(),
@@ -60,10 +69,15 @@ pub fn query_migrate(progress: &Progress, report: Option<&Report>) -> Value {
     answer
 }
 
+/// As wide as QEMU's type.
+fn milliseconds(microseconds: u64) -> u32 {
+    u32::try_from(microseconds / 1000).unwrap_or(u32::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::migrate::report::{BytesByKind, Downtime};
+    use crate::migrate::report::{BytesByKind, Downtime, Faults};
 
     #[test]
     fn running_migration_has_the_keys_that_qemu_s_users_read() {
@@ -81,6 +95,33 @@ mod tests {
         assert_eq!(answer["ram"]["normal-bytes"], 8192);
         assert_eq!(answer.get("downtime").or(answer.get("error-desc")), None);
         assert_eq!(serde_json::from_value::<Details>(answer["ferry"].clone()).unwrap(), Details::Progress(progress));
+    }
+
+    #[test]
+    fn postcopy_s_waits_have_qemu_s_keys() {
+        let faults = Faults {
+            blocktime_us: 1999,
+            vcpu_blocktime_us: vec![2000, u64::MAX],
+            latency_ns: 5,
+            latency_dist: vec![0, 7],
+            vcpu_latency_ns: vec![6, 0],
+            non_vcpu_latency_ns: 8,
+            ..Faults::default()
+        };
+        let progress = Progress { status: Status::PostcopyActive, faults: Some(faults), ..Progress::default() };
+        let answer = query_migrate(&progress, None);
+        let values = [
+            ("postcopy-blocktime", json!(1)),
+            ("postcopy-vcpu-blocktime", json!([2, u32::MAX])),
+            ("postcopy-latency", json!(5)),
+            ("postcopy-latency-dist", json!([0, 7])),
+            ("postcopy-vcpu-latency", json!([6, 0])),
+            ("postcopy-non-vcpu-latency", json!(8)),
+        ];
+        for (key, value) in values {
+            assert_eq!(answer[key], value, "{key}");
+        }
+        assert_eq!(query_migrate(&Progress { faults: None, ..progress }, None).get("postcopy-blocktime"), None);
     }
 
     #[test]

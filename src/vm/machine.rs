@@ -9,6 +9,7 @@ use crossbeam_channel::Sender;
 use kvm_bindings::{KVM_CAP_X2APIC_API, kvm_cpuid_entry2, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS};
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use rustix::process::Pid;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::GuestConfig;
@@ -203,6 +204,11 @@ impl Vm<Built> {
             ram,
         };
         Ok(Vm { machine: Box::new(machine), state: PhantomData })
+    }
+
+    /// The ids of the vCPUs' threads, that of vCPU 0 first.
+    pub fn vcpu_threads(&self) -> Vec<Pid> {
+        self.machine.vcpus.0.iter().map(VcpuThread::id).collect()
     }
 
     /// Puts a virtio device into `slot` (see [`layout::virtio_slot`]): `registers` on the MMIO bus, `device` into the list of what is

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, unbounded};
 use kvm_ioctls::VcpuFd;
+use rustix::process::Pid;
+use rustix::thread::gettid;
 
 use super::VmError;
 use super::events::{EventSink, VmEvent};
@@ -28,6 +30,7 @@ enum Command {
 /// A vCPU's thread, created parked. Dropping it ends and joins the thread.
 pub struct VcpuThread {
     index: u16,
+    id: Pid,
     commands: Option<Sender<Command>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -60,7 +63,7 @@ impl VcpuThread {
         let (ready, started) = bounded(1);
         let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || match Kickable::new(&mut vcpu) {
             Ok(kickable) => {
-                let _ = ready.send(Ok(()));
+                let _ = ready.send(Ok(gettid()));
                 serve(index, &mut vcpu, &inbox, &events);
                 drop(kickable);
             }
@@ -70,8 +73,13 @@ impl VcpuThread {
         });
         let failed = |source| VmError::VcpuThread { index, source };
         let thread = thread.map_err(failed)?;
-        started.recv().map_err(|_| VmError::VcpuGone(index))?.map_err(failed)?;
-        Ok(VcpuThread { index, commands: Some(commands), thread: Some(thread) })
+        let id = started.recv().map_err(|_| VmError::VcpuGone(index))?.map_err(failed)?;
+        Ok(VcpuThread { index, id, commands: Some(commands), thread: Some(thread) })
+    }
+
+    /// The kernel's id of the thread.
+    pub fn id(&self) -> Pid {
+        self.id
     }
 
     /// Lets the vCPU run, with devices on `buses`.

@@ -56,6 +56,7 @@ impl Incoming {
             ram_remaining,
             waiting_pages: waiting.len() as u64,
             waiting_ms: since.map_or(0, |since| since.as_millis() as u64),
+            faults: migration.faults(),
             error: migration.lost(),
             ..Progress::default()
         })

@@ -76,7 +76,7 @@ fn from_destination(postcopy: bool) -> Vec<Frame> {
         Frame::Ready { load_us: 5, warnings: vec!["hm".into()] },
         Frame::Running(3),
         Frame::Request(PageRun::new(100, 1)),
-        Frame::Done { faults, warnings: Vec::new() },
+        Frame::Done { faults: Box::new(faults), warnings: Vec::new() },
         Frame::Abort("no".into()),
     ]
 }

@@ -33,6 +33,7 @@ mod before_commit;
 mod bitmaps;
 mod control;
 mod ends;
+mod faults;
 mod moves;
 mod qemu_client;
 mod recovery;

@@ -52,6 +52,9 @@ pub(super) fn table(report: &Report) -> String {
         table.row("page faults", &format!("{} served by the source, {} at the destination", faults.requested, faults.local));
         let [p50, p99, max] = [faults.p50_us, faults.p99_us, faults.max_us].map(microseconds);
         table.part("latency", &format!("p50 {p50}, p99 {p99}, max {max}"));
+        table.part("prefetched", &format!("{} pages: {} used, {} not", faults.prefetched, faults.prefetch_used, faults.prefetch_unused()));
+        let vcpus: Vec<_> = faults.vcpu_blocktime_us.iter().map(|time| microseconds(*time)).collect();
+        table.part("blocktime", &format!("all vCPUs {}, each {}", microseconds(faults.blocktime_us), vcpus.join(", ")));
     }
     if !report.reason.is_empty() {
         table.row("limit", &report.reason);
@@ -88,7 +91,15 @@ mod tests {
             total_us: 1_360_000,
             downtime: Downtime { stop_us: 300, load_us: 5000, total_us: 14_000, ..Default::default() },
             bytes: BytesByKind { pages: 1 << 20, ..Default::default() },
-            faults: Some(Faults { requested: 36, p99_us: 480, ..Default::default() }),
+            faults: Some(Faults {
+                requested: 36,
+                p99_us: 480,
+                prefetched: 128,
+                prefetch_used: 100,
+                blocktime_us: 70,
+                vcpu_blocktime_us: vec![900, 1000],
+                ..Default::default()
+            }),
             reason: "another pass would not pay".into(),
             warnings: vec!["the bitmap b of disk d was dropped".into()],
             ..Default::default()
@@ -102,6 +113,8 @@ mod tests {
             "  pages          1.0 MiB",
             "page faults      36 served by the source, 0 at the destination",
             "  latency        p50 0 us, p99 480 us, max 0 us",
+            "  prefetched     128 pages: 100 used, 28 not",
+            "  blocktime      all vCPUs 70 us, each 900 us, 1.0 ms",
             "limit            another pass would not pay",
             "warning          the bitmap b of disk d was dropped",
         ] {

@@ -31,7 +31,7 @@ fn contents(run: PageRun) -> Vec<u8> {
 /// Serves every fault by one page of `contents` until stopped; returns how many faults there were.
 fn serve(pages: &MissingPages, event: &EventFd) -> u64 {
     let mut faults = 0;
-    while let Some(page) = pages.next_fault(stop(event)).unwrap() {
+    while let Some(Fault { page, .. }) = pages.next_fault(stop(event)).unwrap() {
         let run = PageRun::single(page);
         pages.place(run, &contents(run)).unwrap();
         faults += 1;
@@ -44,11 +44,22 @@ fn a_toucher_waits_for_its_page() {
     let (ram, pages, event) = missing(1);
     thread::scope(|scope| {
         let toucher = scope.spawn(|| [read(&ram, 7), read(&ram, 300)]);
-        assert_eq!(pages.next_fault(stop(&event)).unwrap(), Some(PageNumber(7)));
+        assert_eq!(pages.next_fault(stop(&event)).unwrap().map(|fault| fault.page), Some(PageNumber(7)));
         assert_eq!(pages.place(PageRun::new(7, 1), &contents(PageRun::new(7, 1))).unwrap(), 1);
-        assert_eq!(pages.next_fault(stop(&event)).unwrap(), Some(PageNumber(300)));
+        assert_eq!(pages.next_fault(stop(&event)).unwrap().map(|fault| fault.page), Some(PageNumber(300)));
         assert_eq!(pages.place_zero(PageRun::new(300, 1)).unwrap(), 1);
         assert_eq!(toucher.join().unwrap(), [7 ^ 0x5a, 0]);
+    });
+}
+
+#[test]
+fn a_fault_names_its_thread() {
+    let (ram, pages, event) = missing(1);
+    thread::scope(|scope| {
+        let toucher = scope.spawn(|| (rustix::thread::gettid(), read(&ram, 7)));
+        let fault = pages.next_fault(stop(&event)).unwrap().unwrap();
+        pages.place_zero(PageRun::new(7, 1)).unwrap();
+        assert_eq!(fault.thread, Some(toucher.join().unwrap().0));
     });
 }
 
@@ -113,7 +124,7 @@ fn many_threads_race_for_the_same_pages() {
     let placed = AtomicU64::new(0);
     thread::scope(|scope| {
         let server = scope.spawn(|| {
-            while let Some(page) = pages.next_fault(stop(&event)).unwrap() {
+            while let Some(Fault { page, .. }) = pages.next_fault(stop(&event)).unwrap() {
                 let run = PageRun::single(page);
                 placed.fetch_add(pages.place(run, &contents(run)).unwrap(), Ordering::Relaxed);
             }

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use super::owner::DestinationOwner;
 use crate::memory::PageNumber;
 use crate::migrate::destination::{Destination, Input, Link, Outcome};
-use crate::migrate::report::Status;
+use crate::migrate::report::{Faults, Status};
 use crate::migrate::transport::{Address, Interrupt, Listener, Reader, Wake, Writer};
 use faults::FaultService;
 
@@ -207,6 +207,11 @@ impl DestinationMigration {
     /// How many pages have not come yet, in postcopy.
     pub fn missing_pages(&self) -> u64 {
         self.shared.engine().missing().len()
+    }
+
+    /// The page faults so far, in postcopy.
+    pub fn faults(&self) -> Option<Faults> {
+        self.shared.engine().faults()
     }
 
     /// The pages that somebody in the guest waits for, longest waiting first, and for how long the first has been waited for.

@@ -45,7 +45,7 @@ fn frame() -> impl Strategy<Value = Frame> {
         any::<u32>().prop_map(Frame::BitmapComplete),
         prop::sample::select(vec![Frame::Prepared, Frame::PassAck, Frame::Commit, Frame::End, Frame::Goodbye]),
         (any::<u64>(), prop::collection::vec(text(), 0..4))
-            .prop_map(|(requested, warnings)| Frame::Done { faults: Faults { requested, ..Faults::default() }, warnings }),
+            .prop_map(|(requested, warnings)| Frame::Done { faults: Box::new(Faults { requested, ..Faults::default() }), warnings }),
         (any::<bool>(), prop::collection::vec(run(), 0..20), any::<u32>(), any::<u64>()).prop_map(|(committed, missing, index, words)| {
             Frame::Holding(Holding { committed, missing, bitmaps: BitmapPlace { index, words } })
         }),

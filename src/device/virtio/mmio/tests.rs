@@ -111,7 +111,7 @@ fn a_pause_gives_up_on_a_request_that_waits_for_a_page_and_the_device_works_on()
     driver.offer(0);
     driver.notify();
     let never = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-    assert_eq!(pages.next_fault(&never).unwrap(), Some(missing.first));
+    assert_eq!(pages.next_fault(&never).unwrap().map(|fault| fault.page), Some(missing.first));
     // Twice, as a machine does that cannot be paused goes on and is asked again.
     for _ in 0..2 {
         let error = driver.device.pause().unwrap_err().to_string();

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::super::frames;
 use super::Shared;
-use crate::memory::uffd::{MissingPages, UffdError, Userfaultfd};
+use crate::memory::uffd::{Fault, MissingPages, UffdError, Userfaultfd};
 use crate::memory::{GuestRam, PageNumber, PageRun};
 use crate::migrate::destination::{Input, Link, Placement};
 use crate::migrate::pages::FaultAnswer;
@@ -78,8 +78,8 @@ fn serve_faults(shared: &Arc<Shared>) {
     let Some(service) = shared.faults.get() else { return };
     let mut urgent = None;
     loop {
-        let page = match service.pages.next_fault(&service.news) {
-            Ok(Some(page)) => page,
+        let Fault { page, thread } = match service.pages.next_fault(&service.news) {
+            Ok(Some(fault)) => fault,
             Ok(None) => {
                 service.news.take();
                 if service.stopped.load(Ordering::SeqCst) {
@@ -99,18 +99,31 @@ fn serve_faults(shared: &Arc<Shared>) {
         let (answer, is_lost) = {
             // Together, so that a loss between the two finds this page among those that are waited for.
             let mut engine = shared.engine();
-            (engine.fault(page, shared.now()), super::no_answers(&engine))
+            let now = shared.now();
+            let answer = engine.fault(page, now);
+            if let (FaultAnswer::Request(_) | FaultAnswer::Wait, Some(thread)) = (answer, thread) {
+                engine.blocked(thread, page, now);
+            }
+            (answer, super::no_answers(&engine))
         };
         match answer {
-            FaultAnswer::Wait => {}
             FaultAnswer::Zero(run) => {
                 if let Err(error) = service.pages.place_zero(run) {
                     return shared.handle(Input::Failed(error.to_string()));
                 }
+                continue;
             }
-            FaultAnswer::Request(_) if is_lost => service.unanswered(shared, page),
+            FaultAnswer::Request(_) | FaultAnswer::Wait if is_lost => {
+                service.unanswered(shared, page);
+                continue;
+            }
             FaultAnswer::Request(run) => request(shared, &mut urgent, run),
+            FaultAnswer::Wait => {}
         }
+        // Behind the request for the page that somebody waits for, in frames of their own: the source answers in this order. Nothing is
+        // waited for here, so that the next fault is asked about while these are on their way.
+        let ahead = shared.engine().prefetch(page);
+        ahead.into_iter().for_each(|run| request(shared, &mut urgent, run));
     }
 }
 

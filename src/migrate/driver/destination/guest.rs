@@ -76,6 +76,7 @@ impl DestinationGuest {
         let (was_running, mut state) = saved::decode_guest(&package.machine)?;
         self.finish_building(&*shared.owner)?;
         let (vm, disks) = self.built.take().ok_or("the machine was used already")?;
+        shared.engine().set_vcpu_threads(&vm.vcpu_threads());
         let (bitmaps, warnings) = IncomingBitmaps::new(&package.bitmaps, &disks);
         self.bitmaps = bitmaps;
         if let Some(ran_at) = self.ran_at {

@@ -1,0 +1,73 @@
+//! Pages that are missing, and who waits for them: what the threads that serve page faults report and ask.
+
+use std::time::Duration;
+
+use rustix::process::Pid;
+
+use super::{Destination, State};
+use crate::memory::{PageNumber, PageRun, PageSet};
+use crate::migrate::pages::FaultAnswer;
+use crate::migrate::report::Faults;
+
+impl Destination {
+    /// Pages that have not come yet, in postcopy.
+    pub fn missing(&self) -> &PageSet {
+        self.incoming.missing()
+    }
+
+    /// Pages that somebody in the guest waits for, longest waiting first.
+    pub fn waiting(&self) -> Vec<PageNumber> {
+        self.incoming.waiting()
+    }
+
+    /// Since when the one that has waited longest waits.
+    pub fn waiting_since(&self) -> Option<Duration> {
+        self.incoming.waiting_since()
+    }
+
+    /// What is to be asked for on the urgent connection of a new link: all that somebody waits for.
+    pub fn renew_requests(&mut self) -> Vec<PageRun> {
+        self.incoming.renew()
+    }
+
+    /// Pages have been placed by userfaultfd.
+    pub fn placed(&mut self, run: PageRun, now: Duration) {
+        let latencies = self.incoming.placed(run, now);
+        self.blocktime.placed(run, &latencies, now);
+    }
+
+    /// Somebody touched a missing page.
+    pub fn fault(&mut self, page: PageNumber, now: Duration) -> FaultAnswer {
+        let answer = self.incoming.fault(page, now);
+        match answer {
+            FaultAnswer::Request(run) => self.faults.requested += run.count,
+            FaultAnswer::Zero(_) => self.faults.local += 1,
+            FaultAnswer::Wait => {}
+        }
+        answer
+    }
+
+    /// Tells, after a fault on `page` that was not answered by [`FaultAnswer::Zero`], which `thread` it is that waits.
+    pub fn blocked(&mut self, thread: Pid, page: PageNumber, now: Duration) {
+        self.blocktime.begin(thread, page, now);
+    }
+
+    /// What to ask for in advance because of that fault, once its own page has been asked for. It may be left out.
+    pub fn prefetch(&mut self, page: PageNumber) -> Vec<PageRun> {
+        if self.lost.is_some() || self.state == State::Ended { Vec::new() } else { self.incoming.prefetch(page) }
+    }
+
+    /// The threads of the vCPUs, that of vCPU 0 first.
+    pub fn set_vcpu_threads(&mut self, threads: &[Pid]) {
+        self.blocktime.set_vcpus(threads);
+    }
+
+    /// The page faults so far, once pages are missing or were.
+    pub fn faults(&self) -> Option<Faults> {
+        let mut faults = self.faults.clone();
+        let (prefetched, used) = self.incoming.prefetched();
+        (faults.prefetched, faults.prefetch_used) = (prefetched, used);
+        self.blocktime.write(&mut faults);
+        self.postcopy.then_some(faults)
+    }
+}
