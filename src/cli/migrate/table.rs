@@ -48,6 +48,9 @@ pub(super) fn table(report: &Report) -> String {
     }
     table.row("pages", &format!("{} sent, {} zero", report.normal_pages, report.zero_pages));
     table.row("passes", &report.passes.len().to_string());
+    if report.recoveries > 0 {
+        table.row("recoveries", &report.recoveries.to_string());
+    }
     if let Some(faults) = &report.faults {
         table.row("page faults", &format!("{} served by the source, {} at the destination", faults.requested, faults.local));
         let [p50, p99, max] = [faults.p50_us, faults.p99_us, faults.max_us].map(microseconds);
