@@ -117,6 +117,12 @@ pub struct Progress {
     pub waiting_ms: u64,
     /// The blackout that switching now would cost, in milliseconds.
     pub expected_downtime_ms: u64,
+    /// What was decided last, and why, in words.
+    #[serde(default)]
+    pub reason: String,
+    /// Percentage of the time in which the guest's vCPUs are made to stand still.
+    #[serde(default)]
+    pub throttle: u8,
     /// Why the migration failed.
     pub error: Option<String>,
 }
@@ -133,10 +139,26 @@ pub struct Pass {
     pub normal_pages: u64,
     /// Pages found to be zero.
     pub zero_pages: u64,
-    /// Pages dirtied meanwhile: what the next pass would send.
+    /// Pages dirtied meanwhile.
     pub dirtied_pages: u64,
+    /// Pages that the destination lacks after it: what the next pass would send.
+    #[serde(default)]
+    pub remaining_pages: u64,
+    /// Bytes a second while really sending; 0 where too little was sent to tell.
+    #[serde(default)]
+    pub bandwidth: u64,
+    /// Percentage of the time in which the guest's vCPUs were made to stand still.
+    #[serde(default)]
+    pub throttle: u8,
     /// What was decided after it, and why, in words.
     pub decision: String,
+}
+
+impl Pass {
+    /// All pages that it has dealt with.
+    pub fn sent_pages(&self) -> u64 {
+        self.normal_pages + self.zero_pages
+    }
 }
 
 /// The blackout in its parts, in microseconds, in the order in which they come. Source's clock but for `load_us` and `resume_us`.
@@ -159,6 +181,9 @@ pub struct Downtime {
     pub resume_us: u64,
     /// From the pause at the source until the source heard RUNNING: an upper bound of the blackout.
     pub total_us: u64,
+    /// What it was expected to be when the switch was decided.
+    #[serde(default)]
+    pub predicted_us: u64,
 }
 
 /// Page faults of a postcopy as the destination measured them.

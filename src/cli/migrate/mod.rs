@@ -37,6 +37,7 @@ pub(super) fn migrate(arguments: &MigrateArguments) -> Result<(), CliError> {
         max_bandwidth: arguments.max_bandwidth,
         max_postcopy_bandwidth: arguments.postcopy_bandwidth,
         ferry_mode: Some(arguments.mode.into()),
+        ..MigrateSetParameters::default()
     }))?;
     let start = Migrate { uri: arguments.uri.clone(), detach: Some(true), resume: false };
     carry_through(client, start, arguments.report.as_deref())

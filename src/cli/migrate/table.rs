@@ -22,7 +22,7 @@ pub(super) fn table(report: &Report) -> String {
     table.row("migration", &format!("{status} after {} (mode {mode}{rest})", microseconds(report.total_us)));
     let downtime = &report.downtime;
     if downtime.total_us > 0 {
-        table.row("downtime", &microseconds(downtime.total_us));
+        table.row("downtime", &format!("{} (predicted {})", microseconds(downtime.total_us), microseconds(downtime.predicted_us)));
         let parts = [
             ("stop", downtime.stop_us),
             ("device state", downtime.device_state_us),
@@ -86,7 +86,7 @@ mod tests {
             status: Status::Completed,
             postcopy: true,
             total_us: 1_360_000,
-            downtime: Downtime { stop_us: 300, load_us: 5000, total_us: 14_000, ..Default::default() },
+            downtime: Downtime { stop_us: 300, load_us: 5000, total_us: 14_000, predicted_us: 9000, ..Default::default() },
             bytes: BytesByKind { pages: 1 << 20, ..Default::default() },
             faults: Some(Faults { requested: 36, p99_us: 480, ..Default::default() }),
             reason: "another pass would not pay".into(),
@@ -96,7 +96,7 @@ mod tests {
         let table = table(&report);
         for line in [
             "migration        completed after 1.36 s (mode auto, the rest by postcopy)",
-            "downtime         14.0 ms",
+            "downtime         14.0 ms (predicted 9.0 ms)",
             "  stop           300 us",
             "  load           5.0 ms",
             "  pages          1.0 MiB",

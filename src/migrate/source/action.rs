@@ -32,6 +32,8 @@ pub enum Action {
     StartTracking,
     /// Answer with [`Input::Harvested`].
     Harvest,
+    /// Make the guest's vCPUs stand still for this percentage of the time; 0: let them run as they like.
+    Throttle(u8),
     /// Pause the guest, save its state, harvest last; answer with [`Input::Stopped`].
     Stop,
     /// The guest goes on here, if it stands still: the switch did not take place.

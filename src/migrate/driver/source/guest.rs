@@ -132,6 +132,14 @@ impl SourceGuest {
         Frame::Bitmap { index, first, zero: 0, words }
     }
 
+    /// Makes the guest's vCPUs stand still for `percent` of the time, whoever has it now.
+    pub fn throttle(&self, percent: u8) -> Result<(), String> {
+        match &self.stopped {
+            Some(guest) => guest.vm.throttle(percent).map_err(|error| format!("cannot slow the guest down: {error}")),
+            None => self.owner.throttle(percent),
+        }
+    }
+
     /// The guest goes on here, if it was stopped. An error is a guest that stays paused, and why.
     pub fn resume(&mut self) -> Result<(), String> {
         // First, so that the bitmaps can be used again when the guest runs.
