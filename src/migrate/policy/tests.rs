@@ -117,7 +117,7 @@ fn a_guest_that_creeps_comes_to_an_end() {
 fn precopy_says_why_it_cannot_end() {
     let (passes, decisions) = moved(50_000, &goal(Mode::Precopy), 20, |_, _| 2 * LINK);
     assert_eq!(decisions, [Decision::AnotherPass; 20]);
-    let why = "pass 1 left 205 MB at 410 MB/s, a blackout of 505.0 ms, above the limit of 50 ms; pass 2 would leave 205 MB at 410 MB/s: \
+    let why = "pass 1 left 205 MB at 410 MB/s, a blackout of 505.4 ms, above the limit of 50 ms; pass 2 would leave 205 MB at 410 MB/s: \
                the guest dirties 410 MB/s, the link carries 410 MB/s, so precopy cannot end within the limit";
     assert_eq!(passes[0].decision, why);
 }
