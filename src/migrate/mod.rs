@@ -3,6 +3,7 @@
 pub mod bitmaps;
 pub mod destination;
 pub mod driver;
+pub mod forecast;
 pub mod pace;
 pub mod pages;
 pub mod policy;

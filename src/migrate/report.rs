@@ -1,6 +1,13 @@
 //! What a migration tells people and tools: where it stands, and in the end what it cost.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
+
+/// `time` as reports have it.
+pub(super) fn microseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
 
 /// How the guest's RAM is to move.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -202,6 +209,28 @@ pub struct Faults {
     pub max_us: u64,
 }
 
+/// How a migration would go in one mode, as a dry run found.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Forecast {
+    /// The mode.
+    pub mode: Mode,
+    /// Whether it would come to an end.
+    pub ends: bool,
+    /// Whether a part of RAM would go by postcopy.
+    pub postcopy: bool,
+    /// Passes of precopy.
+    pub passes: u32,
+    /// From the command until all of the guest is there, in microseconds; 0 if it does not end.
+    pub total_us: u64,
+    /// The blackout, in microseconds; if it does not end: the one that would be left.
+    pub downtime_us: u64,
+    /// Percentage of the time in which the guest's vCPUs would stand still in the end.
+    pub throttle: u8,
+    /// Why it would end then, or not at all, in words.
+    pub reason: String,
+}
+
 /// What a finished migration cost. The source has it; `ferry migrate --report` writes it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -231,6 +260,9 @@ pub struct Report {
     pub recoveries: u32,
     /// Why precopy ended when it did, or which limit was hit, in words.
     pub reason: String,
+    /// After a dry run: how each mode would go.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub forecasts: Vec<Forecast>,
     /// Things that went wrong without harming the guest: bitmaps dropped, for example.
     pub warnings: Vec<String>,
     /// Why it failed.

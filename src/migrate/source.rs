@@ -23,6 +23,7 @@
 
 mod account;
 mod action;
+mod dry_run;
 mod input;
 
 use std::collections::VecDeque;
@@ -30,13 +31,15 @@ use std::num::NonZeroU64;
 use std::time::Duration;
 
 pub use account::Sent;
+use dry_run::DryRun;
+
 pub use action::{Action, Bulk, Outcome, Poll};
 pub use input::{Input, Stopped};
 
 use super::bitmaps::{BitmapStep, OutgoingBitmaps};
 use super::pages::Outgoing;
 use super::policy::{self, Decision, Fixed, Throttling, Verdict};
-use super::report::{Downtime, Mode, Pass, Report, Status};
+use super::report::{Downtime, Mode, Pass, Report, Status, microseconds};
 use super::wire::{Channel, Frame, Hello, Holding, MAX_RUN, Package, Totals};
 use crate::memory::{PageRun, PageSet};
 
@@ -53,10 +56,6 @@ const MAX_PASSES: usize = 100;
 
 /// How the error of a migration that was given up ends.
 const GOES_ON: &str = "; the guest goes on at the source";
-
-fn microseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
-}
 
 /// What a migration is to do; fixed when it begins, but for the limits.
 #[derive(Clone, Debug)]
@@ -81,6 +80,8 @@ enum State {
     Harvesting,
     Sending,
     PassAck,
+    /// In a dry run: until the next look at what the guest has dirtied.
+    Watching,
     Stopping,
     LastPass,
     Switching,
@@ -113,6 +114,8 @@ pub struct Source {
     /// What ends the migration as soon as the guest, about to be stopped, can be let go on.
     failure: Option<Failure>,
     pass: PassMeter,
+    /// Until its forecasts are made.
+    dry_run: Option<DryRun>,
     fixed: Fixed,
     switchover_bandwidth: Option<NonZeroU64>,
     throttling: Option<Throttling>,
@@ -165,6 +168,7 @@ impl Source {
             package_sent: false,
             failure: None,
             pass: PassMeter::default(),
+            dry_run: None,
             fixed: Fixed::default(),
             switchover_bandwidth: None,
             throttling: None,
@@ -188,6 +192,11 @@ impl Source {
     /// The pages that the destination does not hold in their last version.
     pub fn unsent(&self) -> &PageSet {
         self.outgoing.unsent()
+    }
+
+    /// Whether this only asks how a migration would go.
+    pub fn is_dry_run(&self) -> bool {
+        self.dry_run.is_some()
     }
 
     /// Whether the guest is the destination's, come what may.
@@ -231,7 +240,13 @@ impl Source {
             }
             return Poll::Act(action);
         }
-        if self.deadline.is_some_and(|deadline| now >= deadline) {
+        let is_due = self.deadline.is_some_and(|deadline| now >= deadline);
+        if is_due && self.state == State::Watching {
+            self.actions.push_back(Action::Harvest);
+            self.enter(State::Harvesting, None);
+            return self.poll(now);
+        }
+        if is_due {
             let what = match self.state {
                 State::Hello => "did not answer the greeting",
                 State::Preparing => "did not get its machine ready",
@@ -245,6 +260,10 @@ impl Source {
         if self.state == State::Sending && self.postcopy_requested {
             self.actions.push_back(Action::Harvest);
             self.enter(State::Harvesting, None);
+            return self.poll(now);
+        }
+        if self.state == State::Sending && self.has_probed(now) {
+            self.all_sent(now);
             return self.poll(now);
         }
         match self.state {
@@ -294,7 +313,7 @@ impl Source {
             (Input::Recover | Input::Pause, _) => {}
             (Input::Cancel, _) if self.is_committed() => {}
             (Input::Cancel, _) => self.fail(Failure::Cancelled, now),
-            (Input::StartPostcopy, _) => self.postcopy_requested = self.config.mode != Mode::Precopy,
+            (Input::StartPostcopy, _) => self.postcopy_requested = self.config.mode != Mode::Precopy && self.dry_run.is_none(),
             (Input::DowntimeLimit(limit), _) => self.config.downtime_limit = limit,
             (Input::SwitchoverBandwidth(bandwidth), _) => self.switchover_bandwidth = bandwidth,
             (Input::Throttling(throttling), _) => {
@@ -342,6 +361,7 @@ impl Source {
                 self.actions.push_back(Action::StartTracking);
                 self.enter(State::Harvesting, None);
             }
+            (Frame::PassAck, State::PassAck) if self.dry_run.is_some() => self.on_probe_arrived(now),
             (Frame::PassAck, State::PassAck) => {
                 self.destination_built = true;
                 self.actions.push_back(Action::Harvest);
@@ -375,6 +395,9 @@ impl Source {
     }
 
     fn on_harvested(&mut self, dirty: &PageSet, now: Duration) {
+        if self.dry_run.is_some() {
+            return self.on_dry_run_harvest(dirty, now);
+        }
         self.fixed.harvest = now.saturating_sub(self.asked_at);
         self.outgoing.begin_pass(dirty);
         if (self.config.mode == Mode::Postcopy || self.postcopy_requested) && !self.destination_built {

@@ -12,7 +12,7 @@ pub const MAX_DOWNTIME_LIMIT_MS: u64 = 2_000_000;
 /// Largest bandwidth, in bytes a second: what a signed integer holds.
 const MAX_BANDWIDTH: u64 = i64::MAX as u64;
 
-/// All migration parameters under QEMU's names, and Ferry's own `ferry-mode`.
+/// All migration parameters under QEMU's names, and Ferry's own.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct MigrateParameters {
@@ -32,6 +32,8 @@ pub struct MigrateParameters {
     pub max_cpu_throttle: u64,
     /// When to switch to postcopy.
     pub ferry_mode: Mode,
+    /// Whether `migrate` only finds out how a migration would go.
+    pub ferry_dry_run: bool,
 }
 
 impl Default for MigrateParameters {
@@ -45,6 +47,7 @@ impl Default for MigrateParameters {
             cpu_throttle_increment: 10,
             max_cpu_throttle: 99,
             ferry_mode: Mode::Auto,
+            ferry_dry_run: false,
         }
     }
 }
@@ -77,6 +80,9 @@ pub struct MigrateSetParameters {
     /// See [`MigrateParameters::ferry_mode`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ferry_mode: Option<Mode>,
+    /// See [`MigrateParameters::ferry_dry_run`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ferry_dry_run: Option<bool>,
 }
 
 impl MigrateParameters {
@@ -97,6 +103,9 @@ impl MigrateParameters {
         percentage("max-cpu-throttle", next.cpu_throttle_initial).assign(&mut next.max_cpu_throttle, Some(max))?;
         if let Some(mode) = changes.ferry_mode {
             next.ferry_mode = mode;
+        }
+        if let Some(dry_run) = changes.ferry_dry_run {
+            next.ferry_dry_run = dry_run;
         }
         *self = next;
         Ok(())
@@ -162,7 +171,9 @@ mod tests {
         assert_eq!(parameters.throttling(), Throttling { initial: 20, increment: 10, max: 99 });
         let initial = |value| MigrateSetParameters { cpu_throttle_initial: Some(value), ..Default::default() };
         let max = |value| MigrateSetParameters { max_cpu_throttle: Some(value), ..Default::default() };
-        for (bad, range) in [(initial(0), "from 1 to 99"), (initial(100), "from 1 to 99"), (max(19), "from 20 to 99"), (max(-1), "from 20 to 99")] {
+        for (bad, range) in
+            [(initial(0), "from 1 to 99"), (initial(100), "from 1 to 99"), (max(19), "from 20 to 99"), (max(-1), "from 20 to 99")]
+        {
             let error = parameters.set(&bad).unwrap_err();
             assert!(error.desc.contains(range), "{error}");
         }

@@ -3,21 +3,24 @@
 use std::fmt::Write;
 
 use crate::cli::format::{bytes, microseconds};
-use crate::migrate::report::{Mode, Report, Status};
+use crate::migrate::report::{Forecast, Mode, Report, Status};
 
 /// What a migration cost, a line to each concern.
 pub(super) fn table(report: &Report) -> String {
     let mut table = Table(String::new());
+    if !report.forecasts.is_empty() {
+        table.row("dry run", &report.reason);
+        for forecast in &report.forecasts {
+            table.row(&format!("  {}", word(forecast.mode)), &outlook(forecast));
+        }
+        return table.0;
+    }
     let status = match report.status {
         Status::Completed => "completed",
         Status::Cancelled => "cancelled",
         _ => "failed",
     };
-    let mode = match report.mode {
-        Mode::Auto => "auto",
-        Mode::Precopy => "precopy",
-        Mode::Postcopy => "postcopy",
-    };
+    let mode = word(report.mode);
     let rest = if report.postcopy { ", the rest by postcopy" } else { "" };
     table.row("migration", &format!("{status} after {} (mode {mode}{rest})", microseconds(report.total_us)));
     let downtime = &report.downtime;
@@ -62,6 +65,30 @@ pub(super) fn table(report: &Report) -> String {
     table.0
 }
 
+fn word(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Auto => "auto",
+        Mode::Precopy => "precopy",
+        Mode::Postcopy => "postcopy",
+    }
+}
+
+/// How a migration would go in one mode.
+fn outlook(forecast: &Forecast) -> String {
+    let Forecast { ends, postcopy, passes, total_us, downtime_us, throttle, reason, .. } = forecast;
+    if !ends {
+        return format!("would not end: {reason}");
+    }
+    let passes = match passes {
+        0 => String::new(),
+        1 => ", 1 pass".into(),
+        _ => format!(", {passes} passes"),
+    };
+    let rest = if *postcopy { ", the rest by postcopy" } else { "" };
+    let slowed = if *throttle > 0 { format!(", vCPUs standing still {throttle} % of the time") } else { String::new() };
+    format!("{}, downtime {}{passes}{rest}{slowed}", microseconds(*total_us), microseconds(*downtime_us))
+}
+
 struct Table(String);
 
 impl Table {
@@ -79,6 +106,17 @@ impl Table {
 mod tests {
     use super::*;
     use crate::migrate::report::{BytesByKind, Downtime, Faults};
+
+    #[test]
+    fn a_dry_run_tells_of_each_mode() {
+        let auto = Forecast { ends: true, postcopy: true, passes: 2, total_us: 3_200_000, downtime_us: 5000, ..Default::default() };
+        let precopy = Forecast { mode: Mode::Precopy, reason: "the guest is too fast".into(), ..Default::default() };
+        let report = Report { forecasts: vec![auto, precopy], reason: "nothing was moved".into(), ..Default::default() };
+        let expected = "dry run          nothing was moved\n  \
+                        auto           3.20 s, downtime 5.0 ms, 2 passes, the rest by postcopy\n  \
+                        precopy        would not end: the guest is too fast\n";
+        assert_eq!(table(&report), expected);
+    }
 
     #[test]
     fn table_shows_every_part() {

@@ -66,3 +66,22 @@ fn a_loss_after_which_nothing_is_missing_completes() {
     assert_eq!(destination.poll(NOW), Poll::Act(Action::Complete));
     assert_eq!(destination.status(), Status::Completed);
 }
+
+#[test]
+fn a_dry_run_ends_where_the_switch_would_come() {
+    let mut destination = Destination::new();
+    for channel in [Channel::Main, Channel::Urgent] {
+        destination.hello(&Hello { channel, session: 1, program: "a test".into() }, NOW).unwrap();
+    }
+    let frame = |frame| Input::Frame(Link(0), Channel::Main, frame);
+    destination.handle(frame(Frame::Setup { ram_pages: 16, postcopy: true, machine: Vec::new() }));
+    destination.handle(Input::Prepared);
+    destination.handle(frame(Frame::PassEnd(Totals::default())));
+    destination.handle(frame(Frame::Goodbye));
+    let ended = std::iter::from_fn(|| match destination.poll(NOW) {
+        Poll::Act(action) => Some(action),
+        Poll::Wait(_) => None,
+    });
+    assert_eq!(ended.last(), Some(Action::End(Outcome::DryRun)));
+    assert!(!destination.is_committed());
+}

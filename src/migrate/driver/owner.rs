@@ -87,6 +87,8 @@ pub struct SourceRequest {
     pub max_bandwidth: Option<NonZeroU64>,
     /// Bytes a second in postcopy's background; `None`: no limit.
     pub max_postcopy_bandwidth: Option<NonZeroU64>,
+    /// Only find out how a migration would go: nothing is moved.
+    pub dry_run: bool,
     /// Bytes a second to count on in the switch; `None`: what was measured.
     pub switchover_bandwidth: Option<NonZeroU64>,
     /// How far the guest may be slowed down in mode precopy; `None`: not at all.

@@ -99,7 +99,7 @@ impl SourceMigration {
             machine: saved::encode_setup(&setup)?,
         };
         let session = config.session;
-        let mut engine = Source::new(config);
+        let mut engine = if request.dry_run { Source::dry_run(config) } else { Source::new(config) };
         engine.handle(Input::SwitchoverBandwidth(request.switchover_bandwidth), Duration::ZERO);
         engine.handle(Input::Throttling(request.throttling), Duration::ZERO);
         let (wake, woken) = bounded(1);
@@ -152,6 +152,9 @@ impl SourceMigration {
         let mut engine = self.shared.engine();
         if engine.is_over() {
             return Err("the migration is over".into());
+        }
+        if engine.is_dry_run() {
+            return Err("this is a dry run, which moves nothing".into());
         }
         engine.handle(Input::StartPostcopy, self.shared.now());
         drop(engine);

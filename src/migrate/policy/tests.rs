@@ -157,7 +157,8 @@ fn slowing_down_has_its_limit_and_is_not_for_auto() {
 fn a_recorded_guest_that_swings_goes_by_postcopy() {
     // Debian over an emulated link of 12 MB/s, building something: sent and left pages.
     let recorded = [(52_130, 20_411), (20_411, 9_875), (9_875, 7_902), (7_902, 11_260), (11_260, 8_134), (8_134, 7_550)];
-    let passes: Vec<_> = (1..).zip(recorded).map(|(number, (sent, left))| Pass { bandwidth: 12_000_000, ..pass(number, sent, left) }).collect();
+    let passes: Vec<_> =
+        (1..).zip(recorded).map(|(number, (sent, left))| Pass { bandwidth: 12_000_000, ..pass(number, sent, left) }).collect();
     let decisions: Vec<_> = (1..=passes.len()).map(|count| verdict(&passes[..count], &goal(Mode::Auto)).decision).collect();
     assert_eq!(decisions[..3], [Decision::AnotherPass; 3]);
     assert!(decisions[3..].contains(&Decision::SwitchPostcopy), "{decisions:?}");

@@ -62,7 +62,7 @@ impl Source {
     pub fn progress(&self, now: Duration) -> Progress {
         let status = match self.state {
             State::Hello | State::Preparing => Status::Setup,
-            State::Harvesting | State::Sending | State::PassAck => Status::Active,
+            State::Harvesting | State::Sending | State::PassAck | State::Watching => Status::Active,
             // After a precopy without bitmaps, too: nothing is to come but the destination's words that all is there.
             State::Committed | State::Ending if self.switch_postcopy || !self.bitmaps.is_empty() => Status::PostcopyActive,
             State::Stopping | State::LastPass | State::Switching | State::Committed | State::Ending => Status::Device,

@@ -63,6 +63,16 @@ impl SourceGuest {
         Ok(dirty)
     }
 
+    /// Clears all dirty bits; returns the pages dirtied since the last harvest.
+    pub fn watch(&mut self) -> Result<PageSet, String> {
+        let dirty = self.harvest()?;
+        let all = PageRun::new(0, self.ram.pages());
+        let mut pages = PageSet::empty(all.count);
+        pages.insert(all);
+        self.clear(&pages, all)?;
+        Ok(dirty)
+    }
+
     /// Clears the dirty bits of `pages` within `range`: before any of them is read.
     pub fn clear(&mut self, pages: &PageSet, range: PageRun) -> Result<(), String> {
         let log = self.log.as_mut().ok_or("dirty pages are not tracked")?;

@@ -156,6 +156,10 @@ impl Migration {
                 let dirty = self.guest.harvest();
                 self.shared.handle(dirty.map_or_else(Input::Failed, Input::Harvested));
             }
+            Action::Watch => {
+                let dirty = self.guest.watch();
+                self.shared.handle(dirty.map_or_else(Input::Failed, Input::Harvested));
+            }
             Action::Throttle(percent) => {
                 if let Err(reason) = self.guest.throttle(percent) {
                     self.shared.handle(Input::Failed(reason));

@@ -262,6 +262,7 @@ pub fn request(address: &Address, mode: Mode) -> SourceRequest {
         downtime_limit: Duration::from_millis(300),
         max_bandwidth: None,
         max_postcopy_bandwidth: None,
+        dry_run: false,
         switchover_bandwidth: None,
         throttling: None,
     }
