@@ -18,7 +18,7 @@ const PROBE_TIME: Duration = Duration::from_secs(2);
 const LOOKS: [u64; 7] = [50, 100, 200, 500, 1000, 2000, 3000];
 
 /// What has been watched so far.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct DryRun {
     observed: Observed,
     /// Once the link is measured: when the watch began.
