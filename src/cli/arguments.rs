@@ -137,6 +137,7 @@ Examples:
   ferry migrate --qmp guest.sock tcp:other-host:4444 --mode precopy --downtime 20ms
   ferry migrate --qmp guest.sock tcp:other-host:4444 --max-bandwidth 1Gbit
   ferry migrate --qmp guest.sock unix:/run/ferry/in.sock --report report.json
+  ferry migrate --qmp guest.sock tcp:other-host:4444 --dry-run
 
 Shows progress on a terminal, otherwise one JSON line per event on stdout. Ctrl-C cancels the migration.")]
 pub(super) struct MigrateArguments {
@@ -158,6 +159,12 @@ pub(super) struct MigrateArguments {
     /// Limit on background traffic after the switch
     #[arg(long, value_name = "RATE", value_parser = bandwidth::parse)]
     pub postcopy_bandwidth: Option<i64>,
+    /// Only tell how long each mode would take and black out; the `ferry receive` waits on
+    ///
+    /// Connects, has the destination check everything, sends at most 64 MiB to measure the link and watches for three seconds what the
+    /// guest writes. Nothing is moved: the guest is not paused, and the destination throws away what it was sent.
+    #[arg(long)]
+    pub dry_run: bool,
     /// Write what the migration cost to this file, as JSON
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,

@@ -17,6 +17,11 @@ pub(super) fn status(qmp: &Path) -> Result<(), CliError> {
     let migration = client.execute(&Command::QueryMigrate)?;
     let Some(status) = migration["status"].as_str() else { return Ok(()) };
     println!("migration  {status}{}", describe(&migration));
+    let details = &migration["ferry"];
+    let reason = details["progress"]["reason"].as_str().or(details["report"]["reason"].as_str());
+    if let Some(reason) = reason.filter(|reason| !reason.is_empty()) {
+        println!("decision   {reason}");
+    }
     if let Some(error) = migration["error-desc"].as_str() {
         println!("error      {error}");
     }

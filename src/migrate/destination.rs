@@ -8,6 +8,8 @@
 //!  Ready --COMMIT--> Starting --vCPUs run, RUNNING--> Running --End, nothing missing, DONE--> Whole --Goodbye--> Ended
 //! ```
 //!
+//! A GOODBYE in `Receiving`, instead of the switch, ends a dry run: the source only wanted to know how a migration would go.
+//!
 //! Before READY every failure ends with [`Outcome::Abandoned`]: nothing ran here, and nothing will. From READY on the source may have
 //! given the guest up, so that only the source can say what is to become of it: a lost link is waited for ([`Destination::is_paused`]),
 //! and whoever knows the session number may come back on a new one. After COMMIT the guest is ours, whatever happens.
@@ -332,6 +334,8 @@ impl Destination {
                 self.finish(Outcome::Completed);
                 Ok(())
             }
+            // Nothing was meant to come.
+            (Frame::Goodbye, State::Receiving) => return self.finish(Outcome::DryRun),
             // The source has not given the guest up.
             (Frame::Abort(reason), _) if !self.is_committed() => return self.finish(Outcome::Abandoned(reason)),
             (Frame::Abort(reason), _) => return self.pause(&reason),

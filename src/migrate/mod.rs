@@ -4,6 +4,7 @@ pub mod bitmaps;
 pub mod blocktime;
 pub mod destination;
 pub mod driver;
+pub mod forecast;
 pub mod pace;
 pub mod pages;
 pub mod policy;

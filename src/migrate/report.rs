@@ -1,6 +1,13 @@
 //! What a migration tells people and tools: where it stands, and in the end what it cost.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
+
+/// `time` as reports have it.
+pub(super) fn microseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
 
 /// How the guest's RAM is to move.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,6 +127,12 @@ pub struct Progress {
     pub faults: Option<Faults>,
     /// The blackout that switching now would cost, in milliseconds.
     pub expected_downtime_ms: u64,
+    /// What was decided last, and why, in words.
+    #[serde(default)]
+    pub reason: String,
+    /// Percentage of the time in which the guest's vCPUs are made to stand still.
+    #[serde(default)]
+    pub throttle: u8,
     /// Why the migration failed.
     pub error: Option<String>,
 }
@@ -136,10 +149,26 @@ pub struct Pass {
     pub normal_pages: u64,
     /// Pages found to be zero.
     pub zero_pages: u64,
-    /// Pages dirtied meanwhile: what the next pass would send.
+    /// Pages dirtied meanwhile.
     pub dirtied_pages: u64,
+    /// Pages that the destination lacks after it: what the next pass would send.
+    #[serde(default)]
+    pub remaining_pages: u64,
+    /// Bytes a second while really sending; 0 where too little was sent to tell.
+    #[serde(default)]
+    pub bandwidth: u64,
+    /// Percentage of the time in which the guest's vCPUs were made to stand still.
+    #[serde(default)]
+    pub throttle: u8,
     /// What was decided after it, and why, in words.
     pub decision: String,
+}
+
+impl Pass {
+    /// All pages that it has dealt with.
+    pub fn sent_pages(&self) -> u64 {
+        self.normal_pages + self.zero_pages
+    }
 }
 
 /// The blackout in its parts, in microseconds, in the order in which they come. Source's clock but for `load_us` and `resume_us`.
@@ -162,6 +191,9 @@ pub struct Downtime {
     pub resume_us: u64,
     /// From the pause at the source until the source heard RUNNING: an upper bound of the blackout.
     pub total_us: u64,
+    /// What it was expected to be when the switch was decided.
+    #[serde(default)]
+    pub predicted_us: u64,
 }
 
 /// Page faults of a postcopy as the destination measured them.
@@ -212,6 +244,28 @@ impl Faults {
     }
 }
 
+/// How a migration would go in one mode, as a dry run found.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Forecast {
+    /// The mode.
+    pub mode: Mode,
+    /// Whether it would come to an end.
+    pub ends: bool,
+    /// Whether a part of RAM would go by postcopy.
+    pub postcopy: bool,
+    /// Passes of precopy.
+    pub passes: u32,
+    /// From the command until all of the guest is there, in microseconds; 0 if it does not end.
+    pub total_us: u64,
+    /// The blackout, in microseconds; if it does not end: the one that would be left.
+    pub downtime_us: u64,
+    /// Percentage of the time in which the guest's vCPUs would stand still in the end.
+    pub throttle: u8,
+    /// Why it would end then, or not at all, in words.
+    pub reason: String,
+}
+
 /// What a finished migration cost. The source has it; `ferry migrate --report` writes it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -241,6 +295,9 @@ pub struct Report {
     pub recoveries: u32,
     /// Why precopy ended when it did, or which limit was hit, in words.
     pub reason: String,
+    /// After a dry run: how each mode would go.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub forecasts: Vec<Forecast>,
     /// Things that went wrong without harming the guest: bitmaps dropped, for example.
     pub warnings: Vec<String>,
     /// Why it failed.

@@ -23,19 +23,23 @@
 
 mod account;
 mod action;
+mod dry_run;
 mod input;
 
 use std::collections::VecDeque;
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 pub use account::Sent;
+use dry_run::DryRun;
+
 pub use action::{Action, Bulk, Outcome, Poll};
 pub use input::{Input, Stopped};
 
 use super::bitmaps::{BitmapStep, OutgoingBitmaps};
 use super::pages::Outgoing;
-use super::policy::{self, Decision, Measured};
-use super::report::{Downtime, Mode, Pass, Report, Status};
+use super::policy::{self, Decision, Fixed, Throttling, Verdict};
+use super::report::{Downtime, Mode, Pass, Report, Status, microseconds};
 use super::wire::{Channel, Frame, Hello, Holding, MAX_RUN, Package, Totals};
 use crate::memory::{PageRun, PageSet};
 
@@ -76,6 +80,8 @@ enum State {
     Harvesting,
     Sending,
     PassAck,
+    /// In a dry run: until the next look at what the guest has dirtied.
+    Watching,
     Stopping,
     LastPass,
     Switching,
@@ -109,7 +115,15 @@ pub struct Source {
     /// What ends the migration as soon as the guest, about to be stopped, can be let go on.
     failure: Option<Failure>,
     pass: PassMeter,
-    bandwidth: Option<f64>,
+    /// Until its forecasts are made.
+    dry_run: Option<DryRun>,
+    fixed: Fixed,
+    switchover_bandwidth: Option<NonZeroU64>,
+    throttling: Option<Throttling>,
+    /// Percentage of the time in which the guest's vCPUs stand still.
+    throttle: u8,
+    /// When the greeting went out, or a harvest was asked for: until the answer comes.
+    asked_at: Duration,
     totals: Totals,
     stopped_at: Duration,
     sent_package_at: Duration,
@@ -132,7 +146,6 @@ enum Failure {
 struct PassMeter {
     number: u32,
     began: Duration,
-    planned: u64,
     sent: Sent,
 }
 
@@ -157,7 +170,12 @@ impl Source {
             package_sent: false,
             failure: None,
             pass: PassMeter::default(),
-            bandwidth: None,
+            dry_run: None,
+            fixed: Fixed::default(),
+            switchover_bandwidth: None,
+            throttling: None,
+            throttle: 0,
+            asked_at: Duration::ZERO,
             totals: Totals::default(),
             stopped_at: Duration::ZERO,
             sent_package_at: Duration::ZERO,
@@ -181,6 +199,11 @@ impl Source {
     /// The pages that the destination does not hold in their last version.
     pub fn unsent(&self) -> &PageSet {
         self.outgoing.unsent()
+    }
+
+    /// Whether this only asks how a migration would go.
+    pub fn is_dry_run(&self) -> bool {
+        self.dry_run.is_some()
     }
 
     /// Whether the guest is the destination's, come what may.
@@ -227,12 +250,19 @@ impl Source {
         if let Some(action) = self.actions.pop_front() {
             match action {
                 Action::GiveUp => self.given_up = true,
+                Action::Send(Frame::Hello(_)) | Action::Harvest => self.asked_at = now,
                 Action::Send(Frame::Commit) => self.report.downtime.commit_us = (now - self.ready_at).as_micros() as u64,
                 _ => {}
             }
             return Poll::Act(action);
         }
-        if self.deadline.is_some_and(|deadline| now >= deadline) {
+        let is_due = self.deadline.is_some_and(|deadline| now >= deadline);
+        if is_due && self.state == State::Watching {
+            self.actions.push_back(Action::Harvest);
+            self.enter(State::Harvesting, None);
+            return self.poll(now);
+        }
+        if is_due {
             let what = match self.state {
                 State::Hello => "did not answer the greeting",
                 State::Preparing => "did not get its machine ready",
@@ -246,6 +276,10 @@ impl Source {
         if self.state == State::Sending && self.postcopy_requested {
             self.actions.push_back(Action::Harvest);
             self.enter(State::Harvesting, None);
+            return self.poll(now);
+        }
+        if self.state == State::Sending && self.has_probed(now) {
+            self.all_sent(now);
             return self.poll(now);
         }
         match self.state {
@@ -298,8 +332,13 @@ impl Source {
             (Input::Recover | Input::Pause, _) => {}
             (Input::Cancel, _) if self.is_committed() => {}
             (Input::Cancel, _) => self.fail(Failure::Cancelled, now),
-            (Input::StartPostcopy, _) => self.postcopy_requested = self.config.mode != Mode::Precopy,
+            (Input::StartPostcopy, _) => self.postcopy_requested = self.config.mode != Mode::Precopy && self.dry_run.is_none(),
             (Input::DowntimeLimit(limit), _) => self.config.downtime_limit = limit,
+            (Input::SwitchoverBandwidth(bandwidth), _) => self.switchover_bandwidth = bandwidth,
+            (Input::Throttling(throttling), _) => {
+                self.throttling = throttling;
+                self.set_throttle(throttling.map_or(0, |throttling| self.throttle.min(throttling.max)));
+            }
         }
     }
 
@@ -329,6 +368,7 @@ impl Source {
     fn on_frame(&mut self, frame: Frame, now: Duration) {
         match (frame, self.state) {
             (Frame::Welcome(_), State::Hello) => {
+                self.fixed.round_trip = now.saturating_sub(self.asked_at);
                 self.actions.push_back(Action::OpenUrgent);
                 let machine = std::mem::take(&mut self.config.machine);
                 let postcopy = self.config.mode != Mode::Precopy;
@@ -340,9 +380,9 @@ impl Source {
                 self.actions.push_back(Action::StartTracking);
                 self.enter(State::Harvesting, None);
             }
+            (Frame::PassAck, State::PassAck) if self.dry_run.is_some() => self.on_probe_arrived(now),
             (Frame::PassAck, State::PassAck) => {
                 self.destination_built = true;
-                self.measure_bandwidth();
                 self.actions.push_back(Action::Harvest);
                 self.enter(State::Harvesting, None);
             }
@@ -374,7 +414,10 @@ impl Source {
     }
 
     fn on_harvested(&mut self, dirty: &PageSet, now: Duration) {
-        let dirtied = dirty.len();
+        if self.dry_run.is_some() {
+            return self.on_dry_run_harvest(dirty, now);
+        }
+        self.fixed.harvest = now.saturating_sub(self.asked_at);
         self.outgoing.begin_pass(dirty);
         if (self.config.mode == Mode::Postcopy || self.postcopy_requested) && !self.destination_built {
             // A pass without pages: its acknowledgement says that the machine is built, which must not happen in the blackout.
@@ -382,46 +425,61 @@ impl Source {
             self.enter(State::PassAck, Some(now + ANSWER_TIMEOUT));
             return;
         }
-        let remaining_pages = self.unsent().len();
-        let first = self.pass.number == 0;
-        let decision = if first && self.config.mode != Mode::Postcopy && !self.postcopy_requested {
-            Decision::AnotherPass
-        } else {
-            let (decision, reason) = policy::decide(&Measured {
-                mode: self.config.mode,
-                downtime_limit: self.config.downtime_limit,
-                pass: self.pass.number,
-                sent_pages: self.pass.planned,
-                remaining_pages,
-                bandwidth: self.bandwidth,
-                postcopy_requested: self.postcopy_requested,
-            });
-            if !first {
-                if self.report.passes.len() == MAX_PASSES {
-                    self.report.passes.remove(0);
-                }
-                self.report.passes.push(Pass {
-                    number: self.pass.number,
-                    duration_us: (now - self.pass.began).as_micros() as u64,
-                    normal_pages: self.pass.sent.normal,
-                    zero_pages: self.pass.sent.zero,
-                    dirtied_pages: dirtied,
-                    decision: reason.clone(),
-                });
-            }
-            self.report.reason = reason;
-            decision
-        };
+        if self.pass.number == 0 && self.config.mode != Mode::Postcopy && !self.postcopy_requested {
+            return self.begin_pass(now);
+        }
+        if self.pass.number > 0 {
+            self.record_pass(dirty.len(), now);
+        }
+        let Verdict { decision, reason, blackout } = policy::decide(&self.history(), &self.goal());
+        if let Some(pass) = self.report.passes.last_mut() {
+            pass.decision.clone_from(&reason);
+        }
+        self.report.reason = reason;
         match decision {
-            Decision::AnotherPass => {
-                self.pass = PassMeter { number: self.pass.number + 1, began: now, planned: remaining_pages, sent: Sent::default() };
-                self.enter(State::Sending, None);
+            Decision::AnotherPass => self.begin_pass(now),
+            Decision::Throttle(percent) => {
+                self.set_throttle(percent);
+                self.begin_pass(now);
             }
             Decision::SwitchPrecopy | Decision::SwitchPostcopy => {
+                self.report.downtime.predicted_us = microseconds(blackout);
                 self.switch_postcopy = decision == Decision::SwitchPostcopy;
                 self.actions.push_back(Action::Stop);
                 self.enter(State::Stopping, None);
             }
+        }
+    }
+
+    fn begin_pass(&mut self, now: Duration) {
+        self.pass = PassMeter { number: self.pass.number + 1, began: now, sent: Sent::default() };
+        self.enter(State::Sending, None);
+    }
+
+    /// Adds the pass that has ended to the report, which is the history that the policy goes by.
+    fn record_pass(&mut self, dirtied_pages: u64, now: Duration) {
+        if self.report.passes.len() == MAX_PASSES {
+            self.report.passes.remove(0);
+        }
+        // A host that was busy when the guest was to stop once is given another chance.
+        self.fixed.stop = self.fixed.stop.map(|stop| stop * 3 / 4);
+        self.report.passes.push(Pass {
+            number: self.pass.number,
+            duration_us: microseconds(now.saturating_sub(self.pass.began)),
+            normal_pages: self.pass.sent.normal,
+            zero_pages: self.pass.sent.zero,
+            dirtied_pages,
+            remaining_pages: self.unsent().len(),
+            bandwidth: self.pass_bandwidth(),
+            throttle: self.throttle,
+            decision: String::new(),
+        });
+    }
+
+    fn set_throttle(&mut self, percent: u8) {
+        if self.throttle != percent {
+            self.throttle = percent;
+            self.actions.push_back(Action::Throttle(percent));
         }
     }
 
@@ -434,23 +492,30 @@ impl Source {
             return self.fail_here(failure, now);
         }
         let left = self.unsent().len();
-        if !self.switch_postcopy && !policy::fits(left, self.bandwidth, self.config.downtime_limit * 2) {
+        self.fixed.stop = Some(Duration::from_micros(stopped.stop_us + stopped.device_state_us));
+        self.fixed.harvest = Duration::from_micros(stopped.last_sync_us);
+        self.fixed.state_bytes = stopped.machine.len() as u64;
+        if !self.switch_postcopy && !self.history().fits(left, &self.goal()) {
+            let reason = format!("{left} pages were dirtied until the guest stood still, too many for the limit");
             if self.config.mode == Mode::Auto {
                 self.switch_postcopy = true;
-                self.report.reason = format!("{left} pages were dirtied until the guest stood still: postcopy");
+                self.report.reason = format!("{reason}: postcopy");
+                self.report.downtime.predicted_us = microseconds(self.history().blackout(0, &self.goal()));
             } else {
+                self.report.reason = format!("{reason}: another pass");
                 self.actions.push_back(Action::Resume);
-                self.pass = PassMeter { number: self.pass.number + 1, began: now, planned: left, sent: Sent::default() };
-                self.enter(State::Sending, None);
-                return;
+                return self.begin_pass(now);
             }
         }
+        // It stands still anyway, and wherever it goes on, it is to go on as it likes.
+        self.set_throttle(0);
         // The driver does what it can, such as flushing disks, before it stops the guest.
         self.stopped_at = now.saturating_sub(Duration::from_micros(stopped.stop_us + stopped.device_state_us + stopped.last_sync_us));
         self.report.downtime = Downtime {
             stop_us: stopped.stop_us,
             device_state_us: stopped.device_state_us,
             last_sync_us: stopped.last_sync_us,
+            predicted_us: self.report.downtime.predicted_us,
             ..Downtime::default()
         };
         self.bitmaps = OutgoingBitmaps::new(&stopped.bitmaps);
@@ -585,6 +650,7 @@ impl Source {
             }
             Failure::Failed(reason) => (format!("the source gave up: {reason}"), format!("{reason}{GOES_ON}"), Status::Failed),
         };
+        self.set_throttle(0);
         self.send(Frame::Abort(text));
         self.report.error = Some(error);
         self.finish(status, now);

@@ -50,11 +50,13 @@ pub struct CapabilityStatus {
 pub struct MigrateCapabilities {
     /// Whether a migration may switch to postcopy, whatever its mode.
     pub postcopy_ram: bool,
+    /// Whether the guest may be slowed down where precopy does not end otherwise.
+    pub auto_converge: bool,
 }
 
 impl Default for MigrateCapabilities {
     fn default() -> Self {
-        MigrateCapabilities { postcopy_ram: true }
+        MigrateCapabilities { postcopy_ram: true, auto_converge: false }
     }
 }
 
@@ -84,8 +86,9 @@ impl MigrateCapabilities {
         use Capability::*;
         match capability {
             PostcopyRam => self.postcopy_ram,
+            AutoConverge => self.auto_converge,
             DirtyBitmaps | Events | ReturnPath | PostcopyPreempt | SwitchoverAck => true,
-            Xbzrle | AutoConverge | Multifd | PauseBeforeSwitchover | ZeroCopySend | DirtyLimit => false,
+            Xbzrle | Multifd | PauseBeforeSwitchover | ZeroCopySend | DirtyLimit => false,
         }
     }
 
@@ -100,6 +103,7 @@ impl MigrateCapabilities {
         for change in changes {
             match change.capability {
                 Capability::PostcopyRam => next.postcopy_ram = change.state,
+                Capability::AutoConverge => next.auto_converge = change.state,
                 fixed if self.get(fixed) == change.state => {}
                 fixed => {
                     let name = serde_json::to_string(&fixed).unwrap_or_default().replace('"', "'");
@@ -124,8 +128,9 @@ mod tests {
     #[test]
     fn what_is_fixed_can_be_set_to_what_it_is_only() {
         let mut capabilities = MigrateCapabilities::default();
+        let chosen = [Capability::PostcopyRam, Capability::AutoConverge];
         let postcopy_off = CapabilityStatus { capability: Capability::PostcopyRam, state: false };
-        for status in capabilities.list().into_iter().filter(|status| status.capability != Capability::PostcopyRam) {
+        for status in capabilities.list().into_iter().filter(|status| !chosen.contains(&status.capability)) {
             capabilities.set(&[status]).unwrap();
             let error = capabilities.set(&[postcopy_off, CapabilityStatus { state: !status.state, ..status }]).unwrap_err();
             assert!(error.desc.contains("Ferry"), "{error}");

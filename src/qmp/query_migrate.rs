@@ -63,6 +63,10 @@ pub fn query_migrate(progress: &Progress, report: Option<&Report>) -> Value {
         Some(report) => answer["downtime"] = report.downtime.total_us.div_ceil(1000).into(),
         None => answer["expected-downtime"] = progress.expected_downtime_ms.into(),
     }
+    // As in QEMU only while it is so.
+    if report.is_none() && progress.throttle > 0 {
+        answer["cpu-throttle-percentage"] = progress.throttle.into();
+    }
     if let Some(error) = report.map_or(&progress.error, |report| &report.error) {
         answer["error-desc"] = error.as_str().into();
     }
@@ -90,6 +94,9 @@ mod tests {
         };
         let answer = query_migrate(&progress, None);
         assert_eq!(answer["status"], "postcopy-active");
+        assert_eq!(answer.get("cpu-throttle-percentage"), None);
+        let throttled = query_migrate(&Progress { throttle: 30, ..progress.clone() }, None);
+        assert_eq!(throttled["cpu-throttle-percentage"], 30);
         assert_eq!(answer["expected-downtime"], 0);
         assert_eq!(answer["ram"]["mbps"], 1000.0);
         assert_eq!(answer["ram"]["normal-bytes"], 8192);

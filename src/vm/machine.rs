@@ -2,7 +2,7 @@
 //! cannot be run again.
 
 use std::marker::PhantomData;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
@@ -17,6 +17,7 @@ use super::events::{EventSink, VmEvent};
 use super::exits::Buses;
 use super::restore_vcpu::Limits;
 use super::state::{Abi, MachineState, StateError};
+use super::throttle::{Throttle, Throttler};
 use super::vcpu::VcpuThread;
 use super::{VmError, chips, clock, cpuid, layout, msr, restore_vcpu, save_vcpu};
 use crate::boot;
@@ -60,8 +61,10 @@ impl<S> std::fmt::Debug for Failed<S> {
 }
 
 struct Machine {
-    // The threads end before the machine they run on: fields drop in this order.
-    vcpus: Vcpus,
+    // The threads end before the machine they run on: fields drop in this order. The one that kicks the vCPUs holds them.
+    throttler: Mutex<Option<Throttler>>,
+    vcpus: Arc<Vcpus>,
+    throttle: Arc<Throttle>,
     buses: Arc<Buses>,
     devices: Vec<Arc<dyn Device>>,
     serial: Arc<SerialPort>,
@@ -113,6 +116,24 @@ impl<S> Vm<S> {
     /// Tells the guest that the power button was pressed, by the ACPI generic event device. Whether it powers off is its own affair.
     pub fn power_button(&self) -> Result<(), VmError> {
         self.machine.power_button.write(1).map_err(VmError::EventFd)
+    }
+
+    /// Makes all vCPUs stand still for `percent` of the time, at most 99; 0 ends that. An error is that of starting a thread.
+    pub fn throttle(&self, percent: u8) -> std::io::Result<()> {
+        let Machine { throttler, vcpus, throttle, .. } = &*self.machine;
+        let mut throttler = throttler.lock().unwrap_or_else(PoisonError::into_inner);
+        if percent == 0 {
+            *throttler = None;
+            return Ok(());
+        }
+        if throttler.is_none() {
+            let vcpus = vcpus.clone();
+            *throttler = Some(Throttler::start(throttle.clone(), move || vcpus.0.iter().for_each(VcpuThread::kick))?);
+        }
+        if let Some(throttler) = &*throttler {
+            throttler.set(percent);
+        }
+        Ok(())
     }
 
     pub(super) fn cpuid(&self) -> &[kvm_cpuid_entry2] {
@@ -175,6 +196,7 @@ impl Vm<Built> {
         let cpuid = cpuid::base(&kvm)?;
         let mut msrs = Vec::new();
         let mut host_tsc_khz = 0;
+        let throttle = Arc::new(Throttle::new());
         let mut vcpus = Vec::with_capacity(config.cpus.into());
         for index in 0..config.cpus {
             let vcpu = fd.create_vcpu(index.into()).map_err(VmError::kvm("KVM_CREATE_VCPU"))?;
@@ -183,11 +205,13 @@ impl Vm<Built> {
                 msrs = msr::indices(&kvm, &vcpu)?;
                 host_tsc_khz = vcpu.get_tsc_khz().map_err(VmError::kvm("KVM_GET_TSC_KHZ"))?;
             }
-            vcpus.push(VcpuThread::spawn(index, vcpu, events.clone())?);
+            vcpus.push(VcpuThread::spawn(index, vcpu, events.clone(), throttle.clone())?);
         }
         let xsave_size = save_vcpu::xsave_size(&fd)?;
         let machine = Machine {
-            vcpus: Vcpus(vcpus),
+            throttler: Mutex::default(),
+            vcpus: Arc::new(Vcpus(vcpus)),
+            throttle,
             buses: Arc::new(buses),
             devices: vec![serial.clone(), Arc::new(cmos)],
             serial,

@@ -16,6 +16,7 @@ mod msr;
 mod restore_vcpu;
 mod save_vcpu;
 pub mod state;
+mod throttle;
 mod vcpu;
 
 pub use error::VmError;

@@ -181,6 +181,21 @@ fn is_alphabet(bytes: &[u8], first: u8) -> bool {
 }
 
 #[test]
+fn a_guest_that_is_slowed_down_goes_on_and_can_be_paused() {
+    let kernel = kernel(&[(ENTRY.into(), code::ALPHABET)]);
+    let (mut vm, console, _events) = build(kernel.to_path_buf(), "", 2, GuestRam::allocate(64 << 20).unwrap());
+    vm.load_kernel().unwrap();
+    let mut vm = vm.start().unwrap();
+    for percent in [50, 99, 0, 99] {
+        vm.throttle(percent).unwrap();
+        let before = console.wait_for("start", |_| true).len();
+        console.wait_for("progress", |bytes| bytes.len() > before + 100);
+        let paused = pause(vm);
+        vm = resume(paused);
+    }
+}
+
+#[test]
 fn powers_off_and_resets() {
     let (vm, console, events) = boot(code::POWER_OFF);
     assert_eq!(events.recv_timeout(LIMIT), Ok(VmEvent::PowerOff));

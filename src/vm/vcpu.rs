@@ -13,6 +13,7 @@ use super::VmError;
 use super::events::{EventSink, VmEvent};
 use super::exits::{Buses, Outcome, run_once};
 use super::kick::{Kickable, kick};
+use super::throttle::Throttle;
 
 /// How often a thread that is to end is kicked.
 const KICK_INTERVAL: Duration = Duration::from_millis(1);
@@ -57,14 +58,14 @@ impl<T> Pending<T> {
 }
 
 impl VcpuThread {
-    /// Starts the thread of vCPU `index`, which will tell `events` how the guest ended.
-    pub fn spawn(index: u16, mut vcpu: VcpuFd, events: EventSink) -> Result<Self, VmError> {
+    /// Starts the thread of vCPU `index`, which will tell `events` how the guest ended and stands still when `throttle` says so.
+    pub fn spawn(index: u16, mut vcpu: VcpuFd, events: EventSink, throttle: Arc<Throttle>) -> Result<Self, VmError> {
         let (commands, inbox) = unbounded();
         let (ready, started) = bounded(1);
         let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || match Kickable::new(&mut vcpu) {
             Ok(kickable) => {
                 let _ = ready.send(Ok(gettid()));
-                serve(index, &mut vcpu, &inbox, &events);
+                serve(index, &mut vcpu, &inbox, &events, &throttle);
                 drop(kickable);
             }
             Err(error) => {
@@ -111,7 +112,8 @@ impl VcpuThread {
         Ok(())
     }
 
-    fn kick(&self) {
+    /// Makes the vCPU leave the guest and look at what it is to do.
+    pub fn kick(&self) {
         if let Some(thread) = &self.thread {
             kick(thread);
         }
@@ -141,13 +143,13 @@ impl Drop for VcpuThread {
 }
 
 /// The thread's life: parked until told to run, running until told to pause.
-fn serve(index: u16, vcpu: &mut VcpuFd, inbox: &Receiver<Command>, events: &EventSink) {
+fn serve(index: u16, vcpu: &mut VcpuFd, inbox: &Receiver<Command>, events: &EventSink, throttle: &Throttle) {
     let mut running: Option<Arc<Buses>> = None;
     let mut stuck = false;
     loop {
-        // A running vCPU only looks; a parked one waits.
+        // A running vCPU only looks, unless it is to stand still for a while; a parked one waits.
         let command = match &running {
-            Some(_) => inbox.try_recv(),
+            Some(_) => look(inbox, throttle.wait()),
             None => inbox.recv().map_err(|_| TryRecvError::Disconnected),
         };
         match command {
@@ -189,6 +191,17 @@ fn serve(index: u16, vcpu: &mut VcpuFd, inbox: &Receiver<Command>, events: &Even
             }
         }
     }
+}
+
+/// The next command, if one comes within `wait`.
+fn look(inbox: &Receiver<Command>, wait: Duration) -> Result<Command, TryRecvError> {
+    if wait.is_zero() {
+        return inbox.try_recv();
+    }
+    inbox.recv_timeout(wait).map_err(|error| match error {
+        RecvTimeoutError::Timeout => TryRecvError::Empty,
+        RecvTimeoutError::Disconnected => TryRecvError::Disconnected,
+    })
 }
 
 /// Completes the port or memory access that the last exit left half done: the registers are right only after KVM_RUN was entered again

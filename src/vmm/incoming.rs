@@ -127,6 +127,18 @@ fn host_memory() -> Option<u64> {
 }
 
 impl Vmm {
+    /// Waits for a guest as if there had been no dry run.
+    pub fn wait_again(self: &Arc<Self>) -> Result<(), VmmError> {
+        let mut migration = lock(&self.incoming.migration);
+        let Some(listener) = migration.take().and_then(DestinationMigration::into_listener) else {
+            return Err(VmmError::NotReceived("nobody listens any more after a dry run".into()));
+        };
+        lock(&self.disks).clear();
+        eprintln!("ferry: a source asked how its guest would move here; still waiting for a guest at {}\r", listener.address());
+        *migration = Some(DestinationMigration::start(listener, Arc::new(self.clone())).map_err(VmmError::NotReceived)?);
+        Ok(())
+    }
+
     /// Everything that can be checked before the source is disturbed. The machine is built on a thread of its own while pages arrive.
     fn prepare(self: &Arc<Self>, mut setup: MachineSetup) -> Result<GuestRam, String> {
         let host = HostFacts::read().map_err(|error| error.to_string())?;
@@ -214,6 +226,7 @@ impl DestinationOwner for Arc<Vmm> {
                 self.incoming.active.store(false, Ordering::Release);
                 Message::Received
             }
+            Outcome::DryRun => Message::DryRun,
             Outcome::Abandoned(reason) => Message::NotReceived(reason),
         };
         let _ = self.messages.send(message);

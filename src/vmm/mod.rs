@@ -101,6 +101,8 @@ enum Message {
     Recovering,
     /// The migration to here has ended, the guest is whole.
     Received,
+    /// Nobody meant to send a guest yet.
+    DryRun,
     /// No guest came, and none will.
     NotReceived(String),
     /// The guest is here, or may come to be, but not all of it, and the link to the source is lost.
@@ -255,6 +257,7 @@ impl Main {
                 }
                 return Ok(Some(()));
             }
+            Message::DryRun => vmm.wait_again()?,
             Message::NotReceived(reason) => {
                 self.shutdown(vmm, ShutdownReason::HostError);
                 return Err(VmmError::NotReceived(reason));

@@ -60,7 +60,7 @@ impl Handler for Arc<Vmm> {
                 })
             }
             Command::MigrateSetCapabilities(arguments) => {
-                lock(&self.outgoing).capabilities.set(&arguments.capabilities).and_then(|()| done())
+                lock(&self.outgoing).set_capabilities(&arguments.capabilities).and_then(|()| done())
             }
             Command::QueryMigrateCapabilities => answer(&lock(&self.outgoing).capabilities.list()),
             Command::MigrateSetParameters(changes) => self.set_migrate_parameters(&changes).and_then(|()| done()),

@@ -8,11 +8,12 @@ use super::guest::Guest;
 use super::{Message, Vmm, lock};
 use crate::migrate::driver::owner::{MachineSetup, SourceOwner, SourceRequest, StoppedGuest};
 use crate::migrate::driver::source::SourceMigration;
+use crate::migrate::policy::Throttling;
 use crate::migrate::report::{Progress, Report, Status};
 use crate::migrate::source::Outcome;
 use crate::migrate::transport::Address;
 use crate::qmp::QmpError;
-use crate::qmp::capabilities::MigrateCapabilities;
+use crate::qmp::capabilities::{CapabilityStatus, MigrateCapabilities};
 use crate::qmp::event::{Event, MigrationEvent};
 use crate::qmp::parameters::{MigrateParameters, MigrateSetParameters};
 use crate::vm::facts::MachineFacts;
@@ -34,6 +35,21 @@ pub(super) struct Outgoing {
 
 fn limit(bytes_per_second: u64) -> Option<NonZeroU64> {
     NonZeroU64::new(bytes_per_second)
+}
+
+impl Outgoing {
+    /// Takes over what a person changes of the capabilities, also of the migration under way where that can be.
+    pub fn set_capabilities(&mut self, changes: &[CapabilityStatus]) -> Result<(), QmpError> {
+        self.capabilities.set(changes)?;
+        if let Some(migration) = self.migration.as_ref().filter(|_| self.active) {
+            migration.set_throttling(self.throttling());
+        }
+        Ok(())
+    }
+
+    fn throttling(&self) -> Option<Throttling> {
+        self.capabilities.auto_converge.then(|| self.parameters.throttling())
+    }
 }
 
 impl Vmm {
@@ -64,6 +80,9 @@ impl Vmm {
             downtime_limit: Duration::from_millis(parameters.downtime_limit),
             max_bandwidth: limit(parameters.max_bandwidth),
             max_postcopy_bandwidth: limit(parameters.max_postcopy_bandwidth),
+            dry_run: parameters.ferry_dry_run,
+            switchover_bandwidth: limit(parameters.avail_switchover_bandwidth),
+            throttling: outgoing.throttling(),
         };
         outgoing.last = None;
         outgoing.pass = 0;
@@ -120,6 +139,8 @@ impl Vmm {
             migration.set_downtime_limit(Duration::from_millis(parameters.downtime_limit));
             migration.set_max_bandwidth(limit(parameters.max_bandwidth));
             migration.set_max_postcopy_bandwidth(limit(parameters.max_postcopy_bandwidth));
+            migration.set_switchover_bandwidth(limit(parameters.avail_switchover_bandwidth));
+            migration.set_throttling(outgoing.throttling());
         }
         Ok(())
     }
@@ -153,6 +174,16 @@ impl SourceOwner for Vmm {
             self.events.emit(&Event::Resume);
         }
         Ok(())
+    }
+
+    fn throttle(&self, percent: u8) -> Result<(), String> {
+        let throttled = match &*lock(&self.guest) {
+            Guest::Running(vm) => vm.throttle(percent),
+            Guest::Paused(vm) => vm.throttle(percent),
+            // It has ended, or moved.
+            Guest::None | Guest::Taken | Guest::Moved { .. } => Ok(()),
+        };
+        throttled.map_err(|error| format!("cannot slow the guest down: {error}"))
     }
 
     fn changed(&self, status: Status, pass: u32) {

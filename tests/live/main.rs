@@ -32,6 +32,7 @@ mod after_commit;
 mod before_commit;
 mod bitmaps;
 mod control;
+mod convergence;
 mod ends;
 mod faults;
 mod moves;

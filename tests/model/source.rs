@@ -106,6 +106,8 @@ impl World {
             Action::Resume if self.mutation == Some(Mutation::SourceForgetsToResume) => {}
             Action::Resume => state.source.right = Right::Running,
             Action::GiveUp => state.source.giving_up = true,
+            Action::Throttle(_) => {}
+            Action::Watch => panic!("a dry run was not asked for"),
             Action::End(outcome) => self.source_ends(state, &outcome),
         }
     }

@@ -1,5 +1,6 @@
 //! What is shown while a migration goes on: a bar on a terminal, otherwise a JSON line per event.
 
+use std::cell::RefCell;
 use std::io::{IsTerminal, Write};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -12,7 +13,11 @@ use crate::migrate::report::Progress;
 /// Standard output, as far as a migration writes to it.
 pub(super) enum Display {
     /// A person watches.
-    Terminal(ProgressBar),
+    Terminal {
+        bar: ProgressBar,
+        /// What was decided last; each decision is shown once.
+        decision: RefCell<String>,
+    },
     /// A program reads.
     Lines,
 }
@@ -26,7 +31,7 @@ impl Display {
         if let Ok(style) = ProgressStyle::with_template("{bar:12} {wide_msg}") {
             bar.set_style(style);
         }
-        Display::Terminal(bar)
+        Display::Terminal { bar, decision: RefCell::default() }
     }
 
     pub fn event(&self, event: &Map<String, Value>) {
@@ -39,7 +44,10 @@ impl Display {
     }
 
     pub fn progress(&self, progress: &Progress) {
-        if let Display::Terminal(bar) = self {
+        if let Display::Terminal { bar, decision } = self {
+            if decision.replace(progress.reason.clone()) != progress.reason {
+                bar.println(&progress.reason);
+            }
             bar.update(|bar| {
                 bar.set_len(progress.ram_total);
                 bar.set_pos(progress.ram_total.saturating_sub(progress.ram_remaining));
@@ -51,13 +59,13 @@ impl Display {
     /// A remark beside the progress.
     pub fn note(&self, text: &str) {
         match self {
-            Display::Terminal(bar) => bar.println(text),
+            Display::Terminal { bar, .. } => bar.println(text),
             Display::Lines => eprintln!("{text}"),
         }
     }
 
     pub fn finish(&self) {
-        if let Display::Terminal(bar) = self {
+        if let Display::Terminal { bar, .. } = self {
             bar.finish_and_clear();
         }
     }
@@ -65,7 +73,7 @@ impl Display {
     /// The table at the end; beside the JSON lines rather than between them.
     pub fn table(&self, table: &str) {
         match self {
-            Display::Terminal(_) => print!("{table}"),
+            Display::Terminal { .. } => print!("{table}"),
             Display::Lines => eprint!("{table}"),
         }
     }

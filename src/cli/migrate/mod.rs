@@ -37,6 +37,8 @@ pub(super) fn migrate(arguments: &MigrateArguments) -> Result<(), CliError> {
         max_bandwidth: arguments.max_bandwidth,
         max_postcopy_bandwidth: arguments.postcopy_bandwidth,
         ferry_mode: Some(arguments.mode.into()),
+        ferry_dry_run: Some(arguments.dry_run),
+        ..MigrateSetParameters::default()
     }))?;
     let start = Migrate { uri: arguments.uri.clone(), detach: Some(true), resume: false };
     carry_through(client, start, arguments.report.as_deref())
@@ -149,6 +151,8 @@ impl End {
     fn into_result(self) -> Result<(), CliError> {
         let default = match self.status {
             Status::Completed => return Ok(()),
+            // A dry run has told what it was to tell.
+            Status::Cancelled if self.report.as_ref().is_some_and(|report| !report.forecasts.is_empty()) => return Ok(()),
             Status::PostcopyPaused => {
                 let what = self.error.unwrap_or_else(|| "the link to the destination is lost".into());
                 return Err(CliError::Migration(format!("{what}; `ferry recover` joins the two again")));

@@ -3,26 +3,29 @@
 use std::fmt::Write;
 
 use crate::cli::format::{bytes, microseconds};
-use crate::migrate::report::{Mode, Report, Status};
+use crate::migrate::report::{Forecast, Mode, Report, Status};
 
 /// What a migration cost, a line to each concern.
 pub(super) fn table(report: &Report) -> String {
     let mut table = Table(String::new());
+    if !report.forecasts.is_empty() {
+        table.row("dry run", &report.reason);
+        for forecast in &report.forecasts {
+            table.row(&format!("  {}", word(forecast.mode)), &outlook(forecast));
+        }
+        return table.0;
+    }
     let status = match report.status {
         Status::Completed => "completed",
         Status::Cancelled => "cancelled",
         _ => "failed",
     };
-    let mode = match report.mode {
-        Mode::Auto => "auto",
-        Mode::Precopy => "precopy",
-        Mode::Postcopy => "postcopy",
-    };
+    let mode = word(report.mode);
     let rest = if report.postcopy { ", the rest by postcopy" } else { "" };
     table.row("migration", &format!("{status} after {} (mode {mode}{rest})", microseconds(report.total_us)));
     let downtime = &report.downtime;
     if downtime.total_us > 0 {
-        table.row("downtime", &microseconds(downtime.total_us));
+        table.row("downtime", &format!("{} (predicted {})", microseconds(downtime.total_us), microseconds(downtime.predicted_us)));
         let parts = [
             ("stop", downtime.stop_us),
             ("device state", downtime.device_state_us),
@@ -68,6 +71,30 @@ pub(super) fn table(report: &Report) -> String {
     table.0
 }
 
+fn word(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Auto => "auto",
+        Mode::Precopy => "precopy",
+        Mode::Postcopy => "postcopy",
+    }
+}
+
+/// How a migration would go in one mode.
+fn outlook(forecast: &Forecast) -> String {
+    let Forecast { ends, postcopy, passes, total_us, downtime_us, throttle, reason, .. } = forecast;
+    if !ends {
+        return format!("would not end: {reason}");
+    }
+    let passes = match passes {
+        0 => String::new(),
+        1 => ", 1 pass".into(),
+        _ => format!(", {passes} passes"),
+    };
+    let rest = if *postcopy { ", the rest by postcopy" } else { "" };
+    let slowed = if *throttle > 0 { format!(", vCPUs standing still {throttle} % of the time") } else { String::new() };
+    format!("{}, downtime {}{passes}{rest}{slowed}", microseconds(*total_us), microseconds(*downtime_us))
+}
+
 struct Table(String);
 
 impl Table {
@@ -87,12 +114,23 @@ mod tests {
     use crate::migrate::report::{BytesByKind, Downtime, Faults};
 
     #[test]
+    fn a_dry_run_tells_of_each_mode() {
+        let auto = Forecast { ends: true, postcopy: true, passes: 2, total_us: 3_200_000, downtime_us: 5000, ..Default::default() };
+        let precopy = Forecast { mode: Mode::Precopy, reason: "the guest is too fast".into(), ..Default::default() };
+        let report = Report { forecasts: vec![auto, precopy], reason: "nothing was moved".into(), ..Default::default() };
+        let expected = "dry run          nothing was moved\n  \
+                        auto           3.20 s, downtime 5.0 ms, 2 passes, the rest by postcopy\n  \
+                        precopy        would not end: the guest is too fast\n";
+        assert_eq!(table(&report), expected);
+    }
+
+    #[test]
     fn table_shows_every_part() {
         let report = Report {
             status: Status::Completed,
             postcopy: true,
             total_us: 1_360_000,
-            downtime: Downtime { stop_us: 300, load_us: 5000, total_us: 14_000, ..Default::default() },
+            downtime: Downtime { stop_us: 300, load_us: 5000, total_us: 14_000, predicted_us: 9000, ..Default::default() },
             bytes: BytesByKind { pages: 1 << 20, ..Default::default() },
             faults: Some(Faults {
                 requested: 36,
@@ -110,7 +148,7 @@ mod tests {
         let table = table(&report);
         for line in [
             "migration        completed after 1.36 s (mode auto, the rest by postcopy)",
-            "downtime         14.0 ms",
+            "downtime         14.0 ms (predicted 9.0 ms)",
             "  stop           300 us",
             "  load           5.0 ms",
             "  pages          1.0 MiB",

@@ -71,6 +71,8 @@ pub enum Action {
 pub enum Outcome {
     /// The guest is whole and runs here.
     Completed,
+    /// The source has learned what it wanted to know, and nothing was to come. Whoever waited for a migration waits on.
+    DryRun,
     /// Nothing runs here; with the reason.
     Abandoned(String),
 }

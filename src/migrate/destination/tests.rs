@@ -4,25 +4,40 @@ use super::*;
 
 const NOW: Duration = Duration::ZERO;
 
-/// A guest of 16 pages that runs, all of which are missing.
-fn running() -> Destination {
+/// Takes pages of a guest of 16 pages.
+fn receiving() -> Destination {
     let mut destination = Destination::new();
     for channel in [Channel::Main, Channel::Urgent] {
         destination.hello(&Hello { channel, session: 1, link: 0, program: "a test".into() }, NOW).unwrap();
     }
+    go_on(&mut destination, [frame(Frame::Setup { ram_pages: 16, postcopy: true, machine: Vec::new() }), Input::Prepared]);
+    destination
+}
+
+fn frame(frame: Frame) -> Input {
+    Input::Frame(Link(0), Channel::Main, frame)
+}
+
+/// Takes these inputs and does what follows from each; the last that was to be done.
+fn go_on(destination: &mut Destination, inputs: impl IntoIterator<Item = Input>) -> Option<Action> {
+    let mut last = None;
+    for input in inputs {
+        destination.handle(input);
+        while let Poll::Act(action) = destination.poll(NOW) {
+            last = Some(action);
+        }
+    }
+    last
+}
+
+/// A guest of 16 pages that runs, all of which are missing.
+fn running() -> Destination {
+    let mut destination = receiving();
     let package =
         Package { sent: Totals::default(), postcopy: true, missing: vec![PageRun::new(0, 16)], bitmaps: Vec::new(), machine: Vec::new() };
-    for input in [
-        Input::Frame(Link(0), Channel::Main, Frame::Setup { ram_pages: 16, postcopy: true, machine: Vec::new() }),
-        Input::Prepared,
-        Input::Frame(Link(0), Channel::Main, Frame::Switchover(package)),
-        Input::Loaded { load_us: 1, warnings: Vec::new() },
-        Input::Frame(Link(0), Channel::Main, Frame::Commit),
-        Input::Ran(1),
-    ] {
-        destination.handle(input);
-        while let Poll::Act(_) = destination.poll(NOW) {}
-    }
+    let inputs =
+        [frame(Frame::Switchover(package)), Input::Loaded { load_us: 1, warnings: Vec::new() }, frame(Frame::Commit), Input::Ran(1)];
+    go_on(&mut destination, inputs);
     assert_eq!((destination.status(), destination.missing().len()), (Status::PostcopyActive, 16));
     destination
 }
@@ -65,4 +80,12 @@ fn a_loss_after_which_nothing_is_missing_completes() {
     assert_eq!(missing_when_told(&mut destination), 0);
     assert_eq!(destination.poll(NOW), Poll::Act(Action::Complete));
     assert_eq!(destination.status(), Status::Completed);
+}
+
+#[test]
+fn a_dry_run_ends_where_the_switch_would_come() {
+    let mut destination = receiving();
+    let last = go_on(&mut destination, [frame(Frame::PassEnd(Totals::default())), frame(Frame::Goodbye)]);
+    assert_eq!(last, Some(Action::End(Outcome::DryRun)));
+    assert!(!destination.is_committed());
 }

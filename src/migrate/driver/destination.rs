@@ -27,7 +27,7 @@ use faults::FaultService;
 pub struct DestinationMigration {
     shared: Arc<Shared>,
     /// Threads that accept connections.
-    listening: Mutex<Vec<JoinHandle<()>>>,
+    listening: Mutex<Vec<JoinHandle<Listener>>>,
 }
 
 /// What the handle and the migration's threads share.
@@ -124,7 +124,7 @@ impl DestinationMigration {
 
     fn listen(&self, listener: Listener) -> Result<(), String> {
         let shared = self.shared.clone();
-        let thread = std::thread::Builder::new().name("migration-listen".into()).spawn(move || greet::listen(&shared, &listener));
+        let thread = std::thread::Builder::new().name("migration-listen".into()).spawn(move || greet::listen(&shared, listener));
         let thread = thread.map_err(|error| format!("cannot wait for a migration: {error}"))?;
         self.listening.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
         Ok(())
@@ -197,6 +197,14 @@ impl DestinationMigration {
             // A panic of the thread was printed when it happened.
             let _ = thread.join();
         }
+    }
+
+    /// Ends it after a dry run; gives what it listened on back, with whoever has connected meanwhile.
+    pub fn into_listener(self) -> Option<Listener> {
+        self.shared.close();
+        let first = self.listening.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().next();
+        // A panic of the thread was printed when it happened.
+        first?.join().ok()
     }
 
     /// Where the migration stands.

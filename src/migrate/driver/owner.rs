@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::block::disk::Disk;
 use crate::memory::GuestRam;
+use crate::migrate::policy::Throttling;
 use crate::migrate::report::{Mode, Status};
 use crate::migrate::transport::Address;
 use crate::migrate::{destination, source};
@@ -30,6 +31,8 @@ pub trait SourceOwner: Send + Sync {
     fn take(&self) -> Result<StoppedGuest, String>;
     /// The switch did not take place: the guest goes on, if it ran before. An error is a guest that stays paused, and why.
     fn put_back(&self, guest: StoppedGuest) -> Result<(), String>;
+    /// Makes the guest's vCPUs stand still for `percent` of the time; 0 ends that. An error ends the migration.
+    fn throttle(&self, percent: u8) -> Result<(), String>;
     /// The migration's status or pass has changed.
     fn changed(&self, status: Status, pass: u32);
     /// After the commit the link was lost; with what to tell a person. Pages of the guest may be needed from here, so that this process
@@ -84,4 +87,10 @@ pub struct SourceRequest {
     pub max_bandwidth: Option<NonZeroU64>,
     /// Bytes a second in postcopy's background; `None`: no limit.
     pub max_postcopy_bandwidth: Option<NonZeroU64>,
+    /// Only find out how a migration would go: nothing is moved.
+    pub dry_run: bool,
+    /// Bytes a second to count on in the switch; `None`: what was measured.
+    pub switchover_bandwidth: Option<NonZeroU64>,
+    /// How far the guest may be slowed down in mode precopy; `None`: not at all.
+    pub throttling: Option<Throttling>,
 }

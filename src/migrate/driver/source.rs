@@ -23,6 +23,7 @@ use super::saved;
 use crate::block::disk::Disk;
 use crate::memory::GuestRam;
 use crate::migrate::pace::Pace;
+use crate::migrate::policy::Throttling;
 use crate::migrate::report::{Mode, Progress};
 use crate::migrate::source::{Config, Input, Source};
 use crate::migrate::transport::{Address, Interrupt};
@@ -98,9 +99,12 @@ impl SourceMigration {
             machine: saved::encode_setup(&setup)?,
         };
         let session = config.session;
+        let mut engine = if request.dry_run { Source::dry_run(config) } else { Source::new(config) };
+        engine.handle(Input::SwitchoverBandwidth(request.switchover_bandwidth), Duration::ZERO);
+        engine.handle(Input::Throttling(request.throttling), Duration::ZERO);
         let (wake, woken) = bounded(1);
         let shared = Arc::new(Shared {
-            engine: Mutex::new(Source::new(config)),
+            engine: Mutex::new(engine),
             mode: request.mode,
             session,
             address: Mutex::new(request.address),
@@ -152,6 +156,9 @@ impl SourceMigration {
         if engine.is_committed() {
             return Err("the guest belongs to the destination already".into());
         }
+        if engine.is_dry_run() {
+            return Err("this is a dry run, which moves nothing".into());
+        }
         engine.handle(Input::StartPostcopy, self.shared.now());
         drop(engine);
         self.shared.wake();
@@ -161,6 +168,17 @@ impl SourceMigration {
     /// Changes the longest accepted blackout; the decision after the pass under way will see it.
     pub fn set_downtime_limit(&self, limit: Duration) {
         self.shared.handle(Input::DowntimeLimit(limit));
+    }
+
+    /// Changes the bandwidth to count on in the switch, in bytes a second; `None`: what was measured.
+    pub fn set_switchover_bandwidth(&self, bytes_per_second: Option<NonZeroU64>) {
+        self.shared.handle(Input::SwitchoverBandwidth(bytes_per_second));
+    }
+
+    /// Changes how far the guest may be slowed down in mode precopy.
+    pub fn set_throttling(&self, throttling: Option<Throttling>) {
+        self.shared.handle(Input::Throttling(throttling));
+        self.shared.wake();
     }
 
     /// Changes the limit of precopy, in bytes a second.

@@ -1,51 +1,218 @@
 use super::*;
 
-fn measured(mode: Mode) -> Measured {
-    Measured {
-        mode,
-        downtime_limit: Duration::from_millis(50),
-        pass: 2,
-        sent_pages: 100_000,
-        remaining_pages: 50_000,
-        bandwidth: Some(1e9),
-        postcopy_requested: false,
+const LIMIT: Duration = Duration::from_millis(50);
+/// Pages a second that the link of these tests carries: 400 MB/s.
+const LINK: u64 = 100_000;
+const BANDWIDTH: u64 = LINK * PAGE_SIZE as u64;
+
+fn goal(mode: Mode) -> Goal {
+    Goal { mode, downtime_limit: LIMIT, switchover_bandwidth: None, postcopy_requested: false, throttling: None }
+}
+
+fn pass(number: u32, sent: u64, remaining: u64) -> Pass {
+    Pass {
+        number,
+        duration_us: sent * 1_000_000 / LINK,
+        normal_pages: sent,
+        dirtied_pages: remaining,
+        remaining_pages: remaining,
+        bandwidth: BANDWIDTH,
+        ..Pass::default()
     }
 }
 
+fn fixed() -> Fixed {
+    Fixed { round_trip: Duration::from_micros(200), ..Fixed::default() }
+}
+
+fn verdict(passes: &[Pass], goal: &Goal) -> Verdict {
+    decide(&History { passes, fixed: fixed() }, goal)
+}
+
+/// A guest that begins with `pages` to send and dirties so many pages a second in each pass. Returns what was decided after each of them
+/// until the switch, at most `most`.
+fn moved(pages: u64, goal: &Goal, most: u32, dirty_rate: impl Fn(u32, u8) -> u64) -> (Vec<Pass>, Vec<Decision>) {
+    let (mut passes, mut decisions) = (Vec::new(), Vec::new());
+    let (mut sent, mut throttle) = (pages, 0);
+    for number in 1..=most {
+        let dirtied = (dirty_rate(number, throttle) * sent / LINK).min(pages);
+        passes.push(Pass { throttle, ..pass(number, sent, dirtied) });
+        let Verdict { decision, reason, .. } = verdict(&passes, goal);
+        passes.last_mut().unwrap().decision = reason;
+        decisions.push(decision);
+        match decision {
+            Decision::AnotherPass => {}
+            Decision::Throttle(percent) => throttle = percent,
+            Decision::SwitchPrecopy | Decision::SwitchPostcopy => break,
+        }
+        sent = dirtied;
+    }
+    (passes, decisions)
+}
+
+/// How it ended, and after how many passes.
+fn end(pages: u64, mode: Mode, dirty_rate: impl Fn(u32, u8) -> u64) -> (Decision, usize) {
+    let (_, decisions) = moved(pages, &goal(mode), 200, dirty_rate);
+    (*decisions.last().unwrap(), decisions.len())
+}
+
 #[test]
-fn a_rest_that_fits_the_limit_is_sent_with_the_guest_stopped() {
+fn an_idle_guest_moves_after_one_pass() {
     for mode in [Mode::Auto, Mode::Precopy] {
-        let (decision, reason) = decide(&Measured { remaining_pages: 10_000, ..measured(mode) });
-        assert_eq!(decision, Decision::SwitchPrecopy, "{reason}");
+        assert_eq!(end(1_000_000, mode, |_, _| 0), (Decision::SwitchPrecopy, 1));
     }
 }
 
 #[test]
-fn auto_goes_on_while_passes_help_and_then_leaves_the_rest_to_postcopy() {
-    assert_eq!(decide(&measured(Mode::Auto)).0, Decision::AnotherPass);
-    let (decision, reason) = decide(&Measured { remaining_pages: 90_000, ..measured(Mode::Auto) });
-    assert_eq!(decision, Decision::SwitchPostcopy);
-    assert!(reason.contains("MB/s") && reason.contains("50 ms"), "{reason}");
+fn a_steady_guest_below_the_link_moves_by_precopy() {
+    for mode in [Mode::Auto, Mode::Precopy] {
+        // Half of the link: every pass leaves half.
+        let (decision, passes) = end(1_000_000, mode, |_, _| LINK / 2);
+        assert_eq!(decision, Decision::SwitchPrecopy);
+        assert!((6..12).contains(&passes), "{passes}");
+    }
 }
 
 #[test]
-fn precopy_never_switches_to_postcopy() {
-    for remaining_pages in [50_000, 90_000, 1_000_000] {
-        for postcopy_requested in [false, true] {
-            let (decision, _) = decide(&Measured { remaining_pages, postcopy_requested, ..measured(Mode::Precopy) });
-            assert_eq!(decision, Decision::AnotherPass);
+fn a_falling_rate_is_waited_for() {
+    let falling = |pass, _| LINK * 6 / 10 / u64::from(pass);
+    assert_eq!(end(1_000_000, Mode::Auto, falling).0, Decision::SwitchPrecopy);
+}
+
+#[test]
+fn a_guest_faster_than_the_link_goes_by_postcopy_at_once() {
+    assert_eq!(end(1_000_000, Mode::Auto, |_, _| 2 * LINK), (Decision::SwitchPostcopy, 1));
+}
+
+#[test]
+fn one_burst_decides_nothing() {
+    for burst in 2..5 {
+        let bursty = |pass, _| if pass == burst { 3 * LINK } else { LINK / 4 };
+        assert_eq!(end(1_000_000, Mode::Auto, bursty).0, Decision::SwitchPrecopy, "burst in pass {burst}");
+    }
+}
+
+#[test]
+fn an_oscillating_guest_comes_to_an_end() {
+    for calm in 1..8 {
+        for share in [3, 5, 6] {
+            // So many calm passes, then one that undoes them.
+            let oscillating = |pass: u32, _| if pass.is_multiple_of(calm + 1) { 100 * LINK } else { LINK * share / 10 };
+            let (decision, passes) = end(1_000_000, Mode::Auto, oscillating);
+            assert!(matches!(decision, Decision::SwitchPrecopy | Decision::SwitchPostcopy));
+            assert!(passes <= 20, "{calm} calm passes of {share}0 %: {passes}");
         }
     }
 }
 
 #[test]
+fn a_guest_that_creeps_comes_to_an_end() {
+    for share in 50..100 {
+        let (decision, passes) = end(4_000_000, Mode::Auto, |_, _| LINK * share / 100);
+        assert!(decision != Decision::AnotherPass && passes <= 40, "{share} %: {passes}");
+    }
+}
+
+#[test]
+fn precopy_says_why_it_cannot_end() {
+    let (passes, decisions) = moved(50_000, &goal(Mode::Precopy), 20, |_, _| 2 * LINK);
+    assert_eq!(decisions, [Decision::AnotherPass; 20]);
+    let why = "pass 1 left 205 MB at 410 MB/s, a blackout of 505.4 ms, above the limit of 50 ms; pass 2 would leave 205 MB at 410 MB/s: \
+               the guest dirties 410 MB/s, the link carries 410 MB/s, so precopy cannot end within the limit";
+    assert_eq!(passes[0].decision, why);
+}
+
+#[test]
+fn precopy_keeps_to_the_limit() {
+    for share in 1..10 {
+        let (passes, decisions) = moved(1_000_000, &goal(Mode::Precopy), 100, |_, _| LINK * share / 10);
+        assert_eq!(decisions.last(), Some(&Decision::SwitchPrecopy));
+        assert!(verdict(&passes, &goal(Mode::Precopy)).blackout <= LIMIT);
+    }
+}
+
+#[test]
+fn a_guest_that_is_slowed_down_until_precopy_ends() {
+    let throttling = Some(Throttling { initial: 20, increment: 10, max: 99 });
+    let slowed = |_, throttle| 2 * LINK * u64::from(100 - throttle) / 100;
+    let (passes, decisions) = moved(1_000_000, &Goal { throttling, ..goal(Mode::Precopy) }, 100, slowed);
+    let throttled: Vec<_> = decisions.iter().filter(|decision| matches!(decision, Decision::Throttle(_))).collect();
+    assert_eq!(throttled[..3], [&Decision::Throttle(20), &Decision::Throttle(30), &Decision::Throttle(40)]);
+    assert_eq!(decisions.last(), Some(&Decision::SwitchPrecopy), "{passes:#?}");
+    // At 70 per cent every pass leaves 0.6 of the last one.
+    assert_eq!(passes.last().unwrap().throttle, 70);
+}
+
+#[test]
+fn slowing_down_has_its_limit_and_is_not_for_auto() {
+    let throttling = Some(Throttling { initial: 20, increment: 50, max: 80 });
+    let (passes, decisions) = moved(100_000, &Goal { throttling, ..goal(Mode::Precopy) }, 5, |_, _| 100 * LINK);
+    let throttled = [Decision::Throttle(20), Decision::Throttle(70), Decision::Throttle(80), Decision::AnotherPass, Decision::AnotherPass];
+    assert_eq!(decisions, throttled);
+    assert!(passes[4].decision.ends_with("may not be slowed down any further"));
+    assert_eq!(verdict(&[pass(1, 100_000, 90_000)], &Goal { throttling, ..goal(Mode::Auto) }).decision, Decision::SwitchPostcopy);
+}
+
+#[test]
+fn a_recorded_guest_that_swings_goes_by_postcopy() {
+    // Debian over an emulated link of 12 MB/s, building something: sent and left pages.
+    let recorded = [(52_130, 20_411), (20_411, 9_875), (9_875, 7_902), (7_902, 11_260), (11_260, 8_134), (8_134, 7_550)];
+    let passes: Vec<_> =
+        (1..).zip(recorded).map(|(number, (sent, left))| Pass { bandwidth: 12_000_000, ..pass(number, sent, left) }).collect();
+    let decisions: Vec<_> = (1..=passes.len()).map(|count| verdict(&passes[..count], &goal(Mode::Auto)).decision).collect();
+    assert_eq!(decisions[..3], [Decision::AnotherPass; 3]);
+    assert!(decisions[3..].contains(&Decision::SwitchPostcopy), "{decisions:?}");
+}
+
+#[test]
 fn a_persons_word_counts_at_once() {
-    assert_eq!(decide(&measured(Mode::Postcopy)).0, Decision::SwitchPostcopy);
-    assert_eq!(decide(&Measured { postcopy_requested: true, ..measured(Mode::Auto) }).0, Decision::SwitchPostcopy);
+    assert_eq!(verdict(&[], &goal(Mode::Postcopy)).decision, Decision::SwitchPostcopy);
+    let passes = [pass(1, 100_000, 50_000)];
+    let requested = Goal { postcopy_requested: true, ..goal(Mode::Auto) };
+    assert_eq!(verdict(&passes, &requested).decision, Decision::SwitchPostcopy);
+    let precopy = Goal { mode: Mode::Precopy, ..requested };
+    assert_eq!(verdict(&passes, &precopy).decision, Decision::AnotherPass);
+}
+
+#[test]
+fn a_bandwidth_that_a_person_knows_counts_in_the_switch() {
+    let passes = [pass(1, 100_000, 4000)];
+    assert_eq!(verdict(&passes, &goal(Mode::Auto)).decision, Decision::SwitchPrecopy);
+    let slow = Goal { switchover_bandwidth: Some(100e6), ..goal(Mode::Auto) };
+    let Verdict { decision, reason, .. } = verdict(&passes, &slow);
+    assert_eq!(decision, Decision::AnotherPass);
+    assert!(reason.contains("100 MB/s"), "{reason}");
+}
+
+#[test]
+fn the_blackout_counts_all_that_was_measured() {
+    let measured = Fixed {
+        stop: Some(Duration::from_millis(7)),
+        harvest: Duration::from_millis(2),
+        round_trip: Duration::from_millis(10),
+        state_bytes: BANDWIDTH / 100,
+    };
+    let passes = [pass(1, 100_000, LINK / 50)];
+    let history = History { passes: &passes, fixed: measured };
+    // Stop 7, load 1, harvest 2, two round trips 20, state 10, pages 20.
+    assert_eq!(history.blackout(LINK / 50, &goal(Mode::Auto)).as_millis(), 60);
+    assert!(!history.fits(LINK / 50, &goal(Mode::Auto)) && history.fits(LINK / 200, &goal(Mode::Auto)));
+}
+
+#[test]
+fn where_only_the_fixed_part_is_too_long_no_pass_is_wasted() {
+    let passes = [pass(1, 100_000, 3)];
+    let distant = Fixed { round_trip: Duration::from_millis(40), ..Fixed::default() };
+    for mode in [Mode::Auto, Mode::Precopy] {
+        let Verdict { decision, reason, blackout } = decide(&History { passes: &passes, fixed: distant }, &goal(mode));
+        assert_eq!(decision, Decision::SwitchPrecopy);
+        assert!(blackout > LIMIT && reason.contains("no pass can shorten it"), "{reason}");
+    }
 }
 
 #[test]
 fn without_a_measurement_a_slow_link_is_assumed() {
-    assert!(expected_downtime(100_000, None) > Duration::from_secs(1));
-    assert!(expected_downtime(0, None) < Duration::from_millis(10));
+    let history = History { passes: &[], fixed: Fixed::default() };
+    assert!(history.blackout(100_000, &goal(Mode::Auto)) > Duration::from_secs(1));
+    assert!(history.blackout(0, &goal(Mode::Auto)) < Duration::from_millis(10));
 }

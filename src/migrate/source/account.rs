@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Source, State};
 use crate::memory::PAGE_SIZE;
-use crate::migrate::policy;
+use crate::migrate::policy::{Goal, History};
 use crate::migrate::report::{BytesByKind, Progress, Status};
 use crate::migrate::wire::Frame;
 
@@ -62,7 +62,7 @@ impl Source {
     pub fn progress(&self, now: Duration) -> Progress {
         let status = match self.state {
             State::Hello | State::Preparing => Status::Setup,
-            State::Harvesting | State::Sending | State::PassAck => Status::Active,
+            State::Harvesting | State::Sending | State::PassAck | State::Watching => Status::Active,
             // After a precopy without bitmaps, too: nothing is to come but the destination's words that all is there.
             State::Committed | State::Ending if self.switch_postcopy || !self.bitmaps.is_empty() => Status::PostcopyActive,
             State::Stopping | State::LastPass | State::Switching | State::Committed | State::Ending => Status::Device,
@@ -82,9 +82,11 @@ impl Source {
             postcopy_requests: self.requests,
             pass: self.pass.number,
             dirty_pages_rate: self.report.passes.last().map_or(0, |pass| pass.dirtied_pages * 1_000_000 / pass.duration_us.max(1)),
-            bandwidth: self.bandwidth.unwrap_or(0.0) as u64,
+            bandwidth: self.history().bandwidth().unwrap_or(0.0) as u64,
             bytes: self.report.bytes,
-            expected_downtime_ms: policy::expected_downtime(remaining, self.bandwidth).as_millis() as u64,
+            expected_downtime_ms: self.history().blackout(remaining, &self.goal()).as_millis() as u64,
+            reason: self.report.reason.clone(),
+            throttle: self.throttle,
             error: self.report.error.clone(),
             ..Progress::default()
         }
@@ -100,11 +102,25 @@ impl Source {
         *bytes = BytesByKind { pages: bytes.pages + contents, control: bytes.control + sent.bytes.saturating_sub(contents), ..*bytes };
     }
 
-    /// Takes the bandwidth from the pass that was acknowledged.
-    pub(super) fn measure_bandwidth(&mut self) {
+    /// Bytes a second of the pass under way, while really sending; 0 where too little was sent to tell.
+    pub(super) fn pass_bandwidth(&self) -> u64 {
         let Sent { bytes, busy, .. } = self.pass.sent;
-        if bytes >= MEASURABLE_BYTES && !busy.is_zero() {
-            self.bandwidth = Some(bytes as f64 / busy.as_secs_f64());
+        if bytes < MEASURABLE_BYTES || busy.is_zero() { 0 } else { (bytes as f64 / busy.as_secs_f64()) as u64 }
+    }
+
+    /// What the policy decides by.
+    pub(super) fn history(&self) -> History<'_> {
+        History { passes: &self.report.passes, fixed: self.fixed }
+    }
+
+    /// What the policy decides for.
+    pub(super) fn goal(&self) -> Goal {
+        Goal {
+            mode: self.config.mode,
+            downtime_limit: self.config.downtime_limit,
+            switchover_bandwidth: self.switchover_bandwidth.map(|bandwidth| bandwidth.get() as f64),
+            postcopy_requested: self.postcopy_requested,
+            throttling: self.throttling,
         }
     }
 }

@@ -32,6 +32,11 @@ pub enum Action {
     StartTracking,
     /// Answer with [`Input::Harvested`].
     Harvest,
+    /// Clear the dirty bits of all pages, so that every write from now on shows; then answer with
+    /// [`Input::Harvested`](super::Input::Harvested), whatever is in it.
+    Watch,
+    /// Make the guest's vCPUs stand still for this percentage of the time; 0: let them run as they like.
+    Throttle(u8),
     /// Pause the guest, save its state, harvest last; answer with [`Input::Stopped`].
     Stop,
     /// The guest goes on here, if it stands still: the switch did not take place.

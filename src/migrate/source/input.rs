@@ -1,8 +1,10 @@
 //! What the driver tells the source.
 
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 use crate::memory::PageSet;
+use crate::migrate::policy::Throttling;
 use crate::migrate::wire::{BitmapInfo, Channel, Frame};
 
 /// What the driver tells the source.
@@ -37,6 +39,10 @@ pub enum Input {
     StartPostcopy,
     /// A person changed the limit.
     DowntimeLimit(Duration),
+    /// A person says how many bytes a second to count on in the switch; `None`: what was measured.
+    SwitchoverBandwidth(Option<NonZeroU64>),
+    /// A person allows the guest to be slowed down where precopy does not end otherwise, or forbids it.
+    Throttling(Option<Throttling>),
 }
 
 /// The stopped guest.

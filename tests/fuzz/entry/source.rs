@@ -138,6 +138,8 @@ impl Host {
                 assert!(self.stopped);
                 self.given_up = true;
             }
+            Action::Throttle(_) => {}
+            Action::Watch => panic!("a dry run was not asked for"),
             Action::End(outcome) => {
                 self.ended = true;
                 assert_eq!(matches!(*outcome, Outcome::NotMoved(_)), !self.given_up, "{outcome:?}");

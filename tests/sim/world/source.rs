@@ -106,6 +106,8 @@ impl World {
                 self.source.right = Right::Running;
             }
             source::Action::GiveUp => self.source_gives_up(),
+            source::Action::Throttle(_) => {}
+            source::Action::Watch => panic!("a dry run was not asked for"),
             source::Action::End(outcome) => {
                 if matches!(*outcome, source::Outcome::Completed(_)) && !self.destination.whole {
                     return Err("the source says it is done, and the destination is not".into());

@@ -21,12 +21,12 @@ const MAX_CONNECTIONS: usize = 32;
 /// How long nobody is accepted after that failed (where the process has no descriptor left, for example).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Accepts connections until the migration is over.
-pub fn listen(shared: &Arc<Shared>, listener: &Listener) {
+/// Accepts connections until the migration is over; gives the listener back.
+pub fn listen(shared: &Arc<Shared>, listener: Listener) -> Listener {
     loop {
         let connection = match listener.accept(&shared.closing, None) {
             Ok(connection) => connection,
-            Err(TransportError::Interrupted) => return,
+            Err(TransportError::Interrupted) => return listener,
             Err(error) => {
                 complain(&error.to_string());
                 shared.closing.sleep_until(Instant::now() + ACCEPT_PAUSE);

@@ -227,6 +227,10 @@ impl Session {
         if let (Outcome::Abandoned(_), Some(faults)) = (&outcome, shared.faults.get()) {
             faults.stop();
         }
+        if outcome == Outcome::DryRun {
+            // Before the source can know of the end: its next connection is for whoever listens next.
+            shared.closing.raise();
+        }
         // The urgent connection stays until the source has closed the main one, having read our last frame: its end alone would look
         // like a loss.
         if let Some((mut reader, mut writer)) = main
@@ -235,7 +239,8 @@ impl Session {
             drain(&mut reader, Instant::now() + CLOSE_TIMEOUT);
         }
         shared.close();
-        if let Outcome::Abandoned(_) = outcome {
+        // A migration that has completed was told when it did.
+        if outcome != Outcome::Completed {
             shared.owner.ended(outcome);
         }
     }

@@ -63,6 +63,16 @@ impl SourceGuest {
         Ok(dirty)
     }
 
+    /// Clears all dirty bits; returns the pages dirtied since the last harvest.
+    pub fn watch(&mut self) -> Result<PageSet, String> {
+        let dirty = self.harvest()?;
+        let all = PageRun::new(0, self.ram.pages());
+        let mut pages = PageSet::empty(all.count);
+        pages.insert(all);
+        self.clear(&pages, all)?;
+        Ok(dirty)
+    }
+
     /// Clears the dirty bits of `pages` within `range`: before any of them is read.
     pub fn clear(&mut self, pages: &PageSet, range: PageRun) -> Result<(), String> {
         let log = self.log.as_mut().ok_or("dirty pages are not tracked")?;
@@ -130,6 +140,14 @@ impl SourceGuest {
             return Frame::Bitmap { index, first, zero: count, words: Vec::new() };
         }
         Frame::Bitmap { index, first, zero: 0, words }
+    }
+
+    /// Makes the guest's vCPUs stand still for `percent` of the time, whoever has it now.
+    pub fn throttle(&self, percent: u8) -> Result<(), String> {
+        match &self.stopped {
+            Some(guest) => guest.vm.throttle(percent).map_err(|error| format!("cannot slow the guest down: {error}")),
+            None => self.owner.throttle(percent),
+        }
     }
 
     /// The guest goes on here, if it was stopped. An error is a guest that stays paused, and why.

@@ -156,6 +156,15 @@ impl Migration {
                 let dirty = self.guest.harvest();
                 self.shared.handle(dirty.map_or_else(Input::Failed, Input::Harvested));
             }
+            Action::Watch => {
+                let dirty = self.guest.watch();
+                self.shared.handle(dirty.map_or_else(Input::Failed, Input::Harvested));
+            }
+            Action::Throttle(percent) => {
+                if let Err(reason) = self.guest.throttle(percent) {
+                    self.shared.handle(Input::Failed(reason));
+                }
+            }
             Action::Stop => {
                 let stopped = self.guest.stop();
                 let limit = self.shared.engine().downtime_limit();

@@ -149,6 +149,14 @@ impl SourceOwner for SourceHost {
         Ok(())
     }
 
+    fn throttle(&self, percent: u8) -> Result<(), String> {
+        let throttled = match self.guest.lock().unwrap().as_ref().unwrap() {
+            Guest::Running(vm) => vm.throttle(percent),
+            Guest::Paused(vm) => vm.throttle(percent),
+        };
+        throttled.map_err(|error| error.to_string())
+    }
+
     fn changed(&self, status: Status, _pass: u32) {
         let _ = self.events.send(SourceEvent::Changed(status));
     }
@@ -284,6 +292,9 @@ pub fn request(address: &Address, mode: Mode) -> SourceRequest {
         downtime_limit: Duration::from_millis(300),
         max_bandwidth: None,
         max_postcopy_bandwidth: None,
+        dry_run: false,
+        switchover_bandwidth: None,
+        throttling: None,
     }
 }
 
