@@ -1,8 +1,7 @@
 //! Which pages a guest that has come before its pages will touch next, judged by the faults it takes.
 //!
 //! Faults are sorted into streams by where they are: a stream is a line of pages with a fixed stride, forwards or backwards, that faults
-//! follow. The thread that faults is no help: KVM lets a kernel worker take the fault for a vCPU whose guest has interrupts enabled, a
-//! different one from fault to fault.
+//! follow. The thread that faults is no help: it is not always the vCPU's (see [`super::blocktime`]), and one vCPU follows several lines.
 //!
 //! A page that was asked for in advance raises no fault when it is touched after it has come. That it was of use is known when the
 //! stream goes on behind it, or when somebody waits for it before it has come.
