@@ -1,8 +1,8 @@
 //! How long the guest waits for pages that come after it: QEMU's postcopy blocktime.
 //!
-//! A thread is blocked from its page fault until the page is placed. Which vCPU it runs is known by its id. A vCPU whose guest has
-//! interrupts enabled is halted instead while a kernel worker of KVM takes the fault (asynchronous page faults); the worker's id names no
-//! vCPU, and QEMU counts such a fault as one of another thread, as is done here.
+//! A thread is blocked from its page fault until the page is placed. Which vCPU it runs is known by its id. Where KVM makes page faults
+//! asynchronous, as it may for a guest that has interrupts enabled, the vCPU is halted and a worker of the kernel takes the fault; its id
+//! names no vCPU, so that the wait counts as another thread's, as in QEMU.
 
 use std::collections::HashMap;
 use std::time::Duration;

@@ -418,10 +418,12 @@ impl Destination {
     fn check_complete(&mut self) {
         let all_here = self.incoming.missing().is_empty() && self.bitmaps.all_complete() && self.actions.is_empty();
         if self.state == State::Running && all_here && (self.end_received || self.lost.is_some()) {
-            self.complete();
+            // First: a guest that has ended meanwhile ends this process as soon as it is complete, and the source would take the silence
+            // for a loss.
             if self.lost.is_none() {
                 self.done();
             }
+            self.complete();
         }
     }
 

@@ -1,8 +1,7 @@
 //! Which pages a guest that has come before its pages will touch next, judged by the faults it takes.
 //!
 //! Faults are sorted into streams by where they are: a stream is a line of pages with a fixed stride, forwards or backwards, that faults
-//! follow. The thread that faults is no help: KVM lets a kernel worker take the fault for a vCPU whose guest has interrupts enabled, a
-//! different one from fault to fault.
+//! follow. The thread that faults is no help: it is not always the vCPU's (see [`super::blocktime`]), and one vCPU follows several lines.
 //!
 //! A page that was asked for in advance raises no fault when it is touched after it has come. That it was of use is known when the
 //! stream goes on behind it, or when somebody waits for it before it has come.
@@ -12,6 +11,8 @@ use crate::memory::{PageNumber, PageRun, PageSet};
 /// Most pages asked for in advance because of one fault, and most of them that may be on their way at any time, so that the answer to a
 /// later fault waits behind 256 KiB at most.
 pub const MAX_AHEAD: u64 = 64;
+/// Longest run, in pages. The pages of a run are placed together when all have come: who waits for the first of them waits for 32 KiB.
+const MAX_RUN: u64 = 8;
 /// Pages asked for in advance when a stream has just been recognised.
 const FIRST_WINDOW: u64 = 4;
 /// Streams that are followed at a time, and as many that may become some: faults without order do not push out those that are known.
@@ -172,8 +173,8 @@ impl Prefetch {
                 self.credit -= 1;
                 self.proposed += self.open.insert(PageRun::new(page, 1));
                 match runs.last_mut() {
-                    Some(run) if run.end() == page => run.count += 1,
-                    Some(run) if run.first.0 == page + 1 => *run = PageRun::new(page, run.count + 1),
+                    Some(run) if run.end() == page && run.count < MAX_RUN => run.count += 1,
+                    Some(run) if run.first.0 == page + 1 && run.count < MAX_RUN => *run = PageRun::new(page, run.count + 1),
                     _ => runs.push(PageRun::new(page, 1)),
                 }
             }

@@ -204,7 +204,7 @@ pub struct Faults {
     pub requested: u64,
     /// Faults answered without the source: zero pages, or pages that had arrived meanwhile.
     pub local: u64,
-    /// Latency of the requested ones, from the fault until the page was placed, in microseconds: median.
+    /// Latency of pages that came from the source while somebody waited, from the fault until the page was placed, in microseconds: median.
     pub p50_us: u64,
     /// 99th percentile.
     pub p99_us: u64,

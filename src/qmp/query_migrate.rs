@@ -49,7 +49,7 @@ pub fn query_migrate(progress: &Progress, report: Option<&Report>) -> Value {
         },
         "ferry": report.map_or_else(|| Details::Progress(progress.clone()), |report| Details::Report(report.clone())),
     });
-    // Where QEMU has them: at the destination, and here also in what the source was told at the end.
+    // QEMU's destination has them (qapi/migration.json, since 3.0 and 10.1); here the source has them, too, once it was told.
     if let Some(faults) = report.map_or(&progress.faults, |report| &report.faults) {
         answer["postcopy-blocktime"] = milliseconds(faults.blocktime_us).into();
         answer["postcopy-vcpu-blocktime"] = faults.vcpu_blocktime_us.iter().map(|time| milliseconds(*time)).collect();

@@ -45,7 +45,7 @@ fn the_window_of_a_line_grows() {
     assert_eq!(memory.touch(100), []);
     assert_eq!(memory.touch(101), [PageRun::new(102, 4)]);
     assert_eq!(memory.touch(106), [PageRun::new(107, 8)]);
-    assert_eq!(memory.touch(115), [PageRun::new(116, 16)]);
+    assert_eq!(memory.touch(115), [PageRun::new(116, 8), PageRun::new(124, 8)]);
     assert_eq!((memory.prefetch.proposed(), memory.prefetch.used()), (28, 12));
 }
 
@@ -148,7 +148,7 @@ proptest! {
                 let count: u64 = runs.iter().map(|run| run.count).sum();
                 prop_assert!(count <= room.min(MAX_AHEAD));
                 for run in runs {
-                    prop_assert!(run.is_within(pages));
+                    prop_assert!(run.is_within(pages) && run.count <= MAX_RUN);
                     prop_assert_eq!(missing.remove(run), run.count);
                 }
                 prop_assert!(prefetch.used() <= prefetch.proposed());
