@@ -153,15 +153,49 @@ fn slowing_down_has_its_limit_and_is_not_for_auto() {
     assert_eq!(verdict(&[pass(1, 100_000, 90_000)], &Goal { throttling, ..goal(Mode::Auto) }).decision, Decision::SwitchPostcopy);
 }
 
+/// pagestorm with 64 MiB of which a tenth is hot, 20,000 pages dirtied a second, over a link limited to 50 MB/s, as a report had it:
+/// microseconds, pages sent, pages dirtied, bytes a second while really sending.
+const RECORDED: [(u64, u64, u64, u64); 8] = [
+    (1_507_577, 16_475, 15_935, 262_898_557),
+    (1_359_317, 15_935, 3601, 1_086_156_298),
+    (303_789, 3601, 2169, 315_347_309),
+    (191_490, 2169, 1751, 479_358_617),
+    (139_790, 1751, 1631, 406_809_348),
+    (127_872, 1631, 1535, 386_664_037),
+    (125_343, 1535, 1508, 272_672_866),
+    (119_319, 1508, 1457, 263_215_989),
+];
+
+fn recorded() -> Vec<Pass> {
+    let passes = (1..).zip(RECORDED).map(|(number, (duration_us, normal_pages, dirtied_pages, bandwidth))| Pass {
+        number,
+        duration_us,
+        normal_pages,
+        dirtied_pages,
+        remaining_pages: dirtied_pages,
+        bandwidth,
+        ..Pass::default()
+    });
+    passes.collect()
+}
+
 #[test]
-fn a_recorded_guest_that_swings_goes_by_postcopy() {
-    // Debian over an emulated link of 12 MB/s, building something: sent and left pages.
-    let recorded = [(52_130, 20_411), (20_411, 9_875), (9_875, 7_902), (7_902, 11_260), (11_260, 8_134), (8_134, 7_550)];
-    let passes: Vec<_> =
-        (1..).zip(recorded).map(|(number, (sent, left))| Pass { bandwidth: 12_000_000, ..pass(number, sent, left) }).collect();
-    let decisions: Vec<_> = (1..=passes.len()).map(|count| verdict(&passes[..count], &goal(Mode::Auto)).decision).collect();
-    assert_eq!(decisions[..3], [Decision::AnotherPass; 3]);
-    assert!(decisions[3..].contains(&Decision::SwitchPostcopy), "{decisions:?}");
+fn a_recorded_guest_with_a_hot_tenth() {
+    let passes = recorded();
+    let after = |mode| {
+        let goal = Goal { downtime_limit: Duration::from_millis(4), ..goal(mode) };
+        let verdicts = (1..=passes.len()).map(|count| verdict(&passes[..count], &goal));
+        verdicts.collect::<Vec<_>>()
+    };
+    let precopy = after(Mode::Precopy);
+    assert!(precopy.iter().all(|verdict| verdict.decision == Decision::AnotherPass));
+    let hopeless = precopy.iter().map(|verdict| verdict.reason.ends_with("so precopy cannot end within the limit"));
+    assert_eq!(hopeless.collect::<Vec<_>>(), [true, false, false, false, true, true, true, true]);
+    let auto = after(Mode::Auto);
+    assert_eq!(auto[1..4].iter().map(|verdict| verdict.decision).collect::<Vec<_>>(), [Decision::AnotherPass; 3]);
+    for later in &auto[4..] {
+        assert_eq!(later.decision, Decision::SwitchPostcopy, "{}", later.reason);
+    }
 }
 
 #[test]
