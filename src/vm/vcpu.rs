@@ -149,7 +149,7 @@ fn serve(index: u16, vcpu: &mut VcpuFd, inbox: &Receiver<Command>, events: &Even
     loop {
         // A running vCPU only looks, unless it is to stand still for a while; a parked one waits.
         let command = match &running {
-            Some(_) => look(inbox, throttle.wait()),
+            Some(_) => look(vcpu, inbox, throttle.wait()),
             None => inbox.recv().map_err(|_| TryRecvError::Disconnected),
         };
         match command {
@@ -194,14 +194,20 @@ fn serve(index: u16, vcpu: &mut VcpuFd, inbox: &Receiver<Command>, events: &Even
 }
 
 /// The next command, if one comes within `wait`.
-fn look(inbox: &Receiver<Command>, wait: Duration) -> Result<Command, TryRecvError> {
+fn look(vcpu: &mut VcpuFd, inbox: &Receiver<Command>, wait: Duration) -> Result<Command, TryRecvError> {
     if wait.is_zero() {
         return inbox.try_recv();
     }
-    inbox.recv_timeout(wait).map_err(|error| match error {
-        RecvTimeoutError::Timeout => TryRecvError::Empty,
-        RecvTimeoutError::Disconnected => TryRecvError::Disconnected,
-    })
+    match inbox.recv_timeout(wait) {
+        Ok(command) => Ok(command),
+        Err(RecvTimeoutError::Disconnected) => Err(TryRecvError::Disconnected),
+        Err(RecvTimeoutError::Timeout) => {
+            // The kick that ends the share of the guest may have come before a thread that was woken late has begun with it. Kept, it would
+            // keep the guest from running, window after window. Any other kick comes with a command.
+            vcpu.set_kvm_immediate_exit(0);
+            inbox.try_recv()
+        }
+    }
 }
 
 /// Completes the port or memory access that the last exit left half done: the registers are right only after KVM_RUN was entered again
