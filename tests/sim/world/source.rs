@@ -109,8 +109,8 @@ impl World {
             source::Action::Throttle(_) => {}
             source::Action::Watch => panic!("a dry run was not asked for"),
             source::Action::End(outcome) => {
-                if matches!(*outcome, source::Outcome::Completed(_)) && !self.destination.whole {
-                    return Err("the source says it is done, and the destination is not".into());
+                if matches!(*outcome, source::Outcome::Completed(_)) {
+                    self.check_whole("destination, when the source is done,")?;
                 }
                 self.source_begins_to_end(outcome);
             }
