@@ -25,6 +25,7 @@ mod account;
 mod action;
 mod dry_run;
 mod input;
+mod passes;
 
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
@@ -38,8 +39,8 @@ pub use input::{Input, Stopped};
 
 use super::bitmaps::{BitmapStep, OutgoingBitmaps};
 use super::pages::Outgoing;
-use super::policy::{self, Decision, Fixed, Throttling, Verdict};
-use super::report::{Downtime, Mode, Pass, Report, Status, microseconds};
+use super::policy::{Fixed, Throttling};
+use super::report::{Downtime, Mode, Report, Status, microseconds};
 use super::wire::{Channel, Frame, Hello, Holding, MAX_RUN, Package, Totals};
 use crate::memory::{PageRun, PageSet};
 
@@ -410,76 +411,6 @@ impl Source {
                 let kind = frame.kind();
                 self.fail(Failure::Failed(format!("the destination sent {kind:?} in state {state:?}, which makes no sense")), now);
             }
-        }
-    }
-
-    fn on_harvested(&mut self, dirty: &PageSet, now: Duration) {
-        if self.dry_run.is_some() {
-            return self.on_dry_run_harvest(dirty, now);
-        }
-        self.fixed.harvest = now.saturating_sub(self.asked_at);
-        self.outgoing.begin_pass(dirty);
-        if (self.config.mode == Mode::Postcopy || self.postcopy_requested) && !self.destination_built {
-            // A pass without pages: its acknowledgement says that the machine is built, which must not happen in the blackout.
-            self.send(Frame::PassEnd(self.totals));
-            self.enter(State::PassAck, Some(now + ANSWER_TIMEOUT));
-            return;
-        }
-        if self.pass.number == 0 && self.config.mode != Mode::Postcopy && !self.postcopy_requested {
-            return self.begin_pass(now);
-        }
-        if self.pass.number > 0 {
-            self.record_pass(dirty.len(), now);
-        }
-        let Verdict { decision, reason, blackout } = policy::decide(&self.history(), &self.goal());
-        if let Some(pass) = self.report.passes.last_mut() {
-            pass.decision.clone_from(&reason);
-        }
-        self.report.reason = reason;
-        match decision {
-            Decision::AnotherPass => self.begin_pass(now),
-            Decision::Throttle(percent) => {
-                self.set_throttle(percent);
-                self.begin_pass(now);
-            }
-            Decision::SwitchPrecopy | Decision::SwitchPostcopy => {
-                self.report.downtime.predicted_us = microseconds(blackout);
-                self.switch_postcopy = decision == Decision::SwitchPostcopy;
-                self.actions.push_back(Action::Stop);
-                self.enter(State::Stopping, None);
-            }
-        }
-    }
-
-    fn begin_pass(&mut self, now: Duration) {
-        self.pass = PassMeter { number: self.pass.number + 1, began: now, sent: Sent::default() };
-        self.enter(State::Sending, None);
-    }
-
-    /// Adds the pass that has ended to the report, which is the history that the policy goes by.
-    fn record_pass(&mut self, dirtied_pages: u64, now: Duration) {
-        if self.report.passes.len() == MAX_PASSES {
-            self.report.passes.remove(0);
-        }
-        // A host that was busy when the guest was to stop once is given another chance.
-        self.fixed.stop = self.fixed.stop.map(|stop| stop * 3 / 4);
-        self.report.passes.push(Pass {
-            number: self.pass.number,
-            duration_us: microseconds(now.saturating_sub(self.pass.began)),
-            normal_pages: self.pass.sent.normal,
-            zero_pages: self.pass.sent.zero,
-            dirtied_pages,
-            remaining_pages: self.unsent().len(),
-            bandwidth: self.pass_bandwidth(),
-            throttle: self.throttle,
-            decision: String::new(),
-        });
-    }
-
-    fn set_throttle(&mut self, percent: u8) {
-        if self.throttle != percent {
-            self.throttle = percent;
-            self.actions.push_back(Action::Throttle(percent));
         }
     }
 

@@ -346,7 +346,7 @@ pub enum Frame {
     /// D: the answer to a `Hello` on the main connection with the session of a migration whose link was lost after READY, behind the
     /// `Welcome`. The source goes on from here.
     Holding(Holding),
-    /// S: the answer to `Done`: the source will not come back.
+    /// S: the answer to `Done`: the source will not come back. Where `Switchover` would come: this was a dry run.
     Goodbye,
 }
 
