@@ -24,8 +24,10 @@
 mod account;
 mod action;
 mod dry_run;
+mod ending;
 mod input;
 mod passes;
+mod recovery;
 
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
@@ -35,13 +37,14 @@ pub use account::Sent;
 use dry_run::DryRun;
 
 pub use action::{Action, Bulk, Outcome, Poll};
+use ending::Failure;
 pub use input::{Input, Stopped};
 
 use super::bitmaps::{BitmapStep, OutgoingBitmaps};
 use super::pages::Outgoing;
 use super::policy::{Fixed, Throttling};
 use super::report::{Downtime, Mode, Report, Status, microseconds};
-use super::wire::{Channel, Frame, Hello, Holding, MAX_RUN, Package, Totals};
+use super::wire::{Channel, Frame, Hello, MAX_RUN, Package, Totals};
 use crate::memory::{PageRun, PageSet};
 
 /// How long the destination may take to answer a `Hello`.
@@ -54,9 +57,6 @@ const SWITCH_TIMEOUT: Duration = Duration::from_secs(10);
 const POSTCOPY_RUN: u64 = 64;
 /// Passes that are reported; of more, the last ones.
 const MAX_PASSES: usize = 100;
-
-/// How the error of a migration that was given up ends.
-const GOES_ON: &str = "; the guest goes on at the source";
 
 /// What a migration is to do; fixed when it begins, but for the limits.
 #[derive(Clone, Debug)]
@@ -134,14 +134,6 @@ pub struct Source {
     report: Report,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Failure {
-    Cancelled,
-    /// There is no guest any more; how it ended.
-    GuestEnded(String),
-    Failed(String),
-}
-
 /// What is measured of the pass under way.
 #[derive(Clone, Copy, Debug, Default)]
 struct PassMeter {
@@ -215,25 +207,6 @@ impl Source {
     /// Whether the migration has ended, or will with the next [`Action::End`].
     pub fn is_over(&self) -> bool {
         self.state == State::Ended
-    }
-
-    /// Whether the link was lost after the commit, and nobody has asked yet for another one.
-    pub fn is_paused(&self) -> bool {
-        self.state == State::Paused
-    }
-
-    fn is_disconnecting(&self) -> bool {
-        self.actions.iter().any(|action| matches!(action, Action::Disconnect(_)))
-    }
-
-    /// Whether a person may break the link. Not while the driver is giving the guest up: that may still fail, and then the guest goes on.
-    pub fn may_be_paused(&self) -> bool {
-        self.is_committed() && !self.is_over() && !self.actions.contains(&Action::Send(Frame::Commit))
-    }
-
-    /// Whether the destination may have said READY without hearing that the guest was not given up: it waits for a word.
-    pub fn may_be_waited_for(&self) -> bool {
-        self.package_sent && !self.given_up
     }
 
     /// The longest accepted blackout.
@@ -509,105 +482,5 @@ impl Source {
         self.actions.push_back(Action::GiveUp);
         self.send(Frame::Commit);
         self.enter(State::Committed, None);
-    }
-
-    /// Ends the migration before the commit, and the guest goes on here; after it, the link.
-    fn fail(&mut self, failure: Failure, now: Duration) {
-        if self.is_committed() {
-            match failure {
-                Failure::Failed(reason) => self.pause(&reason),
-                // No guest that is the destination's ends here.
-                Failure::Cancelled | Failure::GuestEnded(_) => {}
-            }
-            return;
-        }
-        if self.state == State::Stopping && !self.actions.contains(&Action::Stop) {
-            // The driver is stopping the guest; it can go on only when it stands still.
-            self.failure = Some(failure);
-            return;
-        }
-        // What was still to be done is about a migration that is over, `GiveUp` and `Commit` included.
-        self.actions.clear();
-        if matches!(self.state, State::LastPass | State::Switching | State::Committed) {
-            self.actions.push_back(Action::Resume);
-        }
-        self.fail_here(failure, now);
-    }
-
-    /// The link is lost after the commit: what is still to go stays here until there is another one.
-    fn pause(&mut self, reason: &str) {
-        if self.state == State::Paused {
-            return;
-        }
-        let text = format!("{reason}; this came after the commit, so the guest belongs to the destination and does not run here again");
-        self.report.error = Some(text.clone());
-        // A `Commit` that has not gone out is made up for by the recovery.
-        self.actions.clear();
-        self.actions.push_back(Action::Disconnect(text));
-        self.enter(State::Paused, None);
-    }
-
-    /// The destination is back: what it lacks is to go, whatever went before.
-    fn on_holding(&mut self, holding: &Holding) -> Result<(), String> {
-        let mut missing = PageSet::empty(self.config.ram_pages);
-        for &run in &holding.missing {
-            if !run.is_within(self.config.ram_pages) || missing.insert(run) != run.count {
-                return Err(format!("the destination's list of missing pages is wrong at {run}"));
-            }
-        }
-        if !missing.is_empty() && !self.switch_postcopy {
-            return Err("the destination says that pages are missing after a precopy".into());
-        }
-        self.bitmaps.go_to(holding.bitmaps)?;
-        self.outgoing.restart(missing);
-        self.actions.push_back(Action::OpenUrgent);
-        if !holding.committed {
-            self.send(Frame::Commit);
-        }
-        self.report.error = None;
-        self.report.recoveries += 1;
-        self.enter(State::Committed, None);
-        Ok(())
-    }
-
-    fn fail_here(&mut self, failure: Failure, now: Duration) {
-        let (text, error, status) = match failure {
-            Failure::Cancelled => {
-                ("the migration was cancelled at the source".into(), format!("the migration was cancelled{GOES_ON}"), Status::Cancelled)
-            }
-            Failure::GuestEnded(how) => {
-                let error = format!("the guest ended while it was being moved: {how}");
-                (error.clone(), error, Status::Failed)
-            }
-            Failure::Failed(reason) => (format!("the source gave up: {reason}"), format!("{reason}{GOES_ON}"), Status::Failed),
-        };
-        self.set_throttle(0);
-        self.send(Frame::Abort(text));
-        self.report.error = Some(error);
-        self.finish(status, now);
-    }
-
-    /// The guest stays paused here, and so the migration that stopped it ends, or has ended with another error than it was to have.
-    fn on_resume_failed(&mut self, reason: &str, now: Duration) {
-        if self.state != State::Ended {
-            self.fail(Failure::Failed(reason.into()), now);
-        }
-        let Some(error) = &mut self.report.error else { return };
-        let what_failed = error.strip_suffix(GOES_ON).unwrap_or(error);
-        *error = format!("{what_failed}; the guest stays paused at the source: {reason}");
-        if let Some(Action::End(outcome)) = self.actions.back_mut() {
-            **outcome = Outcome::NotMoved(self.report.clone());
-        }
-    }
-
-    fn finish(&mut self, status: Status, now: Duration) {
-        self.report.status = status;
-        self.report.total_us = now.as_micros() as u64;
-        let report = self.report.clone();
-        self.actions.push_back(Action::End(Box::new(match status {
-            Status::Completed => Outcome::Completed(report),
-            _ => Outcome::NotMoved(report),
-        })));
-        self.enter(State::Ended, None);
     }
 }
