@@ -13,7 +13,14 @@ use crate::qmp::query_migrate::Details;
 pub(super) fn status(qmp: &Path) -> Result<(), CliError> {
     let mut client = Client::connect(qmp)?;
     let guest = client.execute(&Command::QueryStatus)?;
-    println!("guest      {}", guest["status"].as_str().unwrap_or("unknown"));
+    let waiting = &guest["ferry"];
+    let waiting = match (waiting["waiting-pages"].as_u64(), waiting["waiting-ms"].as_u64()) {
+        (Some(pages), Some(ms)) => {
+            format!(", waits for {pages} missing pages, for {} by now", format::microseconds(ms.saturating_mul(1000)))
+        }
+        _ => String::new(),
+    };
+    println!("guest      {}{waiting}", guest["status"].as_str().unwrap_or("unknown"));
     let migration = client.execute(&Command::QueryMigrate)?;
     let Some(status) = migration["status"].as_str() else { return Ok(()) };
     println!("migration  {status}{}", describe(&migration));
@@ -32,7 +39,9 @@ fn describe(migration: &Value) -> String {
     match serde_json::from_value(migration["ferry"].clone()) {
         Ok(Details::Progress(progress)) => {
             let remaining = format::bytes(progress.ram_remaining);
-            format!(", pass {}, {remaining} of {} remaining", progress.pass, format::bytes(progress.ram_total))
+            // A destination knows nothing of passes.
+            let pass = if progress.pass > 0 { format!(", pass {}", progress.pass) } else { String::new() };
+            format!("{pass}, {remaining} of {} remaining", format::bytes(progress.ram_total))
         }
         Ok(Details::Report(report)) => {
             format!(" after {}, downtime {}", format::microseconds(report.total_us), format::microseconds(report.downtime.total_us))

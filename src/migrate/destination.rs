@@ -198,6 +198,11 @@ impl Destination {
         self.lost.as_deref()
     }
 
+    /// Size of the guest's RAM in pages, once the source has told it.
+    pub fn ram_pages(&self) -> u64 {
+        self.ram_pages
+    }
+
     /// The link that stands or stood last.
     pub fn link(&self) -> Link {
         self.link

@@ -19,6 +19,8 @@ pub enum Capability {
     ReturnPath,
     /// Pages that the guest waits for have a connection of their own.
     PostcopyPreempt,
+    /// The time that vCPUs wait for pages is measured.
+    PostcopyBlocktime,
     /// The destination is asked before the guest stops.
     SwitchoverAck,
     /// Compression of pages against their last version.
@@ -61,12 +63,13 @@ impl Default for MigrateCapabilities {
 }
 
 impl MigrateCapabilities {
-    const KNOWN: [Capability; 12] = [
+    const KNOWN: [Capability; 13] = [
         Capability::PostcopyRam,
         Capability::DirtyBitmaps,
         Capability::Events,
         Capability::ReturnPath,
         Capability::PostcopyPreempt,
+        Capability::PostcopyBlocktime,
         Capability::SwitchoverAck,
         Capability::Xbzrle,
         Capability::AutoConverge,
@@ -87,7 +90,7 @@ impl MigrateCapabilities {
         match capability {
             PostcopyRam => self.postcopy_ram,
             AutoConverge => self.auto_converge,
-            DirtyBitmaps | Events | ReturnPath | PostcopyPreempt | SwitchoverAck => true,
+            DirtyBitmaps | Events | ReturnPath | PostcopyPreempt | PostcopyBlocktime | SwitchoverAck => true,
             Xbzrle | Multifd | PauseBeforeSwitchover | ZeroCopySend | DirtyLimit => false,
         }
     }

@@ -30,11 +30,24 @@ pub enum RunState {
 pub struct StatusInfo {
     status: RunState,
     running: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ferry: Option<Waiting>,
 }
 
-impl From<RunState> for StatusInfo {
-    fn from(status: RunState) -> Self {
-        StatusInfo { status, running: status == RunState::Running }
+/// Ferry's addition to `query-status`: a guest that runs, but waits for pages that have not come yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Waiting {
+    /// For how many.
+    pub waiting_pages: u64,
+    /// For how long it has waited for the first of them, in milliseconds.
+    pub waiting_ms: u64,
+}
+
+impl StatusInfo {
+    /// The guest's state, and what it waits for, if it does.
+    pub fn new(status: RunState, waiting: Option<Waiting>) -> Self {
+        StatusInfo { status, running: status == RunState::Running, ferry: waiting }
     }
 }
 

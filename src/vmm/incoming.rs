@@ -7,13 +7,14 @@ use std::thread::JoinHandle;
 
 use super::{Message, Vmm, VmmError, lock};
 use crate::block::disk::Disk;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, PAGE_SIZE};
 use crate::migrate::destination::Outcome;
 use crate::migrate::driver::destination::DestinationMigration;
 use crate::migrate::driver::owner::{DestinationOwner, MachineSetup, StoppedGuest};
 use crate::migrate::report::{Progress, Status};
 use crate::migrate::transport::Address;
 use crate::qmp::event::{Event, MigrationEvent};
+use crate::qmp::response::Waiting;
 use crate::vm::facts::HostFacts;
 use crate::vm::{Built, Vm};
 
@@ -49,10 +50,11 @@ impl Incoming {
     pub fn progress(&self) -> Option<Progress> {
         let migration = lock(&self.migration);
         let migration = migration.as_ref()?;
-        let ram_remaining = migration.missing_pages() * crate::memory::PAGE_SIZE as u64;
+        let [ram_total, ram_remaining] = [migration.ram_pages(), migration.missing_pages()].map(|pages| pages * PAGE_SIZE as u64);
         let (waiting, since) = migration.waiting();
         Some(Progress {
             status: migration.status(),
+            ram_total,
             ram_remaining,
             waiting_pages: waiting.len() as u64,
             waiting_ms: since.map_or(0, |since| since.as_millis() as u64),
@@ -60,6 +62,12 @@ impl Incoming {
             error: migration.lost(),
             ..Progress::default()
         })
+    }
+
+    /// What the guest waits for.
+    pub fn waiting(&self) -> Option<Waiting> {
+        let Progress { waiting_pages, waiting_ms, .. } = self.progress()?;
+        (waiting_pages > 0).then_some(Waiting { waiting_pages, waiting_ms })
     }
 
     fn with_migration<T>(&self, what: impl FnOnce(&DestinationMigration) -> Result<T, String>) -> Result<T, String> {
@@ -205,7 +213,7 @@ impl DestinationOwner for Arc<Vmm> {
     }
 
     fn paused(&self, reason: String) {
-        let missing = self.incoming.progress().map_or(0, |progress| progress.ram_remaining / crate::memory::PAGE_SIZE as u64);
+        let missing = self.incoming.progress().map_or(0, |progress| progress.ram_remaining / PAGE_SIZE as u64);
         let state = if lock(&self.guest).config().is_some() {
             format!("{missing} pages are missing, and the guest runs on until it needs one of them")
         } else {

@@ -25,7 +25,10 @@ fn answer(value: &impl serde::Serialize) -> Result<Value, QmpError> {
 impl Handler for Arc<Vmm> {
     fn execute(&self, command: Command) -> Result<Value, QmpError> {
         match command {
-            Command::QueryStatus => answer(&StatusInfo::from(lock(&self.guest).run_state())),
+            Command::QueryStatus => {
+                let status = lock(&self.guest).run_state();
+                answer(&StatusInfo::new(status, self.incoming.waiting()))
+            }
             Command::Stop => self.stop(),
             Command::Cont => self.cont(),
             Command::Quit => self.quit(),

@@ -93,7 +93,9 @@ fn a_vcpu_that_waits_for_a_lost_page_is_shown_and_helped() {
     wait_until(&mut there.client(), "a waiting vCPU", |_| migration(&there)["ferry"]["progress"]["waiting-pages"].as_u64().unwrap() > 0);
     let said = there.process.stderr.wait_for("the guest waits for");
     assert!(said.contains("pages are missing") && said.contains("ferry recover"), "{said}");
-    assert!(there.command("status").contains("postcopy-paused"));
+    let status = there.command("status");
+    assert!(status.contains("postcopy-paused") && status.contains("missing pages, for "), "{status}");
+    assert!(there.ask("query-status")["ferry"]["waiting-ms"].as_u64().is_some());
     here.execute("migrate-set-parameters", json!({ "max-postcopy-bandwidth": 0 })).unwrap();
     let (_, report) = lab.recover(&here, &there.address).succeeds();
     assert_eq!((report.recoveries, report.error), (1, None));

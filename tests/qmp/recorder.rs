@@ -36,7 +36,7 @@ impl Handler for Recorder {
         match command {
             Command::QueryStatus => {
                 let run_state = if state.stopped { RunState::Paused } else { RunState::Running };
-                Ok(json!(StatusInfo::from(run_state)))
+                Ok(json!(StatusInfo::new(run_state, None)))
             }
             Command::Stop => {
                 state.stopped = true;

@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use super::Link;
+#[cfg(doc)]
+use super::{Destination, Input};
 use crate::memory::PageRun;
 use crate::migrate::wire::{Channel, Frame, Package};
 

@@ -1,5 +1,7 @@
 //! What the driver tells the destination.
 
+#[cfg(doc)]
+use super::Action;
 use crate::migrate::wire::{Channel, Frame};
 
 /// One of the pairs of connections that a migration has one after the other.

@@ -212,6 +212,11 @@ impl DestinationMigration {
         self.shared.engine().status()
     }
 
+    /// Size of the guest's RAM in pages, once the source has told it.
+    pub fn ram_pages(&self) -> u64 {
+        self.shared.engine().ram_pages()
+    }
+
     /// How many pages have not come yet, in postcopy.
     pub fn missing_pages(&self) -> u64 {
         self.shared.engine().missing().len()

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+#[cfg(doc)]
+use super::Bulk;
 use super::{Source, State};
 use crate::memory::PAGE_SIZE;
 use crate::migrate::policy::{Goal, History};

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+#[cfg(doc)]
+use super::{Input, Source};
 use crate::memory::PageRun;
 use crate::migrate::report::Report;
 use crate::migrate::wire::Frame;

@@ -3,6 +3,8 @@
 use std::num::NonZeroU64;
 use std::time::Duration;
 
+#[cfg(doc)]
+use super::Action;
 use crate::memory::PageSet;
 use crate::migrate::policy::Throttling;
 use crate::migrate::wire::{BitmapInfo, Channel, Frame};
