@@ -46,6 +46,11 @@ impl Incoming {
         self.active.load(Ordering::Acquire)
     }
 
+    /// Whether every page and every bitmap is here.
+    pub fn is_whole(&self) -> bool {
+        lock(&self.migration).as_ref().is_some_and(|migration| migration.status() == Status::Completed)
+    }
+
     /// Where the migration to here stands.
     pub fn progress(&self) -> Option<Progress> {
         let migration = lock(&self.migration);

@@ -173,6 +173,8 @@ struct Main {
     ended_early: Option<VmEvent>,
     /// A first signal has asked the guest to power off.
     signalled: bool,
+    /// A first signal has come since the guest was given up.
+    signalled_while_needed: bool,
     lost: Option<String>,
 }
 
@@ -190,7 +192,17 @@ impl Main {
             outgoing_ended: Condvar::new(),
             incoming,
         });
-        let mut main = Main { console, messages, vm_events, signals, server: None, ended_early: None, signalled: false, lost: None };
+        let mut main = Main {
+            console,
+            messages,
+            vm_events,
+            signals,
+            server: None,
+            ended_early: None,
+            signalled: false,
+            signalled_while_needed: false,
+            lost: None,
+        };
         let (input, quit) = (vmm.clone(), vmm.messages.clone());
         main.console.start_input(
             move |bytes| input.machine.console_input(bytes),
@@ -332,25 +344,26 @@ impl Main {
         Ok(None)
     }
 
-    /// The first signal presses the power button; the second, or the first where no guest runs that could hear it, ends at once.
+    /// The first signal presses the power button; the second, or the first where no guest runs that could hear it, ends at once. Where the
+    /// guest has moved and not all of it is there yet, also while the link is lost, the first one only says so.
     fn on_signal(&mut self, vmm: &Arc<Vmm>) -> Result<Option<()>, VmmError> {
-        let first = !std::mem::replace(&mut self.signalled, true);
-        if first && vmm.power_button().is_ok() {
-            eprintln!("ferry: asked the guest to power off; a second signal ends it at once\r");
-            return Ok(None);
+        if !vmm.is_needed_by_destination() {
+            if !std::mem::replace(&mut self.signalled, true) && vmm.power_button().is_ok() {
+                eprintln!("ferry: asked the guest to power off; a second signal ends it at once\r");
+                return Ok(None);
+            }
+            vmm.cancel_outgoing();
         }
-        let needed = !vmm.cancel_outgoing();
-        if needed && first {
+        // Asked again: it may have been given up when it could not be cancelled any more.
+        let needed = vmm.is_needed_by_destination();
+        if needed && !std::mem::replace(&mut self.signalled_while_needed, true) {
             eprintln!("{STILL_NEEDED}; a second signal ends it at once\r");
             return Ok(None);
         }
         self.shutdown(vmm, ShutdownReason::HostSignal);
-        if needed {
-            return Err(VmmError::SignalWhileNeeded);
-        }
         if let Some(text) = self.lost.take() {
             return Err(VmmError::Incomplete(text));
         }
-        Err(VmmError::Signal)
+        Err(if needed { VmmError::SignalWhileNeeded } else { VmmError::Signal })
     }
 }

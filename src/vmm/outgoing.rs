@@ -60,7 +60,8 @@ impl Vmm {
         if outgoing.active {
             return Err(QmpError::generic("a migration is under way; wait for it or cancel it"));
         }
-        if self.incoming.is_active() {
+        // The source of the last migration may hear that all is here before this side is done with it.
+        if self.incoming.is_active() && !self.incoming.is_whole() {
             return Err(QmpError::generic("the guest has not wholly arrived here yet; try again when its migration has completed"));
         }
         let disks = lock(&self.disks).clone();
@@ -102,6 +103,11 @@ impl Vmm {
     pub fn migration(&self) -> Result<Arc<SourceMigration>, QmpError> {
         let outgoing = lock(&self.outgoing);
         outgoing.migration.clone().filter(|_| outgoing.active).ok_or_else(|| QmpError::generic("no migration from here is under way"))
+    }
+
+    /// Whether the guest was given up, and its destination has not said that it has all of it: it may need pages from here.
+    pub fn is_needed_by_destination(&self) -> bool {
+        self.migration().is_ok_and(|migration| migration.is_committed())
     }
 
     /// Cancels the migration under way, if there is one, and waits until it is over: the guest is back, and the destination and whoever

@@ -40,6 +40,28 @@ fn a_busy_guest_moves_twenty_times() {
 }
 
 #[test]
+fn a_guest_moves_on_the_moment_it_has_arrived() {
+    let lab = Lab::new();
+    let disk = lab.disk(64 << 20);
+    let hardware = Hardware { memory: "128M", cpus: 2, disk: Some(&disk), ..Hardware::default() };
+    let mut here = lab.run(&hardware, "fill=64M rate=20000 order=random disk=on heartbeat=20");
+    let mut guest = Guest::booting_at(&mut here);
+    guest.beats(1);
+    // All of them wait from the beginning, so that nothing comes between two moves.
+    let hosts: Vec<_> = (0..12).map(|number| lab.receive([Transport::Tcp, Transport::Unix][number % 2])).collect();
+    let mut left = Vec::new();
+    for (number, mut there) in hosts.into_iter().enumerate() {
+        let mode = ["postcopy", "auto", "precopy"][number % 3];
+        lab.migrate(&here, &there.address, &["--mode", mode, "--downtime", "1s"]).succeeds();
+        guest.moved_to(&mut there);
+        left.push(std::mem::replace(&mut here, there));
+    }
+    guest.checks_every_page();
+    guest.writes_blocks(20);
+    left.iter_mut().for_each(|ferry| ferry.ends_with(0));
+}
+
+#[test]
 fn an_idle_guest_with_little_in_it_moves() {
     let lab = Lab::new();
     let mut here = lab.run(&Hardware { memory: "256M", cpus: 1, ..Hardware::default() }, "fill=32M pattern=zero rate=0");

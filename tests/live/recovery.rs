@@ -3,6 +3,7 @@
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::ferry::{Ferry, wait_for_migration, wait_until};
@@ -96,6 +97,9 @@ fn a_vcpu_that_waits_for_a_lost_page_is_shown_and_helped() {
     let status = there.command("status");
     assert!(status.contains("postcopy-paused") && status.contains("missing pages, for "), "{status}");
     assert!(there.ask("query-status")["ferry"]["waiting-ms"].as_u64().is_some());
+    // Pages that exist nowhere else are not thrown away by the first signal.
+    here.process.signal(Signal::TERM);
+    here.process.stderr.wait_for("a second signal ends it at once");
     here.execute("migrate-set-parameters", json!({ "max-postcopy-bandwidth": 0 })).unwrap();
     let (_, report) = lab.recover(&here, &there.address).succeeds();
     assert_eq!((report.recoveries, report.error), (1, None));
