@@ -116,9 +116,10 @@ impl Destination {
     pub fn hello(&mut self, hello: &Hello, now: Duration) -> Result<Link, String> {
         match (hello.channel, self.session) {
             (Channel::Main, None) if self.state == State::Ended => Err("this side has given up waiting for a migration".into()),
+            // A source that comes back to whoever waits here now, after the migration it means had ended, must not take their guest's place.
+            (Channel::Main, None) if hello.link > 0 => Err("the migration that this connection belongs to is not here".into()),
             (Channel::Main, None) => {
                 self.session = Some(hello.session);
-                self.link = Link(hello.link);
                 self.welcome();
                 self.enter(State::Setup, Some(now + SETUP_TIMEOUT));
                 Ok(self.link)

@@ -12,7 +12,7 @@ use crate::migrate::destination::Outcome;
 use crate::migrate::driver::destination::DestinationMigration;
 use crate::migrate::driver::owner::{DestinationOwner, MachineSetup, StoppedGuest};
 use crate::migrate::report::{Progress, Status};
-use crate::migrate::transport::Address;
+use crate::migrate::transport::{Address, Listener};
 use crate::qmp::event::{Event, MigrationEvent};
 use crate::qmp::response::Waiting;
 use crate::vm::facts::HostFacts;
@@ -87,7 +87,10 @@ impl Incoming {
     /// Listens at `uri`, too, for the source of a paused postcopy.
     pub fn recover(&self, uri: &str) -> Result<(), String> {
         let address: Address = uri.parse().map_err(|error| format!("{error}"))?;
-        let address = self.with_migration(|migration| migration.recover(&address))?;
+        // Before the lock: a name may take its time to be resolved.
+        let listener = Listener::bind(&address).map_err(|error| error.to_string())?;
+        let address = listener.address().clone();
+        self.with_migration(|migration| migration.recover(listener))?;
         eprintln!("ferry: waiting for the source at {address}\r");
         Ok(())
     }
@@ -225,7 +228,7 @@ impl DestinationOwner for Arc<Vmm> {
             "only the source knows whether the guest is to run here".into()
         };
         let how = "`ferry recover` at the source joins them again, at this address or at one that `ferry recover --listen` opens here";
-        let _ = self.messages.send(Message::Incomplete(format!("{reason}; {state}; {how}")));
+        let _ = self.messages.send(Message::Lost(format!("{reason}; {state}; {how}")));
     }
 
     fn ended(&self, outcome: Outcome) {

@@ -95,7 +95,7 @@ enum Message {
     Quit(ShutdownReason),
     /// The guest runs elsewhere and all of it is there.
     MovedAway,
-    /// After the commit the link to the destination was lost; with what to tell.
+    /// The link to the other side was lost when the guest was, or may have been, handed over; with what to tell.
     Lost(String),
     /// A link that was lost has been replaced, or is about to be.
     Recovering,
@@ -105,8 +105,6 @@ enum Message {
     DryRun,
     /// No guest came, and none will.
     NotReceived(String),
-    /// The guest is here, or may come to be, but not all of it, and the link to the source is lost.
-    Incomplete(String),
 }
 
 /// The owner of one guest, shared by the main loop, QMP's clients and migrations.
@@ -274,7 +272,7 @@ impl Main {
                 self.shutdown(vmm, ShutdownReason::HostError);
                 return Err(VmmError::NotReceived(reason));
             }
-            Message::Lost(text) | Message::Incomplete(text) => {
+            Message::Lost(text) => {
                 eprintln!("ferry: {text}\r");
                 self.lost = Some(text);
                 match self.ended_early.take() {

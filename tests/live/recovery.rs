@@ -136,8 +136,9 @@ fn a_link_cut_at_any_moment_leaves_one_runner_that_has_everything() {
             assert!(ended.said.contains("goes on at the source"), "{}", ended.said);
             guest.beats(3);
             if there.process.ends_within(Duration::from_secs(5)).is_none() {
-                // It had said READY, and no word that the guest stayed has come through.
-                assert!(there.process.stderr.text_so_far().contains("only the source knows"));
+                // Either it had said READY, and no word that the guest stayed has come through; or no HELLO has, and it waits on.
+                let said = there.process.stderr.text_so_far();
+                assert!(said.contains("only the source knows") || said.contains("refused a connection"), "{said}");
                 there.command("quit");
             }
             there.ends_with(1);

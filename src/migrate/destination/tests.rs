@@ -89,3 +89,12 @@ fn a_dry_run_ends_where_the_switch_would_come() {
     assert_eq!(last, Some(Action::End(Outcome::DryRun)));
     assert!(!destination.is_committed());
 }
+
+#[test]
+fn a_source_that_comes_back_too_late_does_not_disturb_who_waits_now() {
+    let mut destination = Destination::new();
+    let hello = |session, link| Hello { channel: Channel::Main, session, link, program: "a test".into() };
+    assert!(destination.hello(&hello(1, 1), NOW).unwrap_err().contains("is not here"));
+    assert_eq!((destination.status(), destination.poll(NOW)), (Status::None, Poll::Wait(None)));
+    destination.hello(&hello(2, 0), NOW).unwrap();
+}

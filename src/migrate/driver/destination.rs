@@ -20,7 +20,7 @@ use super::owner::DestinationOwner;
 use crate::memory::PageNumber;
 use crate::migrate::destination::{Destination, Input, Link, Outcome};
 use crate::migrate::report::{Faults, Status};
-use crate::migrate::transport::{Address, Interrupt, Listener, Reader, Wake, Writer};
+use crate::migrate::transport::{Interrupt, Listener, Reader, Wake, Writer};
 use faults::FaultService;
 
 /// A migration to here, or the wait for one. It goes on, and its end is told to the owner, also when this handle is dropped.
@@ -130,16 +130,12 @@ impl DestinationMigration {
         Ok(())
     }
 
-    /// Waits at `address`, too, for the source of a migration whose link was lost. Returns the address, with the port if the kernel chose
-    /// it.
-    pub fn recover(&self, address: &Address) -> Result<Address, String> {
+    /// Waits on `listener`, too, for the source of a migration whose link was lost.
+    pub fn recover(&self, listener: Listener) -> Result<(), String> {
         if !self.shared.engine().is_paused() {
             return Err("the migration is not paused: there is no broken link to repair".into());
         }
-        let listener = Listener::bind(address).map_err(|error| error.to_string())?;
-        let address = listener.address().clone();
-        self.listen(listener)?;
-        Ok(address)
+        self.listen(listener)
     }
 
     /// Breaks the link after READY, on purpose.
@@ -237,13 +233,5 @@ impl DestinationMigration {
     pub fn lost(&self) -> Option<String> {
         let engine = self.shared.engine();
         engine.lost().filter(|_| engine.is_paused()).map(str::to_owned)
-    }
-
-    /// The guest has ended: page faults need not be served any more. Without this, a guest that misses pages for ever is held back from
-    /// reading zeros in their place for as long as the process lives.
-    pub fn guest_ended(&self) {
-        if let Some(faults) = self.shared.faults.get() {
-            faults.stop();
-        }
     }
 }

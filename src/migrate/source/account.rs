@@ -60,8 +60,8 @@ impl Source {
         self.count(sent);
     }
 
-    /// Where the migration stands.
-    pub fn progress(&self, now: Duration) -> Progress {
+    /// The migration's status and pass: what an owner is told of when it changes.
+    pub fn stage(&self) -> (Status, u32) {
         let status = match self.state {
             State::Hello | State::Preparing => Status::Setup,
             State::Harvesting | State::Sending | State::PassAck | State::Watching => Status::Active,
@@ -72,6 +72,12 @@ impl Source {
             State::Reconnecting | State::Comparing => Status::PostcopyRecover,
             State::Ended => self.report.status,
         };
+        (status, self.pass.number)
+    }
+
+    /// Where the migration stands.
+    pub fn progress(&self, now: Duration) -> Progress {
+        let (status, _) = self.stage();
         let remaining = self.outgoing.unsent().len();
         Progress {
             status,

@@ -104,8 +104,7 @@ impl Migration {
 
     /// Tells the owner what has changed.
     fn announce(&mut self) {
-        let progress = self.shared.engine().progress(self.shared.now());
-        let current = (progress.status, progress.pass);
+        let current = self.shared.engine().stage();
         if current != self.announced {
             self.announced = current;
             self.owner.changed(current.0, current.1);
