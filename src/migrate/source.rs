@@ -300,7 +300,7 @@ impl Source {
             (Input::Failed(reason), _) => self.fail(Failure::Failed(reason), now),
             // The destination may hold everything and have closed it, answers to late requests unread. Its last word on the other
             // connection, or that one's loss, decides.
-            (Input::Lost(Channel::Urgent, _), State::Ending) => {}
+            (Input::Lost(Channel::Urgent | Channel::Pages(_), _), State::Ending) => {}
             (Input::Lost(_, reason), _) => {
                 self.fail(Failure::Failed(format!("the connection to the destination was lost: {reason}")), now);
             }
