@@ -7,6 +7,7 @@
 //!  Hello --Welcome--> Preparing --Prepared--> Precopy <--> PassAck? --decide--> Stopping --stopped--> LastPass
 //!                                                ^                                  |  (postcopy: rest stays unsent)
 //!                                                +------- too much was left --------+
+//!  Stopping --stopped, where a person is to be waited for--> PreSwitchover --continue--> LastPass
 //!  LastPass --all sent--> Switching --READY--> [GiveUp] COMMIT --> Committed --all sent--> Ending --Done--> Ended
 //! ```
 //!
@@ -27,6 +28,7 @@ mod dry_run;
 mod ending;
 mod input;
 mod passes;
+mod pre_switchover;
 mod recovery;
 
 use std::collections::VecDeque;
@@ -84,6 +86,8 @@ enum State {
     /// In a dry run: until the next look at what the guest has dirtied.
     Watching,
     Stopping,
+    /// The guest stands still, and a person is waited for.
+    PreSwitchover,
     LastPass,
     Switching,
     Committed,
@@ -109,6 +113,7 @@ pub struct Source {
     destination_built: bool,
     switch_postcopy: bool,
     postcopy_requested: bool,
+    pause_before_switchover: bool,
     /// The right to run the guest is gone: [`Action::GiveUp`] was handed to the driver.
     given_up: bool,
     link: u32,
@@ -158,6 +163,7 @@ impl Source {
             destination_built: false,
             switch_postcopy: false,
             postcopy_requested: false,
+            pause_before_switchover: false,
             given_up: false,
             link: 0,
             package_sent: false,
@@ -303,10 +309,12 @@ impl Source {
                 self.enter(State::Reconnecting, Some(now + HELLO_TIMEOUT));
             }
             (Input::Pause, _) if self.may_be_paused() => self.pause("it was broken on purpose"),
-            (Input::Recover | Input::Pause, _) => {}
+            (Input::Continue, State::PreSwitchover) => self.on_continue(now),
+            (Input::Recover | Input::Pause | Input::Continue, _) => {}
             (Input::Cancel, _) if self.is_committed() => {}
             (Input::Cancel, _) => self.fail(Failure::Cancelled, now),
             (Input::StartPostcopy, _) => self.postcopy_requested = self.config.mode != Mode::Precopy && self.dry_run.is_none(),
+            (Input::PauseBeforeSwitchover(pause), _) => self.pause_before_switchover = pause,
             (Input::DowntimeLimit(limit), _) => self.config.downtime_limit = limit,
             (Input::SwitchoverBandwidth(bandwidth), _) => self.switchover_bandwidth = bandwidth,
             (Input::Throttling(throttling), _) => {
@@ -423,9 +431,8 @@ impl Source {
             ..Downtime::default()
         };
         self.bitmaps = OutgoingBitmaps::new(&stopped.bitmaps);
-        self.sent_package_at = now;
         self.package = Some(stopped);
-        self.enter(State::LastPass, None);
+        self.begin_switchover(now);
     }
 
     fn next_to_send(&mut self) -> Option<Poll> {

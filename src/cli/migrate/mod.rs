@@ -13,8 +13,9 @@ use super::arguments::{MigrateArguments, RecoverArguments};
 use super::{CliError, interrupt};
 use crate::migrate::report::{Report, Status};
 use crate::qmp::Command;
+use crate::qmp::capabilities::{Capability, CapabilityStatus};
 use crate::qmp::client::{Client, ClientError};
-use crate::qmp::command::{Migrate, MigrateIncoming};
+use crate::qmp::command::{Migrate, MigrateIncoming, MigrateSetCapabilities};
 use crate::qmp::parameters::MigrateSetParameters;
 use crate::qmp::query_migrate::Details;
 use display::Display;
@@ -40,6 +41,11 @@ pub(super) fn migrate(arguments: &MigrateArguments) -> Result<(), CliError> {
         ferry_dry_run: Some(arguments.dry_run),
         ..MigrateSetParameters::default()
     }))?;
+    let capabilities = [
+        CapabilityStatus { capability: Capability::AutoConverge, state: arguments.auto_converge },
+        CapabilityStatus { capability: Capability::PauseBeforeSwitchover, state: arguments.pause_before_switchover },
+    ];
+    client.execute(&Command::MigrateSetCapabilities(MigrateSetCapabilities { capabilities: capabilities.to_vec() }))?;
     let start = Migrate { uri: arguments.uri.clone(), detach: Some(true), resume: false };
     carry_through(client, start, arguments.report.as_deref())
 }
@@ -92,7 +98,11 @@ fn follow(client: &mut Client, display: &mut Display) -> Result<End, CliError> {
         let end = match client.next_event(Instant::now() + POLL) {
             Ok(Some(event)) => {
                 display.event(&event);
-                end_in_event(&event, &mut last_seen)
+                let end = end_in_event(&event, &mut last_seen);
+                if last_seen == Status::PreSwitchover && event.get("event").is_some_and(|event| event == "MIGRATION") {
+                    display.note("the guest stands still: `ferry continue` hands it over, `ferry cancel` lets it go on here");
+                }
+                end
             }
             Ok(None) => poll(client, display, &mut last_seen).map_err(|error| lost(error, last_seen))?,
             Err(error) => return Err(lost(error, last_seen)),

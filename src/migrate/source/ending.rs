@@ -36,7 +36,7 @@ impl Source {
         }
         // What was still to be done is about a migration that is over, `GiveUp` and `Commit` included.
         self.actions.clear();
-        if matches!(self.state, State::LastPass | State::Switching | State::Committed) {
+        if matches!(self.state, State::PreSwitchover | State::LastPass | State::Switching | State::Committed) {
             self.actions.push_back(Action::Resume);
         }
         self.fail_here(failure, now);

@@ -37,6 +37,10 @@ pub enum Input {
     Recover,
     /// A person breaks the link. Only after the commit.
     Pause,
+    /// A person lets a migration that waits before the switch go on.
+    Continue,
+    /// A person wants to be waited for when the guest stands still, before the switch, or not any more. Does not end a wait.
+    PauseBeforeSwitchover(bool),
     /// A person wants postcopy now.
     StartPostcopy,
     /// A person changed the limit.

@@ -97,6 +97,10 @@ impl Migration {
                 }
                 Poll::Wait(until) => {
                     self.wait(until.map(|until| self.shared.began + until));
+                    // Nobody is late while a person is waited for.
+                    if self.announced.0 == Status::PreSwitchover {
+                        self.limit_standstill();
+                    }
                 }
             }
         }
@@ -166,8 +170,7 @@ impl Migration {
             }
             Action::Stop => {
                 let stopped = self.guest.stop();
-                let limit = self.shared.engine().downtime_limit();
-                self.standstill = Some(Instant::now() + STANDSTILL_TIMEOUT + limit * 3);
+                self.limit_standstill();
                 match stopped {
                     Ok(stopped) => self.shared.handle(Input::Stopped(stopped)),
                     Err(StopError::Failed(reason)) => self.shared.handle(Input::StopFailed(reason)),
@@ -187,6 +190,12 @@ impl Migration {
             // Taken by `run`.
             Action::End(_) => {}
         }
+    }
+
+    /// Counts from now how long the guest has stood still.
+    fn limit_standstill(&mut self) {
+        let limit = self.shared.engine().downtime_limit();
+        self.standstill = Some(Instant::now() + STANDSTILL_TIMEOUT + limit * 3);
     }
 
     /// The commit point. Whatever has come after READY (the loss of a connection, or nonsense) is a reason not to pass it.

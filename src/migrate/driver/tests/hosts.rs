@@ -294,6 +294,7 @@ pub fn request(address: &Address, mode: Mode) -> SourceRequest {
         max_postcopy_bandwidth: None,
         dry_run: false,
         switchover_bandwidth: None,
+        pause_before_switchover: false,
         throttling: None,
     }
 }
