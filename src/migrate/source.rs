@@ -125,6 +125,7 @@ pub struct Source {
     dry_run: Option<DryRun>,
     fixed: Fixed,
     switchover_bandwidth: Option<NonZeroU64>,
+    postcopy_bandwidth: Option<NonZeroU64>,
     throttling: Option<Throttling>,
     /// Percentage of the time in which the guest's vCPUs stand still.
     throttle: u8,
@@ -172,6 +173,7 @@ impl Source {
             dry_run: None,
             fixed: Fixed::default(),
             switchover_bandwidth: None,
+            postcopy_bandwidth: None,
             throttling: None,
             throttle: 0,
             asked_at: Duration::ZERO,
@@ -317,6 +319,7 @@ impl Source {
             (Input::PauseBeforeSwitchover(pause), _) => self.pause_before_switchover = pause,
             (Input::DowntimeLimit(limit), _) => self.config.downtime_limit = limit,
             (Input::SwitchoverBandwidth(bandwidth), _) => self.switchover_bandwidth = bandwidth,
+            (Input::PostcopyBandwidth(limit), _) => self.postcopy_bandwidth = limit,
             (Input::Throttling(throttling), _) => {
                 self.throttling = throttling;
                 self.set_throttle(throttling.map_or(0, |throttling| self.throttle.min(throttling.max)));

@@ -101,6 +101,7 @@ impl SourceMigration {
         let session = config.session;
         let mut engine = if request.dry_run { Source::dry_run(config) } else { Source::new(config) };
         engine.handle(Input::SwitchoverBandwidth(request.switchover_bandwidth), Duration::ZERO);
+        engine.handle(Input::PostcopyBandwidth(request.max_postcopy_bandwidth), Duration::ZERO);
         engine.handle(Input::Throttling(request.throttling), Duration::ZERO);
         engine.handle(Input::PauseBeforeSwitchover(request.pause_before_switchover), Duration::ZERO);
         let (wake, woken) = bounded(1);
@@ -206,6 +207,7 @@ impl SourceMigration {
 
     /// Changes the limit of postcopy's background, in bytes a second. Pages that the guest waits for know no limit.
     pub fn set_max_postcopy_bandwidth(&self, bytes_per_second: Option<NonZeroU64>) {
+        self.shared.handle(Input::PostcopyBandwidth(bytes_per_second));
         self.set_pace(&self.shared.postcopy_pace, bytes_per_second);
     }
 

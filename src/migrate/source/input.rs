@@ -47,6 +47,8 @@ pub enum Input {
     DowntimeLimit(Duration),
     /// A person says how many bytes a second to count on in the switch; `None`: what was measured.
     SwitchoverBandwidth(Option<NonZeroU64>),
+    /// A person limits postcopy's background, in bytes a second, which the driver sees to; `None`: no limit. For a dry run's forecast.
+    PostcopyBandwidth(Option<NonZeroU64>),
     /// A person allows the guest to be slowed down where precopy does not end otherwise, or forbids it.
     Throttling(Option<Throttling>),
 }
