@@ -147,7 +147,7 @@ mod tests {
         assert!(auto.ends && auto.postcopy && auto.passes == 1, "{auto:?}");
         let precopy = observed.forecast(&goal(Mode::Precopy));
         assert!(!precopy.ends && precopy.reason.contains("the guest dirties") && precopy.total_us == 0, "{precopy:?}");
-        let throttling = Some(Throttling { initial: 20, increment: 10, max: 99 });
+        let throttling = Some(Throttling { initial: 20, increment: 10, max: 99, tailslow: false });
         let slowed = observed.forecast(&Goal { throttling, ..goal(Mode::Precopy) });
         assert!(slowed.ends && slowed.throttle >= 90, "{slowed:?}");
     }

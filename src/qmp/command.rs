@@ -89,7 +89,7 @@ commands! {
         /// Answered with [`MigrateCapabilities::list`](super::capabilities::MigrateCapabilities::list).
         "query-migrate-capabilities" => QueryMigrateCapabilities,
         /// Sets some of the parameters, now or during a migration.
-        "migrate-set-parameters" => MigrateSetParameters(MigrateSetParameters),
+        "migrate-set-parameters" => MigrateSetParameters(Box<MigrateSetParameters>),
         /// Answered with [`MigrateParameters`](super::parameters::MigrateParameters).
         "query-migrate-parameters" => QueryMigrateParameters,
         /// The disks and their dirty bitmaps: answered with a list of [`BlockInfo`](super::response::BlockInfo).

@@ -33,14 +33,14 @@ struct End {
 /// Moves a guest; returns when it has moved as a whole, or with a sentence about why it has not.
 pub(super) fn migrate(arguments: &MigrateArguments) -> Result<(), CliError> {
     let mut client = Client::connect(&arguments.qmp)?;
-    client.execute(&Command::MigrateSetParameters(MigrateSetParameters {
-        downtime_limit: arguments.downtime,
-        max_bandwidth: arguments.max_bandwidth,
-        max_postcopy_bandwidth: arguments.postcopy_bandwidth,
+    client.execute(&Command::MigrateSetParameters(Box::new(MigrateSetParameters {
+        downtime_limit: arguments.downtime.map(Into::into),
+        max_bandwidth: arguments.max_bandwidth.map(Into::into),
+        max_postcopy_bandwidth: arguments.postcopy_bandwidth.map(Into::into),
         ferry_mode: Some(arguments.mode.into()),
         ferry_dry_run: Some(arguments.dry_run),
         ..MigrateSetParameters::default()
-    }))?;
+    })))?;
     let capabilities = [
         CapabilityStatus { capability: Capability::AutoConverge, state: arguments.auto_converge },
         CapabilityStatus { capability: Capability::PauseBeforeSwitchover, state: arguments.pause_before_switchover },
