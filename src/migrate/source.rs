@@ -55,6 +55,10 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the guest stands still for a destination that does not become ready; then it goes on here.
 const SWITCH_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the destination may take to have all after END. What is still in the kernels' buffers, some megabytes at most, passes a link of
+/// 100 kB/s meanwhile: whether it does cannot be seen from here. Before END a destination that reads nothing blocks the sends, which have
+/// limits of their own.
+const END_TIMEOUT: Duration = Duration::from_secs(120);
 /// Postcopy's background runs are short, so that the link is soon free for an urgent page.
 const POSTCOPY_RUN: u64 = 64;
 /// Passes that are reported; of more, the last ones.
@@ -476,7 +480,7 @@ impl Source {
             }
             State::Committed => {
                 self.send(Frame::End);
-                self.enter(State::Ending, None);
+                self.enter(State::Ending, Some(now + END_TIMEOUT));
             }
             _ => {}
         }
@@ -494,3 +498,6 @@ impl Source {
         self.enter(State::Committed, None);
     }
 }
+
+#[cfg(test)]
+mod tests;

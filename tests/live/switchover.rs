@@ -88,6 +88,29 @@ fn a_wait_that_is_cancelled_or_cut_lets_the_guest_go_on() {
 }
 
 #[test]
+fn a_source_that_hangs_while_the_guest_waits_for_a_page_is_noticed_and_joined_again() {
+    let lab = Lab::new();
+    let (mut here, mut guest) = boot(&lab);
+    // On one host nothing but silence tells of a process that hangs.
+    let mut there = lab.receive(Transport::Unix);
+    let mut watcher = there.client();
+    let migration = lab.migrate(&here, &there.address, &["--mode", "postcopy", "--postcopy-bandwidth", "1M"]);
+    wait_for_migration(&mut watcher, "postcopy-active");
+    here.process.signal(Signal::STOP);
+    wait_for_migration(&mut watcher, "postcopy-paused");
+    let status = there.command("status");
+    assert!(status.contains("waits for"), "{status}");
+    here.process.signal(Signal::CONT);
+    migration.fails(&["`ferry recover`"]);
+    here.execute("migrate-set-parameters", json!({ "max-postcopy-bandwidth": 0 })).unwrap();
+    let (_, report) = lab.recover(&here, &there.address).succeeds();
+    assert_eq!(report.recoveries, 1);
+    here.ends_with(0);
+    guest.moved_to(&mut there);
+    guest.checks_every_page();
+}
+
+#[test]
 fn a_destination_that_hangs_in_the_switch_is_not_waited_for_long() {
     let lab = Lab::new();
     let (here, mut guest) = boot(&lab);

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, at, bounded, never, select};
 
-use super::super::frames::{self, FrameError};
+use super::super::frames::{self, FRAME_TIMEOUT, FrameError};
 use super::super::owner::SourceOwner;
 use super::super::page_io::{PageIo, PageIoError};
 use super::Shared;
@@ -198,6 +198,11 @@ impl Migration {
         self.standstill = Some(Instant::now() + STANDSTILL_TIMEOUT + limit * 3);
     }
 
+    /// Until when a send may be blocked: while the guest runs here, for ever, since a cancel ends it.
+    fn send_deadline(&self) -> Option<Instant> {
+        self.standstill.or_else(|| self.shared.engine().is_committed().then(|| Instant::now() + FRAME_TIMEOUT))
+    }
+
     /// The commit point. Whatever has come after READY (the loss of a connection, or nonsense) is a reason not to pass it.
     fn give_up(&mut self) {
         let inputs = &self.inputs;
@@ -276,7 +281,7 @@ impl Migration {
     /// Sends `frame` on the main connection, if that can still be; returns its length in bytes.
     fn send(&mut self, frame: &Frame) -> Option<u64> {
         let mut writer = self.main.take()?;
-        let mut deadline = self.standstill;
+        let mut deadline = self.send_deadline();
         if let Frame::Abort(_) = frame {
             // A courtesy, which a cancel before it must not end.
             writer = self.uncancelled(writer);
@@ -335,7 +340,7 @@ impl Migration {
             self.main = Some(writer);
             return;
         }
-        match parcel.send(&self.io, &mut writer, self.standstill) {
+        match parcel.send(&self.io, &mut writer, self.send_deadline()) {
             Ok(sent) => {
                 self.main = Some(writer);
                 let mut engine = self.shared.engine();
