@@ -40,3 +40,4 @@ mod qemu_client;
 mod recovery;
 mod reports;
 mod strangers;
+mod switchover;

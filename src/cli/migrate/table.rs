@@ -25,7 +25,9 @@ pub(super) fn table(report: &Report) -> String {
     table.row("migration", &format!("{status} after {} (mode {mode}{rest})", microseconds(report.total_us)));
     let downtime = &report.downtime;
     if downtime.total_us > 0 {
-        table.row("downtime", &format!("{} (predicted {})", microseconds(downtime.total_us), microseconds(downtime.predicted_us)));
+        let apart = if downtime.pre_switchover_us > 0 { " beside pre-switchover" } else { "" };
+        let predicted = microseconds(downtime.predicted_us);
+        table.row("downtime", &format!("{} (predicted {predicted}{apart})", microseconds(downtime.total_us)));
         let parts = [
             ("stop", downtime.stop_us),
             ("device state", downtime.device_state_us),
@@ -37,6 +39,9 @@ pub(super) fn table(report: &Report) -> String {
         ];
         for (name, time) in parts {
             table.part(name, &microseconds(time));
+            if name == "last sync" && downtime.pre_switchover_us > 0 {
+                table.part("pre-switchover", &format!("{}, waiting for `ferry continue`", microseconds(downtime.pre_switchover_us)));
+            }
         }
     }
     table.row("sent", &bytes(report.bytes.total()));

@@ -18,7 +18,7 @@ use crate::migrate::wire::{Channel, Compressed, Frame, HEADER_SIZE, Header, MAX_
 #[derive(Debug)]
 pub struct Batch {
     pub runs: Vec<PageRun>,
-    /// Until when, while the guest stands still.
+    /// Until when, if there is a limit.
     pub deadline: Option<Instant>,
 }
 
