@@ -14,7 +14,14 @@ fn config(mode: Mode) -> Config {
 /// Does what the engine says until the guest has just been stopped, with so many pages dirtied until then.
 fn stopped(mut source: Source, dirtied: u64) -> Source {
     loop {
-        let Poll::Act(action) = source.poll(NOW) else { continue };
+        let action = match source.poll(NOW) {
+            Poll::Act(action) => action,
+            Poll::Bulk(Bulk::Pages { channel, .. }) => {
+                source.sent(channel, Sent::default());
+                continue;
+            }
+            other => panic!("{other:?}"),
+        };
         let stop = action == Action::Stop;
         let answer = match action {
             Action::Send(Frame::Hello(_)) => Input::Frame(Frame::Welcome("a test".into())),
