@@ -100,10 +100,7 @@ impl World {
     fn source_acts(&mut self, action: source::Action) -> Result<(), String> {
         self.say(format!("source: {}", brief(&action)));
         match action {
-            source::Action::Connect => {
-                self.source.end_sent = None;
-                self.source_opens_main();
-            }
+            source::Action::Connect => self.source_opens_main(),
             source::Action::Send(frame) => {
                 self.source.engine.sent_frame(&frame, 16);
                 if frame == Frame::End {
@@ -111,7 +108,10 @@ impl World {
                 }
                 self.source_says(frame, Vec::new());
             }
-            source::Action::Disconnect(_) => self.source_disconnects(),
+            source::Action::Disconnect(_) => {
+                self.source.end_sent = None;
+                self.source_disconnects();
+            }
             source::Action::OpenUrgent => self.source_opens_urgent(),
             source::Action::StartTracking => {
                 let touched = self.source.ram.start_log();
