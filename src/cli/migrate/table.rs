@@ -170,4 +170,17 @@ mod tests {
             assert!(table.lines().any(|other| other == line), "{line}\n{table}");
         }
     }
+
+    #[test]
+    fn a_wait_for_a_person_is_a_part_of_the_blackout_that_nobody_predicted() {
+        let mut report = Report {
+            downtime: Downtime { last_sync_us: 7, total_us: 61_000_000, predicted_us: 9000, ..Default::default() },
+            ..Default::default()
+        };
+        assert!(!table(&report).contains("pre-switchover"));
+        report.downtime.pre_switchover_us = 60_990_000;
+        let expected = "  last sync      7 us\n  pre-switchover 60.99 s, waiting for `ferry continue`\n  transfer";
+        let table = table(&report);
+        assert!(table.contains(expected) && table.contains("(predicted 9.0 ms beside pre-switchover)"), "{table}");
+    }
 }

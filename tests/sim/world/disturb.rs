@@ -130,8 +130,11 @@ impl World {
         if !source.alive || source.outcome.is_some() {
             return;
         }
-        // Once it was given up, word of its end is too late to mean anything.
-        source.guest_ended = source.right != Right::GivenUp;
+        if source.right == Right::GivenUp {
+            // Word of it comes late, from before the switch: it must mean nothing any more.
+            return source.engine.handle(source::Input::GuestEnded("it powered off".into()), self.now);
+        }
+        source.guest_ended = true;
         if source.right == Right::Running {
             source.right = Right::Ended;
         }

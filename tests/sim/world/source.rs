@@ -113,10 +113,7 @@ impl World {
     fn source_acts(&mut self, action: source::Action) -> Result<(), String> {
         self.say(format!("source: {}", brief(&action)));
         match action {
-            source::Action::Connect => {
-                self.source.end_sent = None;
-                self.source_opens_main();
-            }
+            source::Action::Connect => self.source_opens_main(),
             source::Action::Send(frame) => {
                 self.source.engine.sent_frame(&frame, 16);
                 if frame == Frame::End {
@@ -124,7 +121,10 @@ impl World {
                 }
                 self.source_says(frame, Vec::new());
             }
-            source::Action::Disconnect(_) => self.source_disconnects(),
+            source::Action::Disconnect(_) => {
+                self.source.end_sent = None;
+                self.source_disconnects();
+            }
             source::Action::OpenOthers => self.source_opens_others(),
             source::Action::StartTracking => {
                 let touched = self.source.ram.start_log();
