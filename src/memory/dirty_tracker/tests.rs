@@ -144,33 +144,30 @@ fn no_write_is_ever_lost() {
         let written = Arc::new(AtomicU64::new(0));
         let storms: Vec<_> = (1..).zip(guest.vcpus.drain(..)).map(|(seed, vcpu)| storm(vcpu, seed, &end, &written)).collect();
         let mut found = 0;
-        for _ in 0..3 {
+        let mut session = || {
             let mut owed = PageSet::empty(PAGES);
             let mut tracker = guest.tracking.start(&guest.ram, &mut owed).unwrap();
             for _ in 0..15 {
                 for range in (0..PAGES).step_by(1024).map(|first| PageRun::new(first, 1024)) {
-                    storms.iter().for_each(|storm| storm.kill(SIGRTMIN() + 1).unwrap());
                     tracker.clear(&owed, range).unwrap();
                     owed.runs_within(range).for_each(copy_run);
                 }
                 let enough = written.load(Ordering::Acquire) + 10;
                 while written.load(Ordering::Acquire) < enough {
+                    storms.iter().for_each(|storm| storm.kill(SIGRTMIN() + 1).unwrap());
                     std::thread::yield_now();
                 }
                 owed = PageSet::empty(PAGES);
                 found += tracker.harvest(&mut owed).unwrap();
             }
-            // Given up without the rest: the next round must not miss it.
-            tracker.stop().unwrap();
-        }
-        let mut owed = PageSet::empty(PAGES);
-        let mut tracker = guest.tracking.start(&guest.ram, &mut owed).unwrap();
-        guest.clear_all(&mut tracker, &owed);
-        owed.runs().for_each(copy_run);
+            (tracker, owed)
+        };
+        // Given up without the rest: the next one must not miss it.
+        session().0.stop().unwrap();
+        let (mut tracker, mut owed) = session();
         end.store(true, Ordering::Release);
         let vcpus: Vec<_> = storms.into_iter().map(|storm| storm.join().unwrap()).collect();
-        let mut owed = PageSet::empty(PAGES);
-        found += tracker.harvest(&mut owed).unwrap();
+        tracker.harvest(&mut owed).unwrap();
         owed.runs().for_each(copy_run);
         for page in (0..PAGES).map(|page| PageRun::new(page, 1)) {
             // SAFETY: aligned, mapped, and nobody writes any more.
