@@ -208,7 +208,7 @@ pub(super) enum ModeArgument {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum DirtyTrackingArgument {
-    /// What costs less here: the ring for RAM so large that to read its log takes long
+    /// The log where KVM has manual protect, otherwise the ring
     Auto,
     /// KVM's dirty log
     Log,

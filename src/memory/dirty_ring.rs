@@ -32,8 +32,8 @@ const DIRTY: u32 = 1 << 0;
 /// The page has been taken out, KVM may reset the entry (KVM_DIRTY_GFN_F_RESET).
 const RESET: u32 = 1 << 1;
 
-/// Entries of one vCPU's ring: KVM's maximum (KVM_DIRTY_RING_MAX_ENTRIES), 1 MiB for each vCPU.
-pub const ENTRIES: u32 = 1 << 16;
+/// Entries of one vCPU's ring, 64 KiB of kernel memory.
+pub const ENTRIES: u32 = 1 << 12;
 
 /// `struct kvm_dirty_gfn`, as two sides that do not wait for each other may touch it.
 #[repr(C)]

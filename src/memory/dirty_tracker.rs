@@ -8,7 +8,7 @@
 use std::io;
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
 use thiserror::Error;
 
@@ -86,7 +86,10 @@ pub enum TrackerError {
 /// What a machine is to be built for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TrackerChoice {
-    /// What costs less here: see [`RING_FROM`].
+    /// What costs less: the log where KVM has manual protect, otherwise the ring. With manual protect nothing is protected when tracking
+    /// begins, and later only what is about to be sent, a few MiB at a time; the ring protects all of RAM at the beginning, and with
+    /// every harvest each page that it finds by itself (measured: `tests/bench/dirty_tracking.rs`). A log without manual protect does
+    /// both as well, and is read whole besides.
     #[default]
     Auto,
     /// The dirty log.
@@ -94,9 +97,6 @@ pub enum TrackerChoice {
     /// The dirty ring; a host that has none cannot run the machine.
     Ring,
 }
-
-/// RAM in bytes from which on the ring costs less than the log.
-pub const RING_FROM: u64 = 1 << 40;
 
 /// How the dirty pages of one machine can be tracked. Settled when it is built: KVM takes the choice before the first vCPU only.
 #[derive(Clone)]
@@ -112,7 +112,7 @@ impl Tracking {
     pub fn new(choice: TrackerChoice, vm: &Arc<VmFd>, ram: &GuestRam) -> Result<Self, TrackerError> {
         let wanted = match choice {
             // A KVM that emulates much of the guest between two looks at its rings can overrun them.
-            TrackerChoice::Auto => ram.size() >= RING_FROM && !emulates_ring_0(),
+            TrackerChoice::Auto => vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into()) <= 0 && !emulates_ring_0(),
             TrackerChoice::Log => false,
             TrackerChoice::Ring => true,
         };

@@ -98,14 +98,15 @@ fn a_second_tracker_starts_afresh() {
 }
 
 #[test]
-fn a_guest_of_usual_size_is_tracked_by_its_log() {
-    let tracking = |choice, size| {
+fn the_log_is_the_choice_where_kvm_has_manual_protect() {
+    let tracking = |choice| {
         let vm = Arc::new(kvm_ioctls::Kvm::new().unwrap().create_vm().unwrap());
-        Tracking::new(choice, &vm, &GuestRam::allocate(size).unwrap()).unwrap().name()
+        Tracking::new(choice, &vm, &GuestRam::allocate(GRANULE).unwrap()).unwrap().name()
     };
-    assert_eq!(tracking(TrackerChoice::Auto, GRANULE), "log");
-    assert_eq!(tracking(TrackerChoice::Ring, GRANULE), "ring");
-    assert_eq!(tracking(TrackerChoice::Log, GRANULE), "log");
+    let manual_protect = kvm_ioctls::Kvm::new().unwrap().check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into()) > 0;
+    assert!(tracking(TrackerChoice::Auto) == "log" || !manual_protect);
+    assert_eq!(tracking(TrackerChoice::Ring), "ring");
+    assert_eq!(tracking(TrackerChoice::Log), "log");
 }
 
 /// Pages that the guest of the next test writes.
