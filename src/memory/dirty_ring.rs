@@ -128,8 +128,16 @@ struct State {
     unreset: u64,
     /// KVM was interrupted while it reset, see [`DirtyRings::reset`].
     interrupted: bool,
-    /// What KVM should not have done: the next harvest fails for it.
-    fault: Option<TrackerError>,
+    /// An entry for a page that does not exist: the next harvest fails for it.
+    strange: Option<TrackerError>,
+    /// KVM has written over entries. From then on its place in the ring is not known, so this machine is never tracked again.
+    overrun: bool,
+}
+
+impl State {
+    fn check_overrun(&self) -> Result<(), TrackerError> {
+        if self.overrun { Err(TrackerError::Overrun) } else { Ok(()) }
+    }
 }
 
 impl DirtyRings {
@@ -161,29 +169,26 @@ impl DirtyRings {
     /// harvest is under way on another thread, and after the last one, when there is only a rest to throw away.
     pub fn collect(&self) -> Result<(), TrackerError> {
         let mut state = self.state();
-        match (self.collect_into(&mut state)?, &state.fault) {
-            // KVM has lost count, and the ring stays full for ever.
-            (0, Some(TrackerError::Overrun)) => Err(TrackerError::Overrun),
-            _ => Ok(()),
-        }
+        let taken = self.collect_into(&mut state)?;
+        // Full, and nothing in it: it would stay so for ever.
+        if taken == 0 { state.check_overrun() } else { Ok(()) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Returns how many entries there were.
     fn collect_into(&self, state: &mut State) -> Result<u64, TrackerError> {
-        let State { rings, dirty, unreset, fault, .. } = state;
+        let State { rings, dirty, unreset, strange, overrun, .. } = state;
         let mut taken = 0;
         for ring in rings {
             let entries = ring.take(|slot, offset| match self.page(slot, offset) {
                 Some(page) => *dirty.entry(page / 64).or_default() |= 1 << (page % 64),
-                None => *fault = Some(TrackerError::Entry { slot, offset }),
+                None => *strange = Some(TrackerError::Entry { slot, offset }),
             });
-            // KVM keeps the last entries of a ring free (KVM_DIRTY_RING_RSVD_ENTRIES), and goes on past them without a look.
-            if entries == u64::from(ring.count) {
-                *fault = Some(TrackerError::Overrun);
-            }
+            // KVM sees to it that the last entries stay free (KVM_DIRTY_RING_RSVD_ENTRIES); where it fails to, it goes on at the first.
+            *overrun |= entries == u64::from(ring.count);
             taken += entries;
         }
         *unreset += taken;
@@ -268,8 +273,8 @@ impl RingTracker {
         let mut state = self.rings.state();
         self.rings.collect_into(&mut state)?;
         state.dirty.clear();
-        (state.interrupted, state.fault) = (false, None);
-        Ok(())
+        (state.interrupted, state.strange) = (false, None);
+        state.check_overrun()
     }
 
     /// See [`super::dirty_tracker::DirtyTracker::harvest`]. What it finds is cleared already.
@@ -287,9 +292,10 @@ impl RingTracker {
             switch(vm, ram, true)?;
             populated(ram, into);
         }
-        if let Some(error) = state.fault.take() {
+        if let Some(error) = state.strange.take() {
             return Err(error);
         }
+        state.check_overrun()?;
         drop(state);
         ram.take_device_writes(into);
         Ok(into.len() - before)

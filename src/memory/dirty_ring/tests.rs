@@ -116,3 +116,17 @@ fn a_ring_is_taken_once_round() {
     drop(state);
     drop((tracker, guest));
 }
+
+#[test]
+fn an_overrun_ring_ends_tracking_for_good() {
+    let guest = Guest::new(4 * GRANULE, Means::SmallRing);
+    let (mut tracker, _) = guest.start();
+    let rings = rings(&guest);
+    rings.state().rings[1].entries().iter().for_each(|entry| entry.flags.store(DIRTY, Ordering::Relaxed));
+    rings.collect().unwrap();
+    let overrun = |result: Result<(), TrackerError>| assert!(matches!(result, Err(TrackerError::Overrun)), "{result:?}");
+    overrun(tracker.harvest(&mut PageSet::empty(guest.ram.pages())).map(|_| ()));
+    overrun(rings.collect());
+    overrun(tracker.stop());
+    overrun(guest.tracking.start(&guest.ram, &mut PageSet::empty(guest.ram.pages())).map(|_| ()));
+}
