@@ -134,14 +134,6 @@ impl Tracking {
         }
     }
 
-    /// The name of the choice on the command line.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Tracking::Log(_) => "log",
-            Tracking::Ring(_) => "ring",
-        }
-    }
-
     /// Takes a new vCPU in, before it runs.
     pub fn add_vcpu(&self, vcpu: &VcpuFd) -> Result<(), TrackerError> {
         match self {
