@@ -32,7 +32,7 @@ use super::bitmaps::IncomingBitmaps;
 use super::blocktime::Blocktime;
 use super::pages::Incoming;
 use super::report::{Faults, Status};
-use super::wire::{Channel, Frame, Hello, Holding, MAX_BITMAP_WORDS, MAX_PAGE_CHANNELS, Package, Totals};
+use super::wire::{Channel, Frame, Hello, Holding, MAX_BITMAP_WORDS, MAX_PAGE_CHANNELS, Package, Totals, VERSION};
 use crate::memory::PageSet;
 
 /// Longest guest RAM, in pages: what a 48-bit physical address space can hold.
@@ -201,7 +201,7 @@ impl Destination {
     }
 
     fn welcome(&mut self) {
-        self.send(Channel::Main, Frame::Welcome(concat!("ferry ", env!("CARGO_PKG_VERSION")).into()));
+        self.send(Channel::Main, Frame::Welcome { version: VERSION, program: concat!("ferry ", env!("CARGO_PKG_VERSION")).into() });
     }
 
     /// Where the migration stands, in QEMU's words.

@@ -46,7 +46,7 @@ use super::bitmaps::{BitmapStep, OutgoingBitmaps};
 use super::pages::Outgoing;
 use super::policy::{Fixed, Throttling};
 use super::report::{Downtime, Mode, Report, Status, microseconds};
-use super::wire::{Channel, Frame, Hello, MAX_PAGE_CHANNELS, MAX_RUN, Package, Totals};
+use super::wire::{Channel, Frame, Hello, MAX_PAGE_CHANNELS, MAX_RUN, Package, Totals, VERSION};
 use crate::memory::{PageRun, PageSet};
 
 /// How long the destination may take to answer a `Hello`.
@@ -368,7 +368,11 @@ impl Source {
 
     fn on_frame(&mut self, frame: Frame, now: Duration) {
         match (frame, self.state) {
-            (Frame::Welcome(_), State::Hello) => {
+            (Frame::Welcome { version, program }, State::Hello | State::Reconnecting) if version != VERSION => {
+                let reason = format!("the destination ({program}) answers in version {version} of the protocol, which was not offered");
+                self.fail(Failure::Failed(reason), now);
+            }
+            (Frame::Welcome { .. }, State::Hello) => {
                 self.fixed.round_trip = now.saturating_sub(self.asked_at);
                 self.actions.push_back(Action::OpenOthers);
                 let machine = std::mem::take(&mut self.config.machine);
@@ -389,7 +393,7 @@ impl Source {
                 self.enter(State::Harvesting, None);
             }
             (Frame::Ready { load_us, warnings }, State::Switching) => self.on_ready(load_us, warnings, now),
-            (Frame::Welcome(_), State::Reconnecting) => self.enter(State::Comparing, Some(now + ANSWER_TIMEOUT)),
+            (Frame::Welcome { .. }, State::Reconnecting) => self.enter(State::Comparing, Some(now + ANSWER_TIMEOUT)),
             (Frame::Holding(holding), State::Comparing) => {
                 if let Err(reason) = self.on_holding(&holding) {
                     self.fail(Failure::Failed(reason), now);

@@ -31,7 +31,8 @@ pub use compressed::{Compressed, Method};
 pub const HEADER_SIZE: usize = 16;
 /// First bytes of the first frame on every connection.
 pub const MAGIC: [u8; 8] = *b"FERRYMIG";
-/// The protocol this Ferry speaks. Raised when a frame changes its meaning.
+/// The protocol this Ferry speaks. Raised when a frame changes its form or meaning; one that changes must still be read as it was in the
+/// last version (`tests/streams`). Devices' state has versions of its own.
 pub const VERSION: u16 = 1;
 /// Longest run in one `Pages` frame, in pages: 2 MiB, a huge page, so that a reader's buffer is small.
 pub const MAX_RUN: u64 = 512;
@@ -50,6 +51,17 @@ pub enum WireError {
     /// The first frame is not a `Hello` with our magic.
     #[error("the other end does not speak Ferry's migration protocol")]
     NotFerry,
+    /// The peer speaks other versions of the protocol.
+    #[error(
+        "the other end speaks versions {oldest} to {newest} of Ferry's migration protocol, and this one speaks version {VERSION}; use a \
+         version of Ferry that both have in common"
+    )]
+    Version {
+        /// The oldest it speaks.
+        oldest: u16,
+        /// The newest it speaks.
+        newest: u16,
+    },
     /// No frame of this kind exists in this version.
     #[error("unknown frame kind {0:#04x}")]
     UnknownKind(u8),
@@ -241,8 +253,13 @@ pub struct Hello {
 pub enum Frame {
     /// S: first frame of a connection.
     Hello(Hello),
-    /// D: the answer to a `Hello` on the main connection, with the program's version.
-    Welcome(String),
+    /// D: the answer to a `Hello` on the main connection.
+    Welcome {
+        /// The version of the protocol that both sides speak from here on: the newest that both know.
+        version: u16,
+        /// Version of the program, for messages.
+        program: String,
+    },
     /// S, D: the sender ends the migration before the commit; the text is for the person at the other side.
     Abort(String),
     /// S: RAM size in pages, whether postcopy may come, how many connections for pages there will be, and the guest's configuration and
@@ -325,7 +342,7 @@ impl Frame {
     pub const fn kind(&self) -> Kind {
         match self {
             Frame::Hello(_) => Kind::Hello,
-            Frame::Welcome(_) => Kind::Welcome,
+            Frame::Welcome { .. } => Kind::Welcome,
             Frame::Abort(_) => Kind::Abort,
             Frame::Setup { .. } => Kind::Setup,
             Frame::Prepared => Kind::Prepared,
@@ -363,7 +380,8 @@ impl Frame {
                 let versions = MagicAndVersions(MAGIC, VERSION.to_le_bytes(), VERSION.to_le_bytes());
                 bytes = extend(bytes, kind, &HelloBody(versions, hello.clone()))?;
             }
-            Frame::Welcome(text) | Frame::Abort(text) => bytes = extend(bytes, kind, &clipped(text, kind.max_length() - 16))?,
+            Frame::Welcome { version, program } => bytes = extend(bytes, kind, &(version, clipped(program, kind.max_length() - 16)))?,
+            Frame::Abort(text) => bytes = extend(bytes, kind, &clipped(text, kind.max_length() - 16))?,
             Frame::Setup { ram_pages, postcopy, page_channels, machine } => {
                 bytes = extend(bytes, kind, &(ram_pages, postcopy, page_channels, machine))?;
             }
@@ -396,13 +414,19 @@ impl Frame {
         Ok(match kind {
             Kind::Hello => {
                 let (MagicAndVersions(magic, oldest, newest), rest) = postcard::take_from_bytes(body).map_err(|_| WireError::NotFerry)?;
-                let spoken = u16::from_le_bytes(oldest)..=u16::from_le_bytes(newest);
-                if magic != MAGIC || !spoken.contains(&VERSION) {
+                let (oldest, newest) = (u16::from_le_bytes(oldest), u16::from_le_bytes(newest));
+                if magic != MAGIC {
                     return Err(WireError::NotFerry);
+                }
+                if !(oldest..=newest).contains(&VERSION) {
+                    return Err(WireError::Version { oldest, newest });
                 }
                 Frame::Hello(whole(rest, kind)?)
             }
-            Kind::Welcome => Frame::Welcome(printable(whole(body, kind)?)),
+            Kind::Welcome => {
+                let (version, program) = whole(body, kind)?;
+                Frame::Welcome { version, program: printable(program) }
+            }
             Kind::Abort => Frame::Abort(printable(whole(body, kind)?)),
             Kind::Setup => {
                 let (ram_pages, postcopy, page_channels, machine) = whole(body, kind)?;

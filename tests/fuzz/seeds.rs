@@ -9,7 +9,7 @@ use ferry::migrate::compression::Compressor;
 use ferry::migrate::driver::owner::MachineSetup;
 use ferry::migrate::report::Faults;
 use ferry::migrate::source::Source;
-use ferry::migrate::wire::{BitmapInfo, BitmapPlace, Channel, Compressed, Frame, Holding, Method, Package, Totals};
+use ferry::migrate::wire::{BitmapInfo, BitmapPlace, Channel, Compressed, Frame, Holding, Method, Package, Totals, VERSION};
 use ferry::vm::config::{DiskConfig, GuestConfig};
 use ferry::vm::facts::MachineFacts;
 use kvm_bindings::*;
@@ -71,7 +71,7 @@ fn from_source(postcopy: bool) -> Vec<Frame> {
 fn from_destination(postcopy: bool) -> Vec<Frame> {
     let faults = Faults { requested: u64::from(postcopy), ..Faults::default() };
     vec![
-        Frame::Welcome("ferry".into()),
+        Frame::Welcome { version: VERSION, program: "ferry".into() },
         Frame::Prepared,
         Frame::PassAck,
         Frame::Ready { load_us: 5, warnings: vec!["hm".into()] },

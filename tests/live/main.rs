@@ -41,4 +41,5 @@ mod qemu_client;
 mod recovery;
 mod reports;
 mod strangers;
+mod streams;
 mod switchover;

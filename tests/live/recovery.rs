@@ -18,7 +18,7 @@ fn migration(ferry: &Ferry) -> Value {
 }
 
 /// Waits until this side knows that the link is lost.
-fn wait_for_pause(ferry: &Ferry) {
+pub fn wait_for_pause(ferry: &Ferry) {
     wait_until(&mut ferry.client(), "postcopy-paused", |_| ferry.migration_status() == "postcopy-paused");
 }
 

@@ -4,7 +4,7 @@ pub mod destination;
 mod frames;
 pub mod owner;
 pub mod page_io;
-mod saved;
+pub mod saved;
 pub mod source;
 
 #[cfg(test)]

@@ -103,6 +103,7 @@ mod tests {
 
     use super::*;
     use crate::memory::PageRun;
+    use crate::migrate::wire::VERSION;
 
     const PAGES: u64 = 1 << 18;
 
@@ -127,7 +128,7 @@ mod tests {
                         Some(Input::Harvested(pages))
                     };
                     let answer = match &action {
-                        Action::Send(Frame::Hello(_)) => Some(Input::Frame(Frame::Welcome("a test".into()))),
+                        Action::Send(Frame::Hello(_)) => Some(Input::Frame(Frame::Welcome { version: VERSION, program: "a test".into() })),
                         Action::Send(Frame::Setup { .. }) => Some(Input::Frame(Frame::Prepared)),
                         Action::Send(Frame::PassEnd(_)) => Some(Input::Frame(Frame::PassAck)),
                         Action::StartTracking => pages(0, PAGES / 2),

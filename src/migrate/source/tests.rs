@@ -24,7 +24,7 @@ fn stopped(mut source: Source, dirtied: u64) -> Source {
         };
         let stop = action == Action::Stop;
         let answer = match action {
-            Action::Send(Frame::Hello(_)) => Input::Frame(Frame::Welcome("a test".into())),
+            Action::Send(Frame::Hello(_)) => Input::Frame(Frame::Welcome { version: VERSION, program: "a test".into() }),
             Action::Send(Frame::Setup { .. }) => Input::Frame(Frame::Prepared),
             Action::Send(Frame::PassEnd(_)) => Input::Frame(Frame::PassAck),
             Action::StartTracking => Input::Harvested(PageSet::full(PAGES)),

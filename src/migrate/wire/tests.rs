@@ -26,7 +26,7 @@ fn frame() -> impl Strategy<Value = Frame> {
             link,
             program
         })),
-        text().prop_map(Frame::Welcome),
+        (any::<u16>(), text()).prop_map(|(version, program)| Frame::Welcome { version, program }),
         text().prop_map(Frame::Abort),
         (any::<u64>(), any::<bool>(), any::<u8>(), bytes()).prop_map(|(ram_pages, postcopy, page_channels, machine)| Frame::Setup {
             ram_pages,
@@ -102,11 +102,16 @@ proptest! {
 #[test]
 fn strangers_and_other_versions_are_told_so() {
     let hello = Frame::Hello(Hello { channel: Channel::Main, session: 1, link: 0, program: "ferry".into() }).encode().unwrap();
-    for (at, byte) in [(HEADER_SIZE, b'X'), (HEADER_SIZE + 8, 2), (HEADER_SIZE + 10, 0)] {
+    let (newer, older) = (WireError::Version { oldest: 2, newest: 1 }, WireError::Version { oldest: 1, newest: 0 });
+    for (at, byte, told) in [(0, b'X', WireError::NotFerry), (8, 2, newer), (10, 0, older)] {
         let mut other = hello.clone();
-        other[at] = byte;
-        assert_eq!(decode(&other), Err(WireError::NotFerry), "byte {at}");
+        other[HEADER_SIZE + at] = byte;
+        assert_eq!(decode(&other), Err(told), "byte {at}");
     }
+    // One that speaks newer versions as well is understood.
+    let mut both = hello.clone();
+    both[HEADER_SIZE + 10] = 7;
+    assert_eq!(decode(&both), decode(&hello));
     let http = *b"GET / HTTP/1.1\r\n";
     assert!(Header::decode(http).is_err());
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::hosts::{LIMIT, PAGE_CHANNELS};
 use crate::migrate::driver::frames;
 use crate::migrate::transport::{Address, Connection, Interrupt, Listener, Reader, Writer};
-use crate::migrate::wire::{Channel, Frame, Hello, Kind};
+use crate::migrate::wire::{Channel, Frame, Hello, Kind, VERSION};
 
 /// How far the played destination goes before it closes both connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +49,7 @@ impl Peer {
     pub fn stall(self, held: &crossbeam_channel::Receiver<()>) -> Option<String> {
         let (mut reader, mut writer) = self.accept();
         assert!(matches!(next(&mut reader), Frame::Hello(_)));
-        frames::send(&mut writer, &Frame::Welcome("played".into()), None).unwrap();
+        frames::send(&mut writer, &Frame::Welcome { version: VERSION, program: "played".into() }, None).unwrap();
         let _others: Vec<_> = (0..1 + PAGE_CHANNELS).map(|_| self.accept()).collect();
         frames::send(&mut writer, &Frame::Prepared, None).unwrap();
         assert!(held.recv_timeout(LIMIT).is_err_and(|error| error.is_disconnected()));
@@ -73,7 +73,7 @@ impl Peer {
         if until == Until::Hello {
             return vec![(reader, writer)];
         }
-        said(&mut writer, Frame::Welcome("played".into()));
+        said(&mut writer, Frame::Welcome { version: VERSION, program: "played".into() });
         wait_for(&mut reader, Kind::Setup);
         if until == Until::Setup {
             return vec![(reader, writer)];

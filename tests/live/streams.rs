@@ -1,0 +1,83 @@
+//! What Ferries say to each other today, read as `tests/streams` reads what earlier ones said. Where `FERRY_RECORD_STREAMS` names a
+//! directory it is kept there, for a version of the protocol that is to be released.
+
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use super::guest::Guest;
+use super::lab::{Hardware, Lab, Transport};
+use super::proxy::Proxy;
+use super::recovery::wait_for_pause;
+
+#[path = "../streams/recording.rs"]
+mod recording;
+
+use ferry::migrate::wire::{HEADER_SIZE, Header, Kind};
+use recording::Recording;
+
+/// Moves a guest with a dirty bitmap, and recovers once if that is asked for; what was said.
+fn record(mode: &str, recovers: bool, name: &str) -> Recording {
+    let lab = Lab::new();
+    let disk = lab.disk(16 << 20);
+    // What does not compress takes its time.
+    let (pattern, limit) = if recovers { ("random", "100K") } else { ("compressible", "1G") };
+    let hardware = Hardware { memory: "16M", cpus: 2, disk: Some(&disk), ..Hardware::default() };
+    let mut here = lab.run(&hardware, &format!("fill=1M pattern={pattern} disk=on"));
+    let mut guest = Guest::booting_at(&mut here);
+    guest.beats(1);
+    here.execute("block-dirty-bitmap-add", json!({ "node": "root", "name": "backup" })).unwrap();
+    let mut there = lab.receive(Transport::Tcp);
+    let link = Proxy::recording(&there.address);
+    let options = ["--mode", mode, "--downtime", "1s", "--channels", "1", "--compression", "zstd", "--postcopy-bandwidth", limit];
+    let moving = lab.migrate(&here, &link.address, &options);
+    if recovers {
+        guest.moved_to(&mut there);
+        here.execute("migrate-pause", json!({})).unwrap();
+        moving.end();
+        wait_for_pause(&here);
+        here.execute("migrate-set-parameters", json!({ "max-postcopy-bandwidth": 0 })).unwrap();
+        lab.recover(&here, &link.address).succeeds();
+    } else {
+        moving.succeeds();
+        guest.moved_to(&mut there);
+    }
+    here.ends_with(0);
+    guest.checks_every_page();
+    let recorded: Vec<_> = link.recorded().iter().map(|directions| directions.each_ref().map(|bytes| without_contents(bytes))).collect();
+    if let Some(directory) = std::env::var_os("FERRY_RECORD_STREAMS") {
+        let directory = PathBuf::from(directory).join(name);
+        std::fs::create_dir_all(&directory).unwrap();
+        for (index, [to_destination, to_source]) in recorded.iter().enumerate() {
+            std::fs::write(directory.join(format!("{index}-to-destination")), to_destination).unwrap();
+            std::fs::write(directory.join(format!("{index}-to-source")), to_source).unwrap();
+        }
+    }
+    Recording::new(&recorded)
+}
+
+/// The frames of one direction, of `Pages` only the headers. One that was cut off is left out.
+fn without_contents(mut bytes: &[u8]) -> Vec<u8> {
+    let mut kept = Vec::new();
+    while let Some((header, rest)) = bytes.split_first_chunk::<HEADER_SIZE>() {
+        let header = Header::decode(*header).unwrap();
+        if rest.len() < header.length {
+            break;
+        }
+        let is_pages = header.kind == Kind::Pages;
+        kept.extend(&bytes[..HEADER_SIZE + if is_pages { 0 } else { header.length }]);
+        bytes = &rest[header.length..];
+    }
+    kept
+}
+
+#[test]
+fn what_is_said_today_is_understood_from_a_recording() {
+    for mode in ["precopy", "postcopy"] {
+        let recording = record(mode, false, mode);
+        recording.is_understood_by_the_destination();
+        recording.is_understood_by_the_source();
+    }
+    let kinds = record("postcopy", true, "recovery").kinds();
+    assert!(kinds.contains(&Kind::Holding));
+}
