@@ -1,12 +1,13 @@
 //! Guest RAM: the mapping, its pages as the migration counts them, and the ways its changes and its missing pages are seen.
 
 pub mod dirty_log;
+pub mod hugetlb;
 mod page;
 mod page_set;
 pub mod populated;
 pub mod ram;
 pub mod uffd;
 
-pub use page::{PAGE_SIZE, PageNumber, PageRun};
+pub use page::{HUGE_PAGE, HostPage, PAGE_SIZE, PageNumber, PageRun};
 pub use page_set::{PageSet, Runs};
 pub use ram::GuestRam;

@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 /// Size of a page in bytes: the unit of dirty tracking and of userfaultfd on x86-64.
 pub const PAGE_SIZE: usize = 4096;
 
+/// Pages in a huge page of x86-64, which has 2 MiB.
+pub const HUGE_PAGE: u64 = 512;
+
 /// A page of guest RAM, counted from 0 without the hole below 4 GiB: not a guest frame number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PageNumber(pub u64);
@@ -67,6 +70,38 @@ impl PageRun {
     /// The page numbers of the run.
     pub fn pages(self) -> impl Iterator<Item = PageNumber> {
         (self.first.0..self.end()).map(PageNumber)
+    }
+}
+
+/// How many pages make one of the host's: what the host populates, discards and places at once. A power of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostPage(u64);
+
+impl HostPage {
+    /// The host's pages are the migration's.
+    pub const SMALL: Self = HostPage(1);
+    /// hugetlb memory.
+    pub const HUGE: Self = HostPage(HUGE_PAGE);
+
+    /// A host page of `pages` pages: a power of two, at most a huge page.
+    pub const fn new(pages: u64) -> Option<Self> {
+        if pages.is_power_of_two() && pages <= HUGE_PAGE { Some(HostPage(pages)) } else { None }
+    }
+
+    /// Its size in pages.
+    pub const fn pages(self) -> u64 {
+        self.0
+    }
+
+    /// The host pages that hold the pages of `run`. Saturates like [`PageRun::end`].
+    pub const fn around(self, run: PageRun) -> PageRun {
+        let first = run.first.0 & !(self.0 - 1);
+        PageRun::new(first, run.end().saturating_add(self.0 - 1) / self.0 * self.0 - first)
+    }
+
+    /// Whether `run` is made of whole host pages.
+    pub const fn divides(self, run: PageRun) -> bool {
+        run.first.0.is_multiple_of(self.0) && run.count.is_multiple_of(self.0)
     }
 }
 

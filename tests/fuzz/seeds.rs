@@ -177,6 +177,7 @@ fn setup() -> Vec<u8> {
         cpus: 2,
         memory: 512 << 20,
         lock_memory: false,
+        hugepages: false,
         kernel: "vmlinuz".into(),
         initrd: Some("initrd".into()),
         cmdline: "quiet".into(),
