@@ -110,3 +110,21 @@ impl fmt::Display for PageRun {
         write!(f, "pages {:#x}+{}", self.first.0, self.count)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_pages_are_whole() {
+        assert!(HostPage::new(0).is_none() && HostPage::new(3).is_none() && HostPage::new(1024).is_none());
+        let host_page = HostPage::new(8).unwrap();
+        assert_eq!(host_page.around(PageRun::new(7, 2)), PageRun::new(0, 16));
+        assert_eq!(host_page.around(PageRun::new(16, 8)), PageRun::new(16, 8));
+        assert!(host_page.divides(PageRun::new(8, 16)));
+        assert!(!host_page.divides(PageRun::new(8, 4)) && !host_page.divides(PageRun::new(4, 8)));
+        assert_eq!(HostPage::SMALL.around(PageRun::new(5, 3)), PageRun::new(5, 3));
+        // From outside, before it is checked.
+        assert!(!host_page.around(PageRun::new(u64::MAX - 2, 3)).is_within(1 << 40));
+    }
+}

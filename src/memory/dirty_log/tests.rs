@@ -2,8 +2,9 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::memory::hugetlb::provision::Provision;
 use crate::memory::ram::{GRANULE, HOLE_END, HOLE_START};
-use crate::memory::{PAGE_SIZE, PageNumber};
+use crate::memory::{HUGE_PAGE, PAGE_SIZE, PageNumber};
 
 /// A guest that writes the page it is told and says so: `l: in ax, 0x10; mov es, ax; mov es:[0], al; out 0x11, al; jmp l`, in real mode.
 const WRITER: [u8; 12] = [0xe5, 0x10, 0x8e, 0xc0, 0x26, 0xa2, 0, 0, 0xe6, 0x11, 0xeb, 0xf4];
@@ -21,6 +22,10 @@ impl Guest {
         let ram = GuestRam::allocate(size).unwrap();
         // SAFETY: only advice: with pages of 4 KiB a written page is populated alone.
         unsafe { rustix::mm::madvise(ram.base().as_ptr().cast(), ram.size() as usize, rustix::mm::Advice::LinuxNoHugepage).unwrap() };
+        Self::over(ram)
+    }
+
+    fn over(ram: GuestRam) -> Self {
         ram.memory().write_slice(&WRITER, GuestAddress(PageNumber(CODE_PAGE).offset())).unwrap();
         let vm = Arc::new(Kvm::new().unwrap().create_vm().unwrap());
         // Intel without unrestricted guest mode wants it for real mode; others refuse it.
@@ -137,6 +142,29 @@ fn device_writes_are_found_in_both_parts_of_ram() {
     guest.ram.memory().write_obj(1u8, GuestAddress(PageNumber(300).offset())).unwrap();
     assert_eq!(harvest(&mut log), [300], "reported again although it was not cleared: the bitmap forgot it");
     log.stop().unwrap();
+}
+
+/// What is populated at once is still logged page by page.
+#[test]
+fn hugetlb_memory_is_logged_in_small_pages() {
+    let _provision = Provision::new(2);
+    let mut guest = Guest::over(GuestRam::allocate_hugetlb(2 * GRANULE).unwrap());
+    guest.write(40);
+    let (mut log, first) = guest.start();
+    assert_eq!(first.runs().collect::<Vec<_>>(), [PageRun::new(0, HUGE_PAGE)]);
+    guest.clear_all(&mut log, &first);
+    guest.write(41);
+    guest.write(200);
+    let mut written = PageSet::empty(guest.ram.pages());
+    log.harvest(&mut written).unwrap();
+    written.remove(PageRun::new(CODE_PAGE, 1));
+    assert_eq!(written.runs().collect::<Vec<_>>(), [PageRun::new(41, 1), PageRun::new(200, 1)]);
+    guest.clear_all(&mut log, &written);
+    guest.write(200);
+    guest.ram.memory().write_obj(1u8, GuestAddress(GRANULE + 5)).unwrap();
+    assert_eq!(harvest(&mut log), [200, HUGE_PAGE]);
+    log.stop().unwrap();
+    guest.write(40);
 }
 
 #[test]

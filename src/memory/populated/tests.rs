@@ -1,4 +1,6 @@
 use super::*;
+use crate::memory::HUGE_PAGE;
+use crate::memory::hugetlb::provision::Provision;
 use crate::memory::ram::GRANULE;
 
 type Source = fn(&File, &GuestRam, &mut PageSet) -> io::Result<()>;
@@ -60,4 +62,16 @@ fn pages_that_were_only_read_are_left_out() {
         // Linux before 6.7 has no such ioctl and cannot tell.
         Err(error) => assert_eq!(error.raw_os_error(), Some(libc::ENOTTY)),
     }
+}
+
+#[test]
+fn hugetlb_pages_are_populated_whole() {
+    let _provision = Provision::new(3);
+    let ram = GuestRam::allocate_hugetlb(3 * GRANULE).unwrap();
+    let mut found = PageSet::empty(ram.pages());
+    assert_eq!(populated(&ram, &mut found), 0);
+    write(&ram, HUGE_PAGE + 9);
+    assert_eq!(populated(&ram, &mut found), HUGE_PAGE);
+    assert_eq!(found.runs().collect::<Vec<_>>(), [PageRun::new(HUGE_PAGE, HUGE_PAGE)]);
+    assert_eq!(runs(read_entries, &ram), [PageRun::new(HUGE_PAGE, HUGE_PAGE)]);
 }
