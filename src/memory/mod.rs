@@ -4,8 +4,10 @@ pub mod dirty_log;
 pub mod hugetlb;
 mod page;
 mod page_set;
+mod pagemap;
 pub mod populated;
 pub mod ram;
+pub mod thp;
 pub mod uffd;
 
 pub use page::{HUGE_PAGE, HostPage, PAGE_SIZE, PageNumber, PageRun};

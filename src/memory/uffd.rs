@@ -14,7 +14,7 @@ use thiserror::Error;
 use userfaultfd::{Event, FeatureFlags, IoctlFlags, Uffd, UffdBuilder};
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
-use super::{GuestRam, HostPage, PAGE_SIZE, PageNumber, PageRun};
+use super::{GuestRam, HostPage, PAGE_SIZE, PageNumber, PageRun, thp};
 
 /// Names the thread that faults; every kernel since Linux 4.14 does, and faults inside the kernel need a later one.
 const FEATURES: FeatureFlags = FeatureFlags::THREAD_ID;
@@ -135,12 +135,7 @@ impl Userfaultfd {
         let error = |source| UffdError::Range { what: "register", source };
         let (start, length) = (ram.base().as_ptr().cast(), ram.size() as usize);
         // A huge page that appeared after a discard would populate the discarded pages with zeros, so none may from here on.
-        // SAFETY: the advice changes no contents, and the range is the mapping.
-        match unsafe { madvise(start, length, Advice::LinuxNoHugepage) } {
-            // A kernel without transparent huge pages makes none, and hugetlb memory has none.
-            Ok(()) | Err(Errno::INVAL) => {}
-            Err(errno) => return Err(error(errno.into())),
-        }
+        thp::forbid(&ram).map_err(|errno| error(errno.into()))?;
         let (zeros, zeropage) = match ram.host_page() {
             HostPage::SMALL => (Vec::new(), IoctlFlags::ZEROPAGE),
             // The kernel has no zero page of this size. Untouched, the zeros take no memory.
@@ -241,9 +236,7 @@ impl MissingPages {
         let (start, length) = (self.ram.base().as_ptr().cast(), self.ram.size() as usize);
         let gone = self.uffd.unregister(start, length);
         gone.map_err(|error| UffdError::Range { what: "unregister", source: system_error(error) })?;
-        // Only a hint: kernels without transparent huge pages refuse it.
-        // SAFETY: the advice changes no contents, and the range is the mapping.
-        let _ = unsafe { madvise(start, length, Advice::LinuxHugepage) };
+        thp::allow(&self.ram);
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::memory::hugetlb::provision::Provision;
 use crate::memory::ram::{GRANULE, HOLE_END, HOLE_START};
-use crate::memory::{HUGE_PAGE, PAGE_SIZE, PageNumber};
+use crate::memory::{HUGE_PAGE, PAGE_SIZE, PageNumber, thp};
 
 /// A guest that writes the page it is told and says so: `l: in ax, 0x10; mov es, ax; mov es:[0], al; out 0x11, al; jmp l`, in real mode.
 const WRITER: [u8; 12] = [0xe5, 0x10, 0x8e, 0xc0, 0x26, 0xa2, 0, 0, 0xe6, 0x11, 0xeb, 0xf4];
@@ -20,8 +20,8 @@ struct Guest {
 impl Guest {
     fn new(size: u64) -> Self {
         let ram = GuestRam::allocate(size).unwrap();
-        // SAFETY: only advice: with pages of 4 KiB a written page is populated alone.
-        unsafe { rustix::mm::madvise(ram.base().as_ptr().cast(), ram.size() as usize, rustix::mm::Advice::LinuxNoHugepage).unwrap() };
+        // With pages of 4 KiB a written page is populated alone.
+        thp::forbid(&ram).unwrap();
         Self::over(ram)
     }
 
