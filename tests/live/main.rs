@@ -35,6 +35,7 @@ mod control;
 mod convergence;
 mod ends;
 mod faults;
+mod hugetlb;
 mod moves;
 mod qemu_client;
 mod recovery;
