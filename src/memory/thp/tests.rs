@@ -2,6 +2,7 @@ use super::*;
 use crate::memory::PAGE_SIZE;
 use crate::memory::hugetlb::provision::Provision;
 use crate::memory::ram::GRANULE;
+use crate::memory::uffd::Userfaultfd;
 
 fn write(ram: &GuestRam, page: u64) {
     // SAFETY: the page is mapped and nobody else uses it.
@@ -95,6 +96,22 @@ fn a_discarded_page_splits_its_huge_page() {
     assert_eq!(huge_ranges(&ram), [huge(1, 1)]);
     assert_eq!(rebuild_all(&ram), 1);
     assert_eq!(huge_ranges(&ram), [huge(0, 2)]);
+}
+
+#[test]
+fn what_a_postcopy_has_split_is_rebuilt() {
+    let ram = small_pages(3, 0..2 * HUGE_PAGE);
+    allow(&ram);
+    assert_eq!(rebuild_all(&ram), 2);
+    let pages = Userfaultfd::open().unwrap().register(ram.clone()).unwrap();
+    pages.discard(PageRun::new(5, 3)).unwrap();
+    assert_eq!(pages.place(PageRun::new(5, 3), &[2; 3 * PAGE_SIZE]).unwrap(), 3);
+    assert_eq!(pages.place_zero(huge(2, 1)).unwrap(), HUGE_PAGE);
+    pages.unregister().unwrap();
+    assert_eq!(huge_ranges(&ram), [huge(1, 1)]);
+    assert_eq!(rebuild_all(&ram), 1);
+    assert_eq!(huge_ranges(&ram), [huge(0, 2)]);
+    assert_eq!(populated_pages(&ram), [huge(0, 2)], "zero pages take no memory");
 }
 
 #[test]
