@@ -11,6 +11,7 @@ use super::serial::SerialTarget;
 use super::size::Memory;
 use super::{bandwidth, disk, duration, size};
 use crate::migrate::report::Mode;
+use crate::qmp::parameters::MultifdCompression;
 use crate::vm::config::{DiskConfig, GuestConfig};
 
 /// Run a Linux guest under KVM, and move it to another host while it runs.
@@ -162,6 +163,12 @@ pub(super) struct MigrateArguments {
     /// Limit on background traffic after the switch
     #[arg(long, value_name = "RATE", value_parser = bandwidth::parse)]
     pub postcopy_bandwidth: Option<i64>,
+    /// Connections for pages, 1 to 16; by default half as many as there are processors, at most 4, and one below 10 Gbit/s
+    #[arg(long, value_name = "N")]
+    pub channels: Option<i64>,
+    /// Compress pages where that saves time
+    #[arg(long, value_enum)]
+    pub compression: Option<CompressionArgument>,
     /// Only tell how long each mode would take and black out; the `ferry receive` waits on
     ///
     /// Connects, has the destination check everything, sends at most 64 MiB to measure the link and watches for three seconds what the
@@ -211,6 +218,26 @@ impl From<ModeArgument> for Mode {
             ModeArgument::Auto => Mode::Auto,
             ModeArgument::Precopy => Mode::Precopy,
             ModeArgument::Postcopy => Mode::Postcopy,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum CompressionArgument {
+    /// Never
+    None,
+    /// Fast
+    Lz4,
+    /// Smaller, and slower
+    Zstd,
+}
+
+impl From<CompressionArgument> for MultifdCompression {
+    fn from(compression: CompressionArgument) -> Self {
+        match compression {
+            CompressionArgument::None => MultifdCompression::None,
+            CompressionArgument::Lz4 => MultifdCompression::Lz4,
+            CompressionArgument::Zstd => MultifdCompression::Zstd,
         }
     }
 }

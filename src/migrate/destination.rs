@@ -1,7 +1,8 @@
 //! The destination's side of a migration as a state machine without sockets and without a clock.
 //!
 //! Several threads use it, one at a time. The reader of the main connection alone calls [`Destination::poll`] and does what it says, so
-//! that things are done in order; the reader of the urgent connection and the server of page faults report to it and wake it.
+//! that things are done in order; the readers of the other connections and the server of page faults report to it and wake it. What the main
+//! connection says about pages may come before the pages themselves have come on theirs, and then waits for them.
 //!
 //! ```text
 //!  Hello --> Setup --Setup--> Preparing --prepared--> Receiving --Switchover--> Loading --loaded, READY--> Ready
@@ -15,6 +16,7 @@
 //! and whoever knows the session number may come back on a new one. After COMMIT the guest is ours, whatever happens.
 
 mod action;
+mod arrival;
 mod faults;
 mod input;
 
@@ -22,14 +24,15 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 pub use action::{Action, Outcome, Placement, Poll};
+use arrival::Ahead;
 pub use input::{Input, Link};
 
 use super::bitmaps::IncomingBitmaps;
 use super::blocktime::Blocktime;
 use super::pages::Incoming;
 use super::report::{Faults, Status};
-use super::wire::{Channel, Frame, Hello, Holding, MAX_BITMAP_WORDS, MAX_RUN, Package, Totals};
-use crate::memory::{PageRun, PageSet};
+use super::wire::{Channel, Frame, Hello, Holding, MAX_BITMAP_WORDS, MAX_PAGE_CHANNELS, Package, Totals};
+use crate::memory::PageSet;
 
 /// Longest guest RAM, in pages: what a 48-bit physical address space can hold.
 const MAX_RAM_PAGES: u64 = 1 << 36;
@@ -62,11 +65,20 @@ pub struct Destination {
     /// Why the link was lost, until there is another one.
     lost: Option<String>,
     urgent: bool,
+    /// The connections for pages that stand, one bit each.
+    page_channels: u16,
+    /// Those that there are to be.
+    wanted_page_channels: u16,
     prepared: bool,
     ram_pages: u64,
     /// Pages whose contents were written into RAM during precopy.
     written: PageSet,
+    /// Pages that are in place.
     received: Totals,
+    /// Frames with pages that readers have begun to put in place during precopy.
+    receiving: u32,
+    /// What the source has said on the main connection about pages of which some are still on their way on others.
+    ahead: Option<Ahead>,
     incoming: Incoming,
     bitmaps: IncomingBitmaps,
     postcopy: bool,
@@ -95,10 +107,14 @@ impl Destination {
             link: Link::default(),
             lost: None,
             urgent: false,
+            page_channels: 0,
+            wanted_page_channels: 0,
             prepared: false,
             ram_pages: 0,
             written: PageSet::empty(0),
             received: Totals::default(),
+            receiving: 0,
+            ahead: None,
             incoming: Incoming::new(PageSet::empty(0)),
             bitmaps: IncomingBitmaps::default(),
             postcopy: false,
@@ -134,7 +150,18 @@ impl Destination {
                 self.check_prepared();
                 Ok(self.link)
             }
-            (Channel::Urgent, _) => Err("this urgent connection belongs to no migration to here".into()),
+            (Channel::Pages(index), Some(session))
+                if session == hello.session
+                    && self.link == Link(hello.link)
+                    && index < MAX_PAGE_CHANNELS
+                    && self.page_channels >> index & 1 == 0
+                    && self.lost.is_none() =>
+            {
+                self.page_channels |= 1 << index;
+                self.check_prepared();
+                Ok(self.link)
+            }
+            (Channel::Urgent | Channel::Pages(_), _) => Err("this connection belongs to no migration to here".into()),
         }
     }
 
@@ -225,8 +252,8 @@ impl Destination {
             // Of a link that was lost before.
             (Input::Frame(link, ..) | Input::Lost(link, ..), _) if link != self.link || self.lost.is_some() => {}
             (Input::Frame(_, Channel::Main, frame), _) => self.on_frame(frame),
-            (Input::Frame(_, Channel::Urgent, frame), _) => {
-                self.fail(&format!("the source sent {:?} on the urgent connection", frame.kind()));
+            (Input::Frame(_, channel, frame), _) => {
+                self.fail(&format!("the source sent {:?} on the {channel:?} connection", frame.kind()));
             }
             (Input::Prepared, State::Preparing) => {
                 self.prepared = true;
@@ -268,33 +295,10 @@ impl Destination {
         }
     }
 
-    /// The contents of `run` are about to be read from `channel`; says where they go. An error is the source's fault.
-    pub fn pages(&mut self, channel: Channel, run: PageRun) -> Result<Placement, String> {
-        if !run.is_within(self.ram_pages) || run.count > MAX_RUN {
-            return Err(format!("the source sent {run} of {}", self.ram_pages));
-        }
-        match (self.state, channel) {
-            (State::Receiving, Channel::Main) => {
-                self.written.insert(run);
-                self.received.normal += run.count;
-                Ok(Placement::Direct)
-            }
-            (State::Running | State::Whole, Channel::Main) if self.postcopy => {
-                self.incoming.comes_anyway(run);
-                Ok(Placement::Fault)
-            }
-            (State::Loading | State::Ready | State::Starting | State::Running | State::Whole | State::Ended, Channel::Urgent)
-                if self.postcopy =>
-            {
-                Ok(Placement::Fault)
-            }
-            (state, _) => Err(format!("the source sent {run} on the {channel:?} connection in state {state:?}")),
-        }
-    }
-
-    /// Pages may come when the host is ready and the urgent connection stands: postcopy must not begin before it.
+    /// Pages may come when the host is ready and all connections stand: postcopy must not begin before it.
     fn check_prepared(&mut self) {
-        if self.state == State::Preparing && self.prepared && self.urgent {
+        let is_linked = self.urgent && self.page_channels == self.wanted_page_channels;
+        if self.state == State::Preparing && self.prepared && is_linked {
             self.send(Channel::Main, Frame::Prepared);
             self.enter(State::Receiving, None);
         }
@@ -311,13 +315,17 @@ impl Destination {
 
     fn on_frame(&mut self, frame: Frame) {
         let checked = match (frame, self.state) {
-            (Frame::Setup { ram_pages, postcopy, machine }, State::Setup) => self.on_setup(ram_pages, postcopy, machine),
-            (Frame::Zero(runs), State::Receiving | State::Running) => self.on_zero(&runs),
-            (Frame::PassEnd(totals), State::Receiving) => self.check_totals(totals).map(|()| {
-                self.actions.push_back(Action::FinishBuilding);
-                self.send(Channel::Main, Frame::PassAck);
-            }),
-            (Frame::Switchover(package), State::Receiving) => self.on_switchover(package),
+            (Frame::Setup { ram_pages, postcopy, page_channels, machine }, State::Setup) => {
+                self.on_setup(ram_pages, postcopy, page_channels, machine)
+            }
+            (Frame::PassEnd(totals), State::Receiving) if self.ahead.is_none() => {
+                self.ahead = Some(Ahead::PassEnd(totals));
+                return self.check_ahead();
+            }
+            (Frame::Switchover(package), State::Receiving) if self.ahead.is_none() => {
+                self.ahead = Some(Ahead::Switchover(package));
+                return self.check_ahead();
+            }
             (Frame::Commit, State::Ready) => {
                 self.actions.push_back(Action::Run);
                 self.enter(State::Starting, None);
@@ -352,46 +360,21 @@ impl Destination {
         }
     }
 
-    fn on_setup(&mut self, ram_pages: u64, postcopy: bool, machine: Vec<u8>) -> Result<(), String> {
+    fn on_setup(&mut self, ram_pages: u64, postcopy: bool, page_channels: u8, machine: Vec<u8>) -> Result<(), String> {
         if ram_pages == 0 || ram_pages > MAX_RAM_PAGES {
             return Err(format!("a guest of {ram_pages} pages of RAM cannot be received"));
         }
+        if !(1..=MAX_PAGE_CHANNELS).contains(&page_channels) {
+            return Err(format!("pages cannot be received on {page_channels} connections, only on 1 to {MAX_PAGE_CHANNELS}"));
+        }
+        self.wanted_page_channels = !0 >> (16 - page_channels);
         self.ram_pages = ram_pages;
         self.actions.push_back(Action::Prepare { ram_pages, postcopy, machine });
         self.enter(State::Preparing, None);
         Ok(())
     }
 
-    fn on_zero(&mut self, runs: &[PageRun]) -> Result<(), String> {
-        for &run in runs {
-            if !run.is_within(self.ram_pages) {
-                return Err(format!("the source sent zero {run} of {}", self.ram_pages));
-            }
-            if self.state == State::Running {
-                self.incoming.comes_anyway(run);
-                self.actions.push_back(Action::PlaceZero(run));
-                continue;
-            }
-            self.received.zero += run.count;
-            self.actions.extend(self.written.runs_within(run).map(Action::Empty));
-            self.written.remove(run);
-        }
-        Ok(())
-    }
-
-    fn check_totals(&self, sent: Totals) -> Result<(), String> {
-        let received = self.received;
-        if sent == received {
-            return Ok(());
-        }
-        Err(format!(
-            "the source sent {} pages and {} zero pages, but {} and {} came",
-            sent.normal, sent.zero, received.normal, received.zero
-        ))
-    }
-
     fn on_switchover(&mut self, package: Package) -> Result<(), String> {
-        self.check_totals(package.sent)?;
         if !package.postcopy && !package.missing.is_empty() {
             return Err("pages are missing at the end of precopy".into());
         }
@@ -459,6 +442,7 @@ impl Destination {
         }
         self.lost = Some(reason.into());
         self.urgent = false;
+        self.page_channels = 0;
         self.end_received = false;
         // A connection that was not taken up yet must be, to be closed.
         self.actions.retain(|action| !matches!(action, Action::Send(..)));

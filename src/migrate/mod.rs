@@ -2,6 +2,7 @@
 
 pub mod bitmaps;
 pub mod blocktime;
+pub mod compression;
 pub mod destination;
 pub mod driver;
 pub mod forecast;

@@ -4,11 +4,14 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use super::prefetch::{MAX_AHEAD, Prefetch};
+use super::wire::MAX_RUN;
 use crate::memory::{PageNumber, PageRun, PageSet};
 
 /// Pages whose dirty bits are cleared by one call just before the first of them is sent: 16 MiB. Larger chunks make fewer calls; smaller
 /// ones leave less time in which a page is dirtied again before it is sent.
 pub const CLEAR_CHUNK: u64 = 4096;
+
+const _: () = assert!(CLEAR_CHUNK.is_multiple_of(MAX_RUN));
 
 /// The source's pages that the destination does not hold in their last version.
 #[derive(Clone, Debug)]
@@ -42,14 +45,27 @@ impl Outgoing {
         &self.unsent
     }
 
-    /// Takes the next run in the background, at most `max` pages; after a request it goes on behind the requested pages. A run ends with
-    /// its chunk: the bits of what lies behind have not been cleared, and no write to a page sent with its bit set is ever reported.
-    pub fn take_next(&mut self, max: u64) -> Option<PageRun> {
+    /// Takes the next pages in the background, at most `max`; after a request it goes on behind the requested pages. All of them lie in
+    /// one stretch of [`MAX_RUN`] pages: they travel on one connection, and in one chunk. The bits of what lies behind the chunk have not
+    /// been cleared, and no write to a page sent with its bit set is ever reported.
+    pub fn take_next(&mut self, max: u64) -> Option<Vec<PageRun>> {
         let first = self.unsent.next_run(self.cursor, 1).or_else(|| self.unsent.next_run(0, 1))?.first.0;
-        let run = self.unsent.next_run(first, max.min(CLEAR_CHUNK - first % CLEAR_CHUNK))?;
-        self.unsent.remove(run);
-        self.cursor = run.end();
-        Some(run)
+        let stretch = PageRun::new(first, MAX_RUN - first % MAX_RUN);
+        let mut room = max;
+        let runs: Vec<PageRun> = self
+            .unsent
+            .runs_within(stretch)
+            .map_while(|run| {
+                let taken = PageRun { count: run.count.min(room), ..run };
+                room -= taken.count;
+                (taken.count > 0).then_some(taken)
+            })
+            .collect();
+        for &run in &runs {
+            self.unsent.remove(run);
+            self.cursor = run.end();
+        }
+        Some(runs)
     }
 
     /// The chunk whose dirty bits must be cleared before the next run is read, if it was not done in this pass. The bits to clear are
@@ -181,19 +197,37 @@ mod tests {
     #[test]
     fn a_run_lies_in_the_chunk_that_was_cleared_for_it() {
         let mut dirty = PageSet::empty(3 * CLEAR_CHUNK);
-        // So that runs of 256 pages do not end with a chunk by themselves.
+        // So that runs of 300 pages do not end with a chunk by themselves.
         dirty.insert(PageRun::new(100, 3 * CLEAR_CHUNK - 100));
         let mut outgoing = Outgoing::new(3 * CLEAR_CHUNK);
         outgoing.begin_pass(&dirty);
         let (mut cleared, mut sent) = (None, 0);
         loop {
             cleared = outgoing.take_chunk_to_clear().or(cleared);
-            let Some(run) = outgoing.take_next(256) else { break };
+            let Some(runs) = outgoing.take_next(300) else { break };
             let chunk = cleared.unwrap();
-            assert!(chunk.first <= run.first && run.end() <= chunk.end(), "{run} was sent when {chunk} had been cleared");
-            sent += run.count;
+            for run in runs {
+                assert!(chunk.first <= run.first && run.end() <= chunk.end(), "{run} was sent when {chunk} had been cleared");
+                sent += run.count;
+            }
         }
         assert_eq!(sent, 3 * CLEAR_CHUNK - 100);
+    }
+
+    #[test]
+    fn pages_that_lie_apart_go_together_if_they_travel_on_one_connection() {
+        let mut dirty = PageSet::empty(4 * MAX_RUN);
+        for page in [3, 5, 6, 7, MAX_RUN - 1, MAX_RUN, MAX_RUN + 9, 3 * MAX_RUN] {
+            dirty.insert(PageRun::new(page, 1));
+        }
+        let mut outgoing = Outgoing::new(4 * MAX_RUN);
+        outgoing.begin_pass(&dirty);
+        let run = PageRun::new;
+        assert_eq!(outgoing.take_next(3).unwrap(), [run(3, 1), run(5, 2)]);
+        assert_eq!(outgoing.take_next(300).unwrap(), [run(7, 1), run(MAX_RUN - 1, 1)]);
+        assert_eq!(outgoing.take_next(300).unwrap(), [run(MAX_RUN, 1), run(MAX_RUN + 9, 1)]);
+        assert_eq!(outgoing.take_next(300).unwrap(), [run(3 * MAX_RUN, 1)]);
+        assert_eq!(outgoing.take_next(300), None);
     }
 
     fn incoming(missing: PageRun) -> Incoming {

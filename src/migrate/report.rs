@@ -288,6 +288,12 @@ pub struct Report {
     pub normal_pages: u64,
     /// Pages that were zero.
     pub zero_pages: u64,
+    /// Pages whose contents were compressed.
+    #[serde(default)]
+    pub compressed_pages: u64,
+    /// Bytes that this has saved.
+    #[serde(default)]
+    pub compression_saved: u64,
     /// Page faults at the destination.
     pub faults: Option<Faults>,
     /// How often the link was lost after the commit and the migration went on over another one.

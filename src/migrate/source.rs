@@ -44,7 +44,7 @@ use super::bitmaps::{BitmapStep, OutgoingBitmaps};
 use super::pages::Outgoing;
 use super::policy::{Fixed, Throttling};
 use super::report::{Downtime, Mode, Report, Status, microseconds};
-use super::wire::{Channel, Frame, Hello, MAX_RUN, Package, Totals};
+use super::wire::{Channel, Frame, Hello, MAX_PAGE_CHANNELS, MAX_RUN, Package, Totals};
 use crate::memory::{PageRun, PageSet};
 
 /// How long the destination may take to answer a `Hello`.
@@ -67,6 +67,8 @@ pub struct Config {
     pub downtime_limit: Duration,
     /// Size of the guest's RAM in pages.
     pub ram_pages: u64,
+    /// Connections for pages: 1 to [`MAX_PAGE_CHANNELS`](super::wire::MAX_PAGE_CHANNELS).
+    pub page_channels: u8,
     /// Random number of this migration.
     pub session: u128,
     /// The machine's configuration and needs, for the destination to check.
@@ -104,6 +106,8 @@ pub struct Source {
     actions: VecDeque<Action>,
     deadline: Option<Duration>,
     outgoing: Outgoing,
+    /// How many [`Bulk::Pages`] the driver has that it has not reported as sent. Nothing that counts on them may follow before.
+    in_flight: u32,
     bitmaps: OutgoingBitmaps,
     package: Option<Stopped>,
     destination_built: bool,
@@ -140,6 +144,8 @@ struct PassMeter {
     number: u32,
     began: Duration,
     sent: Sent,
+    /// Of each connection for pages.
+    busy: [Duration; MAX_PAGE_CHANNELS as usize],
 }
 
 impl Source {
@@ -149,6 +155,7 @@ impl Source {
         let report = Report { mode: config.mode, ..Report::default() };
         Source {
             outgoing: Outgoing::new(config.ram_pages),
+            in_flight: 0,
             config,
             state: State::Hello,
             actions: VecDeque::from([Action::Connect, Action::Send(hello)]),
@@ -247,25 +254,26 @@ impl Source {
             self.fail(Failure::Failed(format!("the destination {what} in time")), now);
             return self.poll(now);
         }
-        if self.state == State::Sending && self.postcopy_requested {
+        if !matches!(self.state, State::Sending | State::LastPass | State::Committed) {
+            return Poll::Wait(self.deadline);
+        }
+        let is_to_harvest = self.state == State::Sending && self.postcopy_requested;
+        if !is_to_harvest
+            && !(self.state == State::Sending && self.has_probed(now))
+            && let Some(poll) = self.next_to_send()
+        {
+            return poll;
+        }
+        if self.in_flight > 0 {
+            return Poll::Wait(self.deadline);
+        }
+        if is_to_harvest {
             self.actions.push_back(Action::Harvest);
             self.enter(State::Harvesting, None);
-            return self.poll(now);
-        }
-        if self.state == State::Sending && self.has_probed(now) {
+        } else {
             self.all_sent(now);
-            return self.poll(now);
         }
-        match self.state {
-            State::Sending | State::LastPass | State::Committed => match self.next_to_send() {
-                Some(poll) => poll,
-                None => {
-                    self.all_sent(now);
-                    self.poll(now)
-                }
-            },
-            _ => Poll::Wait(self.deadline),
-        }
+        self.poll(now)
     }
 
     /// Takes an input. What follows from it comes with the next [`Source::poll`].
@@ -343,10 +351,11 @@ impl Source {
         match (frame, self.state) {
             (Frame::Welcome(_), State::Hello) => {
                 self.fixed.round_trip = now.saturating_sub(self.asked_at);
-                self.actions.push_back(Action::OpenUrgent);
+                self.actions.push_back(Action::OpenOthers);
                 let machine = std::mem::take(&mut self.config.machine);
                 let postcopy = self.config.mode != Mode::Precopy;
-                self.send(Frame::Setup { ram_pages: self.config.ram_pages, postcopy, machine });
+                let Config { ram_pages, page_channels, .. } = self.config;
+                self.send(Frame::Setup { ram_pages, postcopy, page_channels, machine });
                 self.enter(State::Preparing, Some(now + ANSWER_TIMEOUT));
             }
             (Frame::Prepared, State::Preparing) => {
@@ -440,7 +449,10 @@ impl Source {
             },
             _ => return None,
         };
-        self.outgoing.take_next(max).map(|run| Poll::Bulk(Bulk::Pages { run, clear }))
+        let runs = self.outgoing.take_next(max)?;
+        let channel = Channel::of(runs.first()?.first, self.config.page_channels);
+        self.in_flight += 1;
+        Some(Poll::Bulk(Bulk::Pages { channel, runs, clear }))
     }
 
     fn all_sent(&mut self, now: Duration) {

@@ -7,9 +7,10 @@
 //! | 0 | kind ([`Kind`]) |
 //! | 1..4 | zero |
 //! | 4..8 | length of the body in bytes |
-//! | 8..16 | first page of the run for `Pages` and `Request`, else zero |
+//! | 8..16 | first page of the run for `Pages`, `Compressed` and `Request`, else zero |
 //!
-//! The body of `Pages` is the contents of the pages; that of `Request` is a count (u64); all others are postcard. `Hello` begins with a
+//! The body of `Pages` is the contents of the pages; that of `Request` is a count (u64); that of `Compressed` is a count (u16), a method
+//! (u8, [`Method`]), a zero and then the compressed contents; all others are postcard. `Hello` begins with a
 //! magic and a range of protocol versions, which every version of Ferry must keep, so that strangers are told in words.
 
 use serde::de::DeserializeOwned;
@@ -19,14 +20,23 @@ use thiserror::Error;
 use super::report::Faults;
 use crate::memory::{PAGE_SIZE, PageNumber, PageRun};
 
+mod body;
+mod compressed;
+
+pub use body::{BitmapInfo, BitmapPlace, Holding, Package, Totals};
+use compressed::COMPRESSED_PREFIX;
+pub use compressed::{Compressed, Method};
+
 /// Size of a frame's header in bytes.
 pub const HEADER_SIZE: usize = 16;
 /// First bytes of the first frame on every connection.
 pub const MAGIC: [u8; 8] = *b"FERRYMIG";
 /// The protocol this Ferry speaks. Raised when a frame changes its meaning.
 pub const VERSION: u16 = 1;
-/// Longest run in one `Pages` frame, in pages: 1 MiB, so that a reader's buffer is small and an abort is heard soon.
-pub const MAX_RUN: u64 = 256;
+/// Longest run in one `Pages` frame, in pages: 2 MiB, a huge page, so that a reader's buffer is small.
+pub const MAX_RUN: u64 = 512;
+/// Most connections for pages that a migration may have.
+pub const MAX_PAGE_CHANNELS: u8 = 16;
 /// Longest list of zero runs in one frame.
 pub const MAX_ZERO_RUNS: usize = 1024;
 /// Words of a dirty bitmap in one frame, at most: 8 KiB.
@@ -87,10 +97,11 @@ pub enum Kind {
     Done = 18,
     Holding = 19,
     Goodbye = 20,
+    Compressed = 21,
 }
 
 impl Kind {
-    const ALL: [Kind; 20] = {
+    const ALL: [Kind; 21] = {
         use Kind::*;
         [
             Hello,
@@ -113,6 +124,7 @@ impl Kind {
             Done,
             Holding,
             Goodbye,
+            Compressed,
         ]
     };
 
@@ -123,6 +135,8 @@ impl Kind {
             Kind::Abort => MAX_TEXT + 16,
             Kind::Setup => 4 << 20,
             Kind::Pages => MAX_RUN as usize * PAGE_SIZE,
+            // Sent only where it is shorter than the pages.
+            Kind::Compressed => COMPRESSED_PREFIX + MAX_RUN as usize * PAGE_SIZE,
             Kind::Zero => MAX_ZERO_RUNS * 20 + 8,
             Kind::Switchover | Kind::Holding => 256 << 20,
             Kind::Bitmap => MAX_BITMAP_WORDS as usize * 10 + 64,
@@ -172,7 +186,7 @@ impl Header {
         let kind = Kind::ALL.into_iter().find(|known| *known as u8 == kind).ok_or(WireError::UnknownKind(kind))?;
         let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
         let header = Header { kind, length, page: u64::from_le_bytes(page) };
-        if [a, b, c] != [0; 3] || (header.page != 0 && !matches!(kind, Kind::Pages | Kind::Request)) {
+        if [a, b, c] != [0; 3] || (header.page != 0 && !matches!(kind, Kind::Pages | Kind::Compressed | Kind::Request)) {
             return Err(WireError::Reserved);
         }
         let whole_pages = length > 0 && length.is_multiple_of(PAGE_SIZE);
@@ -188,13 +202,24 @@ impl Header {
     }
 }
 
-/// Which of the two connections of a migration this is. Both are opened by the source.
+/// Which of a migration's connections this is. All are opened by the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Channel {
-    /// Control, and pages in the background.
+    /// Control, and dirty bitmaps.
     Main,
     /// Page requests and their answers, so that they never wait behind background pages.
     Urgent,
+    /// Pages in the background, counted from 0, less than [`MAX_PAGE_CHANNELS`]. A page always travels on the same one ([`Channel::of`]), so
+    /// that its versions come in order.
+    Pages(u8),
+}
+
+impl Channel {
+    /// The connection of `page`, where there are `count` of them.
+    pub const fn of(page: PageNumber, count: u8) -> Channel {
+        // Less than `count`, so it fits.
+        Channel::Pages(if count == 0 { 0 } else { (page.0 / MAX_RUN % count as u64) as u8 })
+    }
 }
 
 /// The first frame on each connection.
@@ -211,75 +236,8 @@ pub struct Hello {
     pub program: String,
 }
 
-/// Pages sent since the beginning, for the destination to compare with what it received.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Totals {
-    /// Pages sent with contents.
-    pub normal: u64,
-    /// Pages named as zero.
-    pub zero: u64,
-}
-
-/// A dirty bitmap of a disk that moves with the guest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BitmapInfo {
-    /// The disk's id.
-    pub disk: String,
-    /// The bitmap's name.
-    pub name: String,
-    /// Bytes of disk per bit.
-    pub granularity: u32,
-    /// Number of bits.
-    pub bits: u64,
-    /// Whether it records writes.
-    pub enabled: bool,
-}
-
-impl BitmapInfo {
-    /// Number of 64-bit words its bits take.
-    pub const fn words(&self) -> u64 {
-        self.bits.div_ceil(64)
-    }
-}
-
-/// Everything the destination needs to become able to run the guest: read whole before any of it is loaded, because loading it can
-/// fault on guest RAM.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Package {
-    /// Pages sent before the package.
-    pub sent: Totals,
-    /// Whether `missing` pages come after the commit. Without it nothing may be missing.
-    pub postcopy: bool,
-    /// Runs of pages that the destination does not hold yet or holds in an old version, ascending.
-    pub missing: Vec<PageRun>,
-    /// Dirty bitmaps whose bits follow after the commit.
-    pub bitmaps: Vec<BitmapInfo>,
-    /// Devices, vCPUs and VM, encoded by the machine.
-    pub machine: Vec<u8>,
-}
-
-/// How far the dirty bitmaps have come: everything before this place.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BitmapPlace {
-    /// Index of the first bitmap in [`Package::bitmaps`] that is not complete; their number if all are.
-    pub index: u32,
-    /// Words of it that have come.
-    pub words: u64,
-}
-
-/// What a destination has when its source comes back on a new connection.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Holding {
-    /// Whether the commit has come. If not, the source says it again, or that it never gave the guest up.
-    pub committed: bool,
-    /// Pages that have not come, ascending.
-    pub missing: Vec<PageRun>,
-    /// How far the bitmaps have come.
-    pub bitmaps: BitmapPlace,
-}
-
 /// What one side says to the other. S: sent by the source, D: by the destination.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Frame {
     /// S: first frame of a connection.
     Hello(Hello),
@@ -287,22 +245,28 @@ pub enum Frame {
     Welcome(String),
     /// S, D: the sender ends the migration before the commit; the text is for the person at the other side.
     Abort(String),
-    /// S: RAM size in pages, whether postcopy may come, and the guest's configuration and host facts, encoded by the machine.
+    /// S: RAM size in pages, whether postcopy may come, how many connections for pages there will be, and the guest's configuration and
+    /// host facts, encoded by the machine.
     Setup {
         /// Size of the guest's RAM in pages.
         ram_pages: u64,
         /// Whether the destination must be able to do postcopy.
         postcopy: bool,
+        /// Connections for pages: 1 to [`MAX_PAGE_CHANNELS`].
+        page_channels: u8,
         /// The machine's configuration and needs.
         machine: Vec<u8>,
     },
     /// D: host and disks were checked, RAM is there; pages may come. The machine is built meanwhile.
     Prepared,
-    /// S: contents of a run of pages; they stand behind the header in place of a body.
+    /// S, page and urgent connections: contents of a run of pages; they stand behind the header in place of a body.
     Pages(PageRun),
-    /// S: pages whose contents are zero.
+    /// S, page connections: contents of a run of pages, compressed.
+    Compressed(Compressed),
+    /// S, page connections: pages whose contents are zero.
     Zero(Vec<PageRun>),
-    /// S: a precopy pass ends here; all of it together with those before amounts to the totals.
+    /// S: a precopy pass ends here. What was sent of it on the page connections together with those before amounts to the totals; it may
+    /// still be on its way.
     PassEnd(Totals),
     /// D: everything before the `PassEnd` is in place, and the machine is built.
     PassAck,
@@ -380,6 +344,7 @@ impl Frame {
             Frame::Done { .. } => Kind::Done,
             Frame::Holding(_) => Kind::Holding,
             Frame::Goodbye => Kind::Goodbye,
+            Frame::Compressed(_) => Kind::Compressed,
         }
     }
 
@@ -399,7 +364,13 @@ impl Frame {
                 bytes = extend(bytes, kind, &HelloBody(versions, hello.clone()))?;
             }
             Frame::Welcome(text) | Frame::Abort(text) => bytes = extend(bytes, kind, &clipped(text, kind.max_length() - 16))?,
-            Frame::Setup { ram_pages, postcopy, machine } => bytes = extend(bytes, kind, &(ram_pages, postcopy, machine))?,
+            Frame::Setup { ram_pages, postcopy, page_channels, machine } => {
+                bytes = extend(bytes, kind, &(ram_pages, postcopy, page_channels, machine))?;
+            }
+            Frame::Compressed(compressed) => {
+                page = compressed.run.first.0;
+                compressed.extend(&mut bytes);
+            }
             Frame::Zero(runs) => bytes = extend(bytes, kind, runs)?,
             Frame::PassEnd(totals) => bytes = extend(bytes, kind, totals)?,
             Frame::Switchover(package) => bytes = extend(bytes, kind, package)?,
@@ -434,9 +405,10 @@ impl Frame {
             Kind::Welcome => Frame::Welcome(printable(whole(body, kind)?)),
             Kind::Abort => Frame::Abort(printable(whole(body, kind)?)),
             Kind::Setup => {
-                let (ram_pages, postcopy, machine) = whole(body, kind)?;
-                Frame::Setup { ram_pages, postcopy, machine }
+                let (ram_pages, postcopy, page_channels, machine) = whole(body, kind)?;
+                Frame::Setup { ram_pages, postcopy, page_channels, machine }
             }
+            Kind::Compressed => Frame::Compressed(Compressed::decode(header.page, body).ok_or(WireError::Body { kind })?),
             Kind::Prepared => whole(body, kind).map(|()| Frame::Prepared)?,
             Kind::Pages => Frame::Pages(header.run()),
             Kind::Zero => Frame::Zero(whole(body, kind)?),

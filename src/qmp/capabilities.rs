@@ -90,8 +90,8 @@ impl MigrateCapabilities {
         match capability {
             PostcopyRam => self.postcopy_ram,
             AutoConverge => self.auto_converge,
-            DirtyBitmaps | Events | ReturnPath | PostcopyPreempt | PostcopyBlocktime | SwitchoverAck => true,
-            Xbzrle | Multifd | PauseBeforeSwitchover | ZeroCopySend | DirtyLimit => false,
+            DirtyBitmaps | Events | ReturnPath | PostcopyPreempt | PostcopyBlocktime | SwitchoverAck | Multifd => true,
+            Xbzrle | PauseBeforeSwitchover | ZeroCopySend | DirtyLimit => false,
         }
     }
 

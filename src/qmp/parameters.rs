@@ -1,16 +1,44 @@
 //! Migration parameters: what `migrate-set-parameters` changes and `query-migrate-parameters` shows.
 
+use std::num::NonZeroU64;
+
 use serde::{Deserialize, Serialize};
 
 use super::error::QmpError;
+use crate::migrate::driver::owner::PageTransfer;
 use crate::migrate::policy::Throttling;
 use crate::migrate::report::Mode;
+use crate::migrate::wire::{MAX_PAGE_CHANNELS, Method};
 
 /// Longest downtime limit, as in QEMU: 2000 seconds.
 pub const MAX_DOWNTIME_LIMIT_MS: u64 = 2_000_000;
 
 /// Largest bandwidth, in bytes a second: what a signed integer holds.
 const MAX_BANDWIDTH: u64 = i64::MAX as u64;
+
+/// How pages are compressed where that saves time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MultifdCompression {
+    /// Not at all.
+    None,
+    /// By LZ4.
+    Lz4,
+    /// By Zstandard.
+    Zstd,
+}
+
+/// Whether pages of zeros are found and sent by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ZeroPageDetection {
+    /// They go as any other page.
+    None,
+    /// By who sends them: the same as `multifd`, as all pages are sent by the threads of their connections.
+    Legacy,
+    /// By the threads that send them.
+    Multifd,
+}
 
 /// All migration parameters under QEMU's names, and Ferry's own.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,6 +58,14 @@ pub struct MigrateParameters {
     pub cpu_throttle_increment: u64,
     /// At most.
     pub max_cpu_throttle: u64,
+    /// Connections for pages: what suits the host and the bandwidth limit until it is set.
+    pub multifd_channels: u64,
+    #[serde(skip)]
+    channels_are_set: bool,
+    /// How pages are compressed where that saves time.
+    pub multifd_compression: MultifdCompression,
+    /// Whether pages of zeros go by name.
+    pub zero_page_detection: ZeroPageDetection,
     /// When to switch to postcopy.
     pub ferry_mode: Mode,
     /// Whether `migrate` only finds out how a migration would go.
@@ -46,6 +82,10 @@ impl Default for MigrateParameters {
             cpu_throttle_initial: 20,
             cpu_throttle_increment: 10,
             max_cpu_throttle: 99,
+            multifd_channels: PageTransfer::default_channels(None).into(),
+            channels_are_set: false,
+            multifd_compression: MultifdCompression::None,
+            zero_page_detection: ZeroPageDetection::Multifd,
             ferry_mode: Mode::Auto,
             ferry_dry_run: false,
         }
@@ -77,6 +117,15 @@ pub struct MigrateSetParameters {
     /// See [`MigrateParameters::max_cpu_throttle`]. Not below `cpu-throttle-initial`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_cpu_throttle: Option<i64>,
+    /// See [`MigrateParameters::multifd_channels`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub multifd_channels: Option<i64>,
+    /// See [`MigrateParameters::multifd_compression`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub multifd_compression: Option<MultifdCompression>,
+    /// See [`MigrateParameters::zero_page_detection`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zero_page_detection: Option<ZeroPageDetection>,
     /// See [`MigrateParameters::ferry_mode`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ferry_mode: Option<Mode>,
@@ -101,6 +150,14 @@ impl MigrateParameters {
         // After the first of them, and checked also when only that one has changed.
         let max = changes.max_cpu_throttle.unwrap_or(next.max_cpu_throttle as i64);
         percentage("max-cpu-throttle", next.cpu_throttle_initial).assign(&mut next.max_cpu_throttle, Some(max))?;
+        Range { name: "multifd-channels", from: 1, to: MAX_PAGE_CHANNELS.into(), unit: "connections" }
+            .assign(&mut next.multifd_channels, changes.multifd_channels)?;
+        next.channels_are_set |= changes.multifd_channels.is_some();
+        if !next.channels_are_set {
+            next.multifd_channels = PageTransfer::default_channels(NonZeroU64::new(next.max_bandwidth)).into();
+        }
+        next.multifd_compression = changes.multifd_compression.unwrap_or(next.multifd_compression);
+        next.zero_page_detection = changes.zero_page_detection.unwrap_or(next.zero_page_detection);
         if let Some(mode) = changes.ferry_mode {
             next.ferry_mode = mode;
         }
@@ -109,6 +166,20 @@ impl MigrateParameters {
         }
         *self = next;
         Ok(())
+    }
+
+    /// How pages travel.
+    pub fn page_transfer(&self) -> PageTransfer {
+        PageTransfer {
+            // At most MAX_PAGE_CHANNELS.
+            channels: u8::try_from(self.multifd_channels).unwrap_or(MAX_PAGE_CHANNELS),
+            compression: match self.multifd_compression {
+                MultifdCompression::None => None,
+                MultifdCompression::Lz4 => Some(Method::Lz4),
+                MultifdCompression::Zstd => Some(Method::Zstd),
+            },
+            zero_page_detection: self.zero_page_detection != ZeroPageDetection::None,
+        }
     }
 
     /// How the guest is slowed down, if it is.
@@ -163,6 +234,22 @@ mod tests {
             assert!(error.desc.contains("from 0 to 2000000 milliseconds"), "{error}");
         }
         assert_eq!(parameters, MigrateParameters::default());
+    }
+
+    #[test]
+    fn connections_suit_the_bandwidth_until_a_person_says_how_many() {
+        let mut parameters = MigrateParameters::default();
+        let unlimited = parameters.multifd_channels;
+        let limit = |limit| MigrateSetParameters { max_bandwidth: Some(limit), ..Default::default() };
+        parameters.set(&limit(1_000_000)).unwrap();
+        assert_eq!(parameters.page_transfer().channels, 1);
+        parameters.set(&limit(0)).unwrap();
+        assert_eq!(parameters.multifd_channels, unlimited);
+        parameters.set(&MigrateSetParameters { multifd_channels: Some(7), ..Default::default() }).unwrap();
+        parameters.set(&limit(1_000_000)).unwrap();
+        assert_eq!(parameters.page_transfer().channels, 7);
+        let error = parameters.set(&MigrateSetParameters { multifd_channels: Some(17), ..Default::default() }).unwrap_err();
+        assert!(error.desc.contains("from 1 to 16"), "{error}");
     }
 
     #[test]

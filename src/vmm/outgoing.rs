@@ -81,6 +81,7 @@ impl Vmm {
             downtime_limit: Duration::from_millis(parameters.downtime_limit),
             max_bandwidth: limit(parameters.max_bandwidth),
             max_postcopy_bandwidth: limit(parameters.max_postcopy_bandwidth),
+            pages: parameters.page_transfer(),
             dry_run: parameters.ferry_dry_run,
             switchover_bandwidth: limit(parameters.avail_switchover_bandwidth),
             throttling: outgoing.throttling(),

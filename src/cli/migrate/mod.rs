@@ -36,6 +36,8 @@ pub(super) fn migrate(arguments: &MigrateArguments) -> Result<(), CliError> {
         downtime_limit: arguments.downtime,
         max_bandwidth: arguments.max_bandwidth,
         max_postcopy_bandwidth: arguments.postcopy_bandwidth,
+        multifd_channels: arguments.channels,
+        multifd_compression: arguments.compression.map(Into::into),
         ferry_mode: Some(arguments.mode.into()),
         ferry_dry_run: Some(arguments.dry_run),
         ..MigrateSetParameters::default()

@@ -50,6 +50,9 @@ pub(super) fn table(report: &Report) -> String {
         table.part(name, &bytes(count));
     }
     table.row("pages", &format!("{} sent, {} zero", report.normal_pages, report.zero_pages));
+    if report.compressed_pages > 0 {
+        table.part("compressed", &format!("{}, which saved {}", report.compressed_pages, bytes(report.compression_saved)));
+    }
     table.row("passes", &report.passes.len().to_string());
     if report.recoveries > 0 {
         table.row("recoveries", &report.recoveries.to_string());

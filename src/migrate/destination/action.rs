@@ -5,7 +5,6 @@ use std::time::Duration;
 use super::Link;
 #[cfg(doc)]
 use super::{Destination, Input};
-use crate::memory::PageRun;
 use crate::migrate::wire::{Channel, Frame, Package};
 
 /// What the driver is to do next.
@@ -33,16 +32,12 @@ pub enum Action {
     },
     /// Wait until the machine is built: what is to be acknowledged next allows the source to stop the guest.
     FinishBuilding,
-    /// These pages, written before, are zero now: empty them.
-    Empty(PageRun),
     /// Discard every page in `package.missing`: of some an old version is in place, and of others a zero page, because a transparent
     /// huge page came into being around a neighbour. Serve page faults if `package.postcopy` (before anything is restored, because
     /// restoring can fault), create the bitmaps, load the state; answer with [`Input::Loaded`].
     Load(Box<Package>),
     /// Take the disks' locks and run the guest; answer with [`Input::Ran`].
     Run,
-    /// Place zero pages by userfaultfd and report them with [`Destination::placed`].
-    PlaceZero(PageRun),
     /// Put words into a bitmap; where `words` is empty there is nothing to set.
     LoadBitmap {
         /// Index in the package.
@@ -82,7 +77,7 @@ pub enum Outcome {
 /// Where the contents of pages go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Placement {
-    /// Straight into guest RAM: nobody looks at it yet.
+    /// Straight into guest RAM: nobody looks at it yet. Report it with [`Destination::received`].
     Direct,
     /// By userfaultfd, which wakes who waits; report it with [`Destination::placed`].
     Fault,

@@ -1,16 +1,20 @@
 //! What tests/sim does not look at: how much is missing when a loss is told.
 
 use super::*;
+use crate::memory::PageRun;
 
 const NOW: Duration = Duration::ZERO;
 
 /// Takes pages of a guest of 16 pages.
 fn receiving() -> Destination {
     let mut destination = Destination::new();
-    for channel in [Channel::Main, Channel::Urgent] {
+    for channel in [Channel::Main, Channel::Urgent, Channel::Pages(0)] {
         destination.hello(&Hello { channel, session: 1, link: 0, program: "a test".into() }, NOW).unwrap();
     }
-    go_on(&mut destination, [frame(Frame::Setup { ram_pages: 16, postcopy: true, machine: Vec::new() }), Input::Prepared]);
+    go_on(
+        &mut destination,
+        [frame(Frame::Setup { ram_pages: 16, postcopy: true, page_channels: 1, machine: Vec::new() }), Input::Prepared],
+    );
     destination
 }
 
@@ -42,8 +46,10 @@ fn running() -> Destination {
     destination
 }
 
-fn zero(run: PageRun) -> Input {
-    Input::Frame(Link(0), Channel::Main, Frame::Zero(vec![run]))
+/// Zero pages come, and are placed.
+fn zero(destination: &mut Destination, run: PageRun) {
+    assert_eq!(destination.zero(Channel::Pages(0), &[run]), Ok((Placement::Fault, vec![run])));
+    destination.placed(run, NOW);
 }
 
 fn lost() -> Input {
@@ -55,7 +61,6 @@ fn missing_when_told(destination: &mut Destination) -> u64 {
     loop {
         match destination.poll(NOW) {
             Poll::Act(Action::Disconnect(_)) => return destination.missing().len(),
-            Poll::Act(Action::PlaceZero(run)) => destination.placed(run, NOW),
             Poll::Act(_) => {}
             Poll::Wait(_) => panic!("the loss was not told"),
         }
@@ -65,8 +70,8 @@ fn missing_when_told(destination: &mut Destination) -> u64 {
 #[test]
 fn zero_pages_that_have_come_are_not_missing_when_the_loss_is_told() {
     let mut destination = running();
-    destination.handle(zero(PageRun::new(0, 4)));
-    destination.handle(zero(PageRun::new(8, 2)));
+    zero(&mut destination, PageRun::new(0, 4));
+    zero(&mut destination, PageRun::new(8, 2));
     destination.handle(lost());
     assert_eq!(missing_when_told(&mut destination), 10);
     assert!(destination.is_paused());
@@ -75,7 +80,7 @@ fn zero_pages_that_have_come_are_not_missing_when_the_loss_is_told() {
 #[test]
 fn a_loss_after_which_nothing_is_missing_completes() {
     let mut destination = running();
-    destination.handle(zero(PageRun::new(0, 16)));
+    zero(&mut destination, PageRun::new(0, 16));
     destination.handle(lost());
     assert_eq!(missing_when_told(&mut destination), 0);
     assert_eq!(destination.poll(NOW), Poll::Act(Action::Complete));
@@ -97,4 +102,47 @@ fn a_source_that_comes_back_too_late_does_not_disturb_who_waits_now() {
     assert!(destination.hello(&hello(1, 1), NOW).unwrap_err().contains("is not here"));
     assert_eq!((destination.status(), destination.poll(NOW)), (Status::None, Poll::Wait(None)));
     destination.hello(&hello(2, 0), NOW).unwrap();
+}
+
+/// Whether the next thing to be done is to acknowledge the pass.
+fn acknowledges(destination: &mut Destination) -> bool {
+    let mut acknowledged = false;
+    while let Poll::Act(action) = destination.poll(NOW) {
+        acknowledged |= action == Action::Send(Channel::Main, Frame::PassAck);
+    }
+    acknowledged
+}
+
+#[test]
+fn a_pass_is_acknowledged_when_its_last_page_is_in_place() {
+    let mut destination = receiving();
+    destination.handle(frame(Frame::PassEnd(Totals { normal: 3, zero: 2 })));
+    assert!(!acknowledges(&mut destination));
+    assert_eq!(destination.pages(Channel::Pages(0), PageRun::new(0, 3)), Ok(Placement::Direct));
+    assert_eq!(destination.zero(Channel::Pages(0), &[PageRun::new(2, 2)]), Ok((Placement::Direct, vec![PageRun::new(2, 1)])));
+    destination.received(Totals { normal: 0, zero: 2 });
+    assert!(!acknowledges(&mut destination), "pages are still being read");
+    destination.received(Totals { normal: 3, zero: 0 });
+    assert!(acknowledges(&mut destination));
+}
+
+#[test]
+fn more_pages_than_were_sent_end_the_migration() {
+    let mut destination = receiving();
+    destination.pages(Channel::Pages(0), PageRun::new(0, 3)).unwrap();
+    destination.received(Totals { normal: 3, zero: 0 });
+    let last = go_on(&mut destination, [frame(Frame::PassEnd(Totals { normal: 2, zero: 0 }))]);
+    let Some(Action::End(Outcome::Abandoned(reason))) = last else { panic!("{last:?}") };
+    assert!(reason.contains("sent 2 pages"), "{reason}");
+}
+
+#[test]
+fn pages_come_on_their_own_connections_and_each_of_those_is_one() {
+    let mut destination = receiving();
+    assert!(destination.pages(Channel::Main, PageRun::new(0, 1)).is_err());
+    assert!(destination.pages(Channel::Urgent, PageRun::new(0, 1)).is_err());
+    for channel in [Channel::Pages(0), Channel::Pages(MAX_PAGE_CHANNELS), Channel::Pages(255)] {
+        let hello = Hello { channel, session: 1, link: 0, program: "a test".into() };
+        assert!(destination.hello(&hello, NOW).is_err(), "{channel:?}");
+    }
 }

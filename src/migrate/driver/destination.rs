@@ -1,14 +1,15 @@
 //! The destination's driver: does what the engine in [`crate::migrate::destination`] says, with sockets, KVM, guest RAM and userfaultfd.
 //!
 //! Each connection has a thread, which first reads what the connection is. That of the first main connection then polls the engine and does
-//! what it says, to the migration's end: main connections that replace it are handed over to it. That of an urgent connection places the
-//! pages that were asked for. A page fault is read and asked about by a thread of its own. The latter two report to the engine and wake the
+//! what it says, to the migration's end: main connections that replace it are handed over to it. Those of all other connections put the pages
+//! in place that come there. A page fault is read and asked about by a thread of its own. All of these report to the engine and wake the
 //! first. The engine's lock is never held while one of them sends, receives, waits or calls KVM.
 
 mod bitmaps;
 mod faults;
 mod greet;
 mod guest;
+mod pages;
 mod session;
 
 use std::sync::atomic::AtomicUsize;
@@ -17,6 +18,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::owner::DestinationOwner;
+use super::page_io::PageIo;
 use crate::memory::PageNumber;
 use crate::migrate::destination::{Destination, Input, Link, Outcome};
 use crate::migrate::report::{Faults, Status};
@@ -43,6 +45,8 @@ struct Shared {
     links: Mutex<Links>,
     /// Connections at a time, those that have not yet said what they are included.
     connections: AtomicUsize,
+    /// The guest's RAM, once it is there.
+    io: OnceLock<PageIo>,
     /// In postcopy.
     faults: OnceLock<FaultService>,
 }
@@ -115,6 +119,7 @@ impl DestinationMigration {
             closing: Interrupt::new().map_err(failed)?,
             links: Mutex::default(),
             connections: AtomicUsize::new(0),
+            io: OnceLock::new(),
             faults: OnceLock::new(),
         });
         let migration = DestinationMigration { shared, listening: Mutex::default() };

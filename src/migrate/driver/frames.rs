@@ -58,15 +58,7 @@ pub fn from_source(ram_pages: u64) -> impl Fn(Header) -> bool {
     let longest_package = (16 << 20) + longest_list_of_pages(ram_pages);
     move |header| match header.kind {
         Kind::Switchover => header.length as u64 <= longest_package,
-        Kind::Abort
-        | Kind::Pages
-        | Kind::Zero
-        | Kind::PassEnd
-        | Kind::Commit
-        | Kind::Bitmap
-        | Kind::BitmapComplete
-        | Kind::End
-        | Kind::Goodbye => true,
+        Kind::Abort | Kind::PassEnd | Kind::Commit | Kind::Bitmap | Kind::BitmapComplete | Kind::End | Kind::Goodbye => true,
         _ => false,
     }
 }

@@ -12,6 +12,9 @@ use crate::memory::GuestRam;
 use crate::migrate::policy::Throttling;
 use crate::migrate::report::{Mode, Status};
 use crate::migrate::transport::Address;
+#[cfg(doc)]
+use crate::migrate::wire::MAX_PAGE_CHANNELS;
+use crate::migrate::wire::Method;
 use crate::migrate::{destination, source};
 use crate::vm::config::GuestConfig;
 use crate::vm::facts::MachineFacts;
@@ -87,10 +90,44 @@ pub struct SourceRequest {
     pub max_bandwidth: Option<NonZeroU64>,
     /// Bytes a second in postcopy's background; `None`: no limit.
     pub max_postcopy_bandwidth: Option<NonZeroU64>,
+    /// How pages travel.
+    pub pages: PageTransfer,
     /// Only find out how a migration would go: nothing is moved.
     pub dry_run: bool,
     /// Bytes a second to count on in the switch; `None`: what was measured.
     pub switchover_bandwidth: Option<NonZeroU64>,
     /// How far the guest may be slowed down in mode precopy; `None`: not at all.
     pub throttling: Option<Throttling>,
+}
+
+/// How pages travel in the background.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageTransfer {
+    /// Connections for them: 1 to [`MAX_PAGE_CHANNELS`].
+    pub channels: u8,
+    /// How they are compressed where that saves time; `None`: never.
+    pub compression: Option<Method>,
+    /// Whether pages of zeros go by name. Without it, they go as any other page: for a destination that is to hold them.
+    pub zero_page_detection: bool,
+}
+
+impl PageTransfer {
+    /// Bandwidth up to which one connection and the processor that serves it are enough for any, in bytes a second: 10 Gbit/s.
+    const ONE_IS_ENOUGH: u64 = 1_250_000_000;
+
+    /// How many connections suit this host and a link that may be used up to `max_bandwidth` bytes a second. Each takes a processor to
+    /// look at pages and send them; half of them, and at most four, are left to that.
+    pub fn default_channels(max_bandwidth: Option<NonZeroU64>) -> u8 {
+        if max_bandwidth.is_some_and(|limit| limit.get() <= Self::ONE_IS_ENOUGH) {
+            return 1;
+        }
+        let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
+        (processors / 2).clamp(1, 4) as u8
+    }
+}
+
+impl Default for PageTransfer {
+    fn default() -> Self {
+        PageTransfer { channels: Self::default_channels(None), compression: None, zero_page_detection: true }
+    }
 }

@@ -59,6 +59,11 @@ impl PageIo {
         PageIo { ram }
     }
 
+    /// How many there are.
+    pub fn pages(&self) -> u64 {
+        self.ram.pages()
+    }
+
     /// Whether `page` holds nothing but zeros. A page that the guest writes meanwhile may count as either: its write is in the dirty log.
     pub fn is_zero(&self, page: PageNumber) -> Result<bool, PageIoError> {
         const WORD: usize = size_of::<u64>();
@@ -133,14 +138,25 @@ impl PageIo {
         discarded.map_err(|errno| PageIoError::Discard { run, source: errno.into() })
     }
 
-    /// Copies the contents of `page`.
-    pub fn copy(&self, page: PageNumber) -> Result<[u8; PAGE_SIZE], PageIoError> {
-        let run = PageRun::single(page);
+    /// Copies the contents of `run` to the end of `into`.
+    pub fn copy(&self, run: PageRun, into: &mut Vec<u8>) -> Result<(), PageIoError> {
         let start = self.ram.host_address(run).ok_or(PageIoError::Beyond(run))?;
-        let mut contents = [0; PAGE_SIZE];
-        // SAFETY: the page is mapped, and `contents` is no part of it.
-        unsafe { start.as_ptr().copy_to_nonoverlapping(contents.as_mut_ptr(), PAGE_SIZE) };
-        Ok(contents)
+        let length = run.bytes() as usize;
+        into.reserve(length);
+        // SAFETY: the pages are mapped, there is room for them behind what `into` holds, and `into` is no part of guest RAM.
+        unsafe {
+            into.as_mut_ptr().add(into.len()).copy_from_nonoverlapping(start.as_ptr(), length);
+            into.set_len(into.len() + length);
+        }
+        Ok(())
+    }
+
+    /// Writes `contents`, which must be as long, to `run`, for precopy: the guest must not run here yet.
+    pub fn write(&self, run: PageRun, contents: &[u8]) -> Result<(), PageIoError> {
+        let start = self.ram.host_address(run).filter(|_| contents.len() as u64 == run.bytes()).ok_or(PageIoError::Beyond(run))?;
+        // SAFETY: the pages are mapped, nothing holds references to guest RAM, and `contents` is no part of it.
+        unsafe { start.as_ptr().copy_from_nonoverlapping(contents.as_ptr(), contents.len()) };
+        Ok(())
     }
 }
 

@@ -1,8 +1,9 @@
 //! The source's driver: does what the engine in [`crate::migrate::source`] says, with sockets, KVM and guest RAM.
 //!
-//! Three threads: the migration's own, which asks the engine what to do and alone writes to the main connection; the reader of the main
-//! connection, which passes on what the destination says; and the urgent thread, which answers page requests by itself, on the urgent
-//! connection. The engine's lock is never held while one of them sends, sleeps, waits or calls KVM.
+//! The migration's own thread asks the engine what to do and alone writes to the main connection; the reader of the main connection passes
+//! on what the destination says; the urgent thread answers page requests by itself, on the urgent connection; and each connection for pages
+//! has a thread that sends what the migration's own hands it. The engine's lock is never held while one of them sends, sleeps, waits or
+//! calls KVM.
 
 mod bulk;
 mod guest;
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Sender, bounded};
 use kvm_ioctls::VmFd;
 
-use super::owner::{MachineSetup, SourceOwner, SourceRequest};
+use super::owner::{MachineSetup, PageTransfer, SourceOwner, SourceRequest};
 use super::saved;
 use crate::block::disk::Disk;
 use crate::memory::GuestRam;
@@ -48,6 +49,8 @@ struct Shared {
     wake: Sender<()>,
     precopy_pace: Mutex<Pace>,
     postcopy_pace: Mutex<Pace>,
+    /// How pages travel.
+    pages: PageTransfer,
 }
 
 impl Shared {
@@ -61,6 +64,20 @@ impl Shared {
 
     fn handle(&self, input: Input) {
         self.engine().handle(input, self.now());
+    }
+
+    /// Counts `bytes` as sent in the background; returns how long to wait before sending more.
+    fn pace(&self, committed: bool, bytes: u64) -> Duration {
+        let pace = if committed { &self.postcopy_pace } else { &self.precopy_pace };
+        pace.lock().unwrap_or_else(PoisonError::into_inner).delay(self.now(), bytes)
+    }
+
+    /// How long one connection of several takes for `bytes` at the least, by the bandwidth limit that holds now.
+    fn seconds_by_pace(&self, bytes: u64) -> f64 {
+        let committed = self.engine().is_committed();
+        let pace = if committed { &self.postcopy_pace } else { &self.precopy_pace };
+        let rate = pace.lock().unwrap_or_else(PoisonError::into_inner).rate();
+        rate.map_or(0.0, |rate| (bytes * u64::from(self.pages.channels)) as f64 / rate.get() as f64)
     }
 
     fn wake(&self) {
@@ -95,6 +112,7 @@ impl SourceMigration {
             mode: request.mode,
             downtime_limit: request.downtime_limit,
             ram_pages: ram.pages(),
+            page_channels: request.pages.channels,
             session: u128::from_le_bytes(session),
             machine: saved::encode_setup(&setup)?,
         };
@@ -113,6 +131,7 @@ impl SourceMigration {
             wake,
             precopy_pace: Mutex::new(Pace::new(request.max_bandwidth)),
             postcopy_pace: Mutex::new(Pace::new(request.max_postcopy_bandwidth)),
+            pages: request.pages,
         });
         let guest = guest::SourceGuest::new(owner.clone(), vm, ram.clone(), disks);
         let migration = run::Migration::new(shared.clone(), owner, ram, guest, woken);

@@ -8,7 +8,7 @@ use super::{Source, State};
 use crate::memory::PAGE_SIZE;
 use crate::migrate::policy::{Goal, History};
 use crate::migrate::report::{BytesByKind, Progress, Status};
-use crate::migrate::wire::Frame;
+use crate::migrate::wire::{Channel, Frame};
 
 /// A pass that sent less than this says nothing about bandwidth.
 const MEASURABLE_BYTES: u64 = 1 << 20;
@@ -20,6 +20,10 @@ pub struct Sent {
     pub normal: u64,
     /// Pages that went as zero runs.
     pub zero: u64,
+    /// Pages whose contents were compressed; of those that went as contents.
+    pub compressed: u64,
+    /// Bytes that this has saved.
+    pub saved: u64,
     /// Bytes of everything on the wire.
     pub bytes: u64,
     /// Time spent in sending, without looking at pages or waiting for a bandwidth limit.
@@ -27,16 +31,30 @@ pub struct Sent {
 }
 
 impl Source {
-    /// The driver has sent a [`Bulk`].
-    pub fn sent(&mut self, sent: Sent) {
+    /// The driver has sent a [`Bulk::Pages`] on the connection `channel`. Returns whether none is left to be sent: who polls may be waiting
+    /// for this.
+    pub fn sent(&mut self, channel: Channel, sent: Sent) -> bool {
+        self.in_flight = self.in_flight.saturating_sub(1);
         self.count(sent);
-        let pass = &mut self.pass.sent;
-        *pass = Sent {
-            normal: pass.normal + sent.normal,
-            zero: pass.zero + sent.zero,
-            bytes: pass.bytes + sent.bytes,
-            busy: pass.busy + sent.busy,
+        let pass = &mut self.pass;
+        let busy = match channel {
+            Channel::Pages(index) => pass.busy.get_mut(usize::from(index)),
+            Channel::Main | Channel::Urgent => None,
         };
+        // The connections are busy at the same time: the longest of them is how long the pages took.
+        let busy = busy.map_or(sent.busy, |busy| {
+            *busy += sent.busy;
+            *busy
+        });
+        pass.sent = Sent {
+            normal: pass.sent.normal + sent.normal,
+            zero: pass.sent.zero + sent.zero,
+            compressed: pass.sent.compressed + sent.compressed,
+            saved: pass.sent.saved + sent.saved,
+            bytes: pass.sent.bytes + sent.bytes,
+            busy: pass.sent.busy.max(busy),
+        };
+        self.in_flight == 0
     }
 
     /// The driver has sent words of a bitmap.
@@ -105,14 +123,18 @@ impl Source {
         self.totals.zero += sent.zero;
         self.report.normal_pages += sent.normal;
         self.report.zero_pages += sent.zero;
-        let contents = sent.normal * PAGE_SIZE as u64;
+        self.report.compressed_pages += sent.compressed;
+        self.report.compression_saved += sent.saved;
+        let contents = (sent.normal * PAGE_SIZE as u64).saturating_sub(sent.saved);
         let bytes = &mut self.report.bytes;
         *bytes = BytesByKind { pages: bytes.pages + contents, control: bytes.control + sent.bytes.saturating_sub(contents), ..*bytes };
     }
 
-    /// Bytes a second of the pass under way, while really sending; 0 where too little was sent to tell.
+    /// Bytes a second of the pass under way, while really sending; 0 where too little was sent to tell. Compressed contents count with the
+    /// bytes that they stand for: that is what the policy needs to know of pages to come.
     pub(super) fn pass_bandwidth(&self) -> u64 {
-        let Sent { bytes, busy, .. } = self.pass.sent;
+        let Sent { bytes, saved, busy, .. } = self.pass.sent;
+        let bytes = bytes + saved;
         if bytes < MEASURABLE_BYTES || busy.is_zero() { 0 } else { (bytes as f64 / busy.as_secs_f64()) as u64 }
     }
 

@@ -6,14 +6,16 @@ use std::time::Duration;
 use super::{Input, Source};
 use crate::memory::PageRun;
 use crate::migrate::report::Report;
-use crate::migrate::wire::Frame;
+#[cfg(doc)]
+use crate::migrate::wire::MAX_RUN;
+use crate::migrate::wire::{Channel, Frame};
 
 /// What the driver is to do next.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Poll {
     /// Something that is not bulk data; in order.
     Act(Action),
-    /// Send this in the background and report it with [`Source::sent`].
+    /// Send this in the background and report it with [`Source::sent`] or [`Source::sent_bitmap`].
     Bulk(Bulk),
     /// Wait for an input, at most until this time, and poll again.
     Wait(Option<Duration>),
@@ -28,8 +30,8 @@ pub enum Action {
     Send(Frame),
     /// Close the connections, if that was not done: the link is lost, the migration is not. With what to tell a person.
     Disconnect(String),
-    /// Open the urgent connection and say [`Source::hello`] on it.
-    OpenUrgent,
+    /// Open the urgent connection and those for pages, and say [`Source::hello`] on each.
+    OpenOthers,
     /// Begin to track dirty pages; answer with the pages that have ever been used as [`Input::Harvested`].
     StartTracking,
     /// Answer with [`Input::Harvested`].
@@ -50,17 +52,20 @@ pub enum Action {
     End(Box<Outcome>),
 }
 
-/// Bulk data on the main connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Bulk data.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Bulk {
-    /// Pages, as contents or as zero runs. Where `clear` is set, first clear the dirty bits of [`Source::unsent`] and of `run` in it.
+    /// Pages, as contents or as zero runs. Where `clear` is set, first clear the dirty bits of [`Source::unsent`] and of `runs` in it. What
+    /// comes for one connection is to be sent in this order; sending need not be over before the next poll.
     Pages {
-        /// The pages.
-        run: PageRun,
+        /// The connection they travel on.
+        channel: Channel,
+        /// The pages: at most [`MAX_RUN`] in all.
+        runs: Vec<PageRun>,
         /// Pages about to be sent, whose dirty bits are cleared first.
         clear: Option<PageRun>,
     },
-    /// Words of a bitmap.
+    /// Words of a bitmap, on the main connection.
     Bitmap {
         /// Index in the package.
         index: u32,

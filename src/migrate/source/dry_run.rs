@@ -109,11 +109,12 @@ mod tests {
         let (mut now, mut done, mut sent, mut looks) = (Duration::ZERO, Vec::new(), 0, 0);
         loop {
             match source.poll(now) {
-                Poll::Bulk(Bulk::Pages { run, .. }) => {
-                    let busy = Duration::from_micros(run.count * 10);
+                Poll::Bulk(Bulk::Pages { channel, runs, .. }) => {
+                    let pages: u64 = runs.iter().map(|run| run.count).sum();
+                    let busy = Duration::from_micros(pages * 10);
                     now += busy;
-                    sent += run.count;
-                    source.sent(Sent { normal: run.count, zero: 0, bytes: run.count * 4112, busy });
+                    sent += pages;
+                    source.sent(channel, Sent { normal: pages, bytes: pages * 4112, busy, ..Sent::default() });
                 }
                 Poll::Bulk(bulk) => panic!("{bulk:?}"),
                 Poll::Wait(until) => now = until.expect("nobody says anything any more"),
@@ -148,7 +149,7 @@ mod tests {
     #[test]
     fn a_dry_run_measures_and_moves_nothing() {
         let downtime_limit = Duration::from_millis(50);
-        let config = Config { mode: Mode::Auto, downtime_limit, ram_pages: PAGES, session: 1, machine: Vec::new() };
+        let config = Config { mode: Mode::Auto, downtime_limit, ram_pages: PAGES, page_channels: 1, session: 1, machine: Vec::new() };
         let mut source = Source::dry_run(config);
         source.handle(Input::StartPostcopy, Duration::ZERO);
         let (done, sent) = carry_through(source);
@@ -166,7 +167,14 @@ mod tests {
 
     #[test]
     fn a_dry_run_can_be_cancelled() {
-        let config = Config { mode: Mode::Auto, downtime_limit: Duration::ZERO, ram_pages: PAGES, session: 1, machine: Vec::new() };
+        let config = Config {
+            mode: Mode::Auto,
+            downtime_limit: Duration::ZERO,
+            ram_pages: PAGES,
+            page_channels: 1,
+            session: 1,
+            machine: Vec::new(),
+        };
         let mut source = Source::dry_run(config);
         source.handle(Input::Cancel, Duration::ZERO);
         let (done, _) = carry_through(source);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{ANSWER_TIMEOUT, Action, MAX_PASSES, PassMeter, Sent, Source, State};
+use super::{ANSWER_TIMEOUT, Action, MAX_PASSES, PassMeter, Source, State};
 use crate::memory::PageSet;
 use crate::migrate::policy::{self, Decision, Verdict};
 use crate::migrate::report::{Mode, Pass, microseconds};
@@ -50,7 +50,7 @@ impl Source {
 
     /// Sends all that is unsent.
     pub(super) fn begin_pass(&mut self, now: Duration) {
-        self.pass = PassMeter { number: self.pass.number + 1, began: now, sent: Sent::default() };
+        self.pass = PassMeter { number: self.pass.number + 1, began: now, ..PassMeter::default() };
         self.enter(State::Sending, None);
     }
 

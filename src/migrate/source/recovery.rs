@@ -50,7 +50,9 @@ impl Source {
         }
         self.bitmaps.go_to(holding.bitmaps)?;
         self.outgoing.restart(missing);
-        self.actions.push_back(Action::OpenUrgent);
+        self.actions.push_back(Action::OpenOthers);
+        // Of the link before, whose driver is done with it.
+        self.in_flight = 0;
         if !holding.committed {
             self.send(Frame::Commit);
         }

@@ -8,11 +8,11 @@ use super::super::frames;
 use super::Shared;
 use crate::memory::uffd::{Fault, MissingPages, UffdError, Userfaultfd};
 use crate::memory::{GuestRam, PageNumber, PageRun};
-use crate::migrate::destination::{Input, Link, Placement};
+use crate::migrate::destination::{Input, Link};
 use crate::migrate::pages::FaultAnswer;
 use crate::migrate::report::Status;
-use crate::migrate::transport::{Reader, Wake, Writer};
-use crate::migrate::wire::{Channel, Frame, Kind};
+use crate::migrate::transport::{Wake, Writer};
+use crate::migrate::wire::{Channel, Frame};
 
 /// The pages that are missing, and the thread that asks for those somebody touches.
 pub struct FaultService {
@@ -134,37 +134,4 @@ fn request(shared: &Shared, urgent: &mut Option<(Link, Writer)>, run: PageRun) {
         shared.handle(Input::Lost(*link, Channel::Urgent, error.to_string()));
         *urgent = None;
     }
-}
-
-/// Receives the answers until the urgent connection ends.
-pub fn receive_urgent(shared: &Arc<Shared>, link: Link, mut reader: Reader) {
-    let input = loop {
-        match frames::read(&mut reader, |header| header.kind == Kind::Pages, None) {
-            Ok(Frame::Pages(run)) => {
-                if let Err(input) = receive_pages(shared, link, Channel::Urgent, run, &mut reader) {
-                    break input;
-                }
-                shared.wake.wake();
-            }
-            Ok(frame) => break Input::Frame(link, Channel::Urgent, frame),
-            Err(error) => break Input::Lost(link, Channel::Urgent, error.to_string()),
-        }
-    };
-    shared.handle(input);
-}
-
-/// Reads the contents of `run` and places them. An error is what to tell the engine.
-pub fn receive_pages(shared: &Shared, link: Link, channel: Channel, run: PageRun, reader: &mut Reader) -> Result<(), Input> {
-    let placement = shared.engine().pages(channel, run).map_err(Input::Failed)?;
-    let (Placement::Fault, Some(service)) = (placement, shared.faults.get()) else {
-        return Err(Input::Failed(format!("{run} came on the {channel:?} connection before the guest")));
-    };
-    // Bounded by the engine.
-    let mut contents = vec![0; run.bytes() as usize];
-    let deadline = std::time::Instant::now() + frames::FRAME_TIMEOUT;
-    reader.read_exact(&mut contents, Some(deadline)).map_err(|error| Input::Lost(link, channel, error.to_string()))?;
-    service.pages.place(run, &contents).map_err(|error| Input::Failed(error.to_string()))?;
-    // Only now are they no longer missing.
-    shared.engine().placed(run, shared.now());
-    Ok(())
 }

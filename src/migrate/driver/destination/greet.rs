@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::super::frames;
 use super::Shared;
-use super::faults;
+use super::pages;
 use super::session::Session;
 use crate::migrate::report::Status;
 use crate::migrate::transport::{Connection, Interrupt, Listener, Reader, TransportError, Writer};
@@ -97,15 +97,17 @@ fn accept(shared: &Arc<Shared>, hello: &Hello, reader: Reader, writer: Writer) -
     };
     // Under the engine's lock: whoever is told of the connection finds it.
     let mut links = shared.links();
-    if hello.channel == Channel::Urgent {
+    if hello.channel != Channel::Main {
         let interrupt = links.current.as_ref().map_or(interrupt, |(_, current)| current.clone());
-        links.urgent = Some((link, writer.interrupted_by(&interrupt)));
+        if hello.channel == Channel::Urgent {
+            links.urgent = Some((link, writer.interrupted_by(&interrupt)));
+        }
         drop((links, engine));
         if let Some(faults) = shared.faults.get() {
             faults.renew();
         }
         shared.wake.wake();
-        faults::receive_urgent(shared, link, reader.interrupted_by(&interrupt));
+        pages::receive(shared, link, hello.channel, reader.interrupted_by(&interrupt));
         return Ok(());
     }
     let old = links.current.replace((link, interrupt.clone()));

@@ -29,32 +29,22 @@ pub struct DestinationGuest {
 
 struct Prepared {
     ram: GuestRam,
-    io: PageIo,
     /// Proof that postcopy can be, if it may come.
     uffd: Option<Userfaultfd>,
 }
 
 impl DestinationGuest {
     /// Checks the setup and lets the owner prepare for it.
-    pub fn prepare(&mut self, owner: &dyn DestinationOwner, ram_pages: u64, postcopy: bool, machine: &[u8]) -> Result<(), String> {
+    pub fn prepare(&mut self, shared: &Shared, ram_pages: u64, postcopy: bool, machine: &[u8]) -> Result<(), String> {
         let setup = saved::decode_setup(machine, ram_pages)?;
         let uffd = if postcopy { Some(Userfaultfd::open().map_err(|error| error.to_string())?) } else { None };
-        let ram = owner.prepare(setup)?;
+        let ram = shared.owner.prepare(setup)?;
         if ram.pages() != ram_pages {
             return Err(format!("{} pages of RAM were prepared for a guest of {ram_pages}", ram.pages()));
         }
-        self.prepared = Some(Prepared { io: PageIo::new(ram.clone()), ram, uffd });
+        shared.io.set(PageIo::new(ram.clone())).map_err(|_| "RAM was prepared already")?;
+        self.prepared = Some(Prepared { ram, uffd });
         Ok(())
-    }
-
-    /// Size of the guest's RAM, once it is there.
-    pub fn ram_pages(&self) -> Option<u64> {
-        self.prepared.as_ref().map(|prepared| prepared.ram.pages())
-    }
-
-    /// The guest's RAM, for precopy.
-    pub fn io(&self) -> Result<&PageIo, String> {
-        self.prepared.as_ref().map(|prepared| &prepared.io).ok_or_else(|| "there is no RAM yet".into())
     }
 
     /// Waits until the machine is built, if that was not done before.

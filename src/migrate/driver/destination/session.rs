@@ -4,12 +4,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::frames::{self, FRAME_TIMEOUT};
+use super::super::page_io::PageIo;
 use super::Shared;
-use super::faults;
 use super::greet::drain;
 use super::guest::DestinationGuest;
-use crate::memory::PageRun;
-use crate::migrate::destination::{Action, Input, Link, Outcome, Placement, Poll};
+use crate::migrate::destination::{Action, Input, Link, Outcome, Poll};
 use crate::migrate::report::Status;
 use crate::migrate::transport::{Awaited, Reader, Writer};
 use crate::migrate::wire::{Channel, Frame, MAX_BITMAP_WORDS};
@@ -75,16 +74,11 @@ impl Session {
     fn read(&mut self) {
         let Some((reader, _)) = &mut self.main else { return };
         let deadline = Some(Instant::now() + FRAME_TIMEOUT);
-        let frame = match self.guest.ram_pages() {
+        let frame = match self.shared.io.get().map(PageIo::pages) {
             Some(ram_pages) => frames::read(reader, frames::from_source(ram_pages), deadline),
             None => frames::read(reader, frames::from_new_source, deadline),
         };
         match frame {
-            Ok(Frame::Pages(run)) => {
-                if let Err(input) = self.read_pages(run) {
-                    self.handle(input);
-                }
-            }
             Ok(frame) => self.handle(Input::Frame(self.link, Channel::Main, frame)),
             Err(error @ (frames::FrameError::Wire(_) | frames::FrameError::OutOfPlace { .. })) => {
                 self.handle(Input::Failed(format!("the source's stream makes no sense: {error}")))
@@ -93,32 +87,16 @@ impl Session {
         }
     }
 
-    fn read_pages(&mut self, run: PageRun) -> Result<(), Input> {
-        let Some((reader, _)) = &mut self.main else { return Ok(()) };
-        if self.shared.faults.get().is_some() {
-            return faults::receive_pages(&self.shared, self.link, Channel::Main, run, reader);
-        }
-        let placement = self.shared.engine().pages(Channel::Main, run).map_err(Input::Failed)?;
-        if placement != Placement::Direct {
-            return Err(Input::Failed(format!("{run} came too early")));
-        }
-        let deadline = Some(Instant::now() + FRAME_TIMEOUT);
-        let received = self.guest.io().map_err(Input::Failed)?.receive(run, reader, deadline);
-        received.map_err(|error| Input::Lost(self.link, Channel::Main, error.to_string()))
-    }
-
     fn act(&mut self, action: Action) {
         let done = match action {
             Action::Send(channel, frame) => self.send(channel, &frame),
             Action::Prepare { ram_pages, postcopy, machine } => {
-                let prepared = self.guest.prepare(&*self.shared.owner, ram_pages, postcopy, &machine);
+                let prepared = self.guest.prepare(&self.shared, ram_pages, postcopy, &machine);
                 prepared.map(|()| Some(Input::Prepared)).map_err(Input::Failed)
             }
             Action::FinishBuilding => self.guest.finish_building(&*self.shared.owner).map(|()| None).map_err(Input::Failed),
-            Action::Empty(run) => self.empty(run).map(|()| None).map_err(Input::Failed),
             Action::Load(package) => self.guest.load(&self.shared, &package).map(Some).map_err(Input::Failed),
             Action::Run => Ok(Some(self.start())),
-            Action::PlaceZero(run) => self.place_zero(run).map(|()| None).map_err(Input::Failed),
             Action::LoadBitmap { index, first, count, words } => {
                 self.guest.bitmaps.load(index, first, count.min(MAX_BITMAP_WORDS), &words).map(|()| None).map_err(Input::Warning)
             }
@@ -149,8 +127,8 @@ impl Session {
     }
 
     fn send(&mut self, channel: Channel, frame: &Frame) -> Result<Option<Input>, Input> {
-        if channel == Channel::Urgent {
-            return Err(Input::Failed(format!("{:?} does not belong on the urgent connection", frame.kind())));
+        if channel != Channel::Main {
+            return Err(Input::Failed(format!("{:?} does not belong on the {channel:?} connection", frame.kind())));
         }
         if let Frame::Prepared | Frame::PassAck = frame {
             self.guest.ran_at = Some(Instant::now());
@@ -196,18 +174,6 @@ impl Session {
             }
         }
         self.shared.owner.ended(Outcome::Completed);
-    }
-
-    fn empty(&self, run: PageRun) -> Result<(), String> {
-        self.guest.io()?.discard(run).map_err(|error| error.to_string())
-    }
-
-    fn place_zero(&self, run: PageRun) -> Result<(), String> {
-        // Without postcopy every page is there, and a zero page after the switch would be nonsense.
-        let faults = self.shared.faults.get().ok_or_else(|| format!("zero {run} came after the switch, but there is no postcopy"))?;
-        faults.pages.place_zero(run).map_err(|error| error.to_string())?;
-        self.shared.engine().placed(run, self.shared.now());
-        Ok(())
     }
 
     /// Hands the guest to its owner: it is ours, whether or not it can run.

@@ -75,7 +75,10 @@ fn pages_travel_between_guests() {
         assert_eq!(&header, b"end");
     });
     for page in 0..source.ram.pages() {
-        assert_eq!(source.copy(PageNumber(page)).unwrap(), destination.copy(PageNumber(page)).unwrap(), "page {page}");
+        let [mut here, mut there] = [Vec::new(), Vec::new()];
+        source.copy(PageRun::new(page, 1), &mut here).unwrap();
+        destination.copy(PageRun::new(page, 1), &mut there).unwrap();
+        assert!(here == there && here.len() == PAGE_SIZE, "page {page}");
     }
 }
 
@@ -89,5 +92,8 @@ fn runs_from_the_wire_are_checked() {
         assert!(matches!(io.send(&[Piece::Pages(run)], &mut writer, soon()), Err(PageIoError::Beyond(_))), "{run}");
     }
     assert!(matches!(io.is_zero(PageNumber(u64::MAX)), Err(PageIoError::Beyond(_))));
-    assert!(matches!(io.copy(PageNumber(io.ram.pages())), Err(PageIoError::Beyond(_))));
+    let beyond = PageRun::new(io.ram.pages(), 1);
+    assert!(matches!(io.copy(beyond, &mut Vec::new()), Err(PageIoError::Beyond(_))));
+    assert!(matches!(io.write(beyond, &[0; PAGE_SIZE]), Err(PageIoError::Beyond(_))));
+    assert!(matches!(io.write(PageRun::new(0, 1), &[0; 10]), Err(PageIoError::Beyond(_))));
 }

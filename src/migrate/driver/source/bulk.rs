@@ -1,65 +1,147 @@
-//! Pages and bitmaps in the background.
+//! Pages in the background: how they are packed into frames, and the threads that send them.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::super::page_io::{PageIo, Piece};
-use super::links::wire_bytes;
-use crate::memory::PageRun;
-use crate::migrate::driver::page_io::PageIoError;
-use crate::migrate::source::Sent;
-use crate::migrate::transport::Writer;
-use crate::migrate::wire::{Frame, HEADER_SIZE, Header, MAX_RUN, WireError};
+use crossbeam_channel::{Receiver, Sender};
 
-/// A run of pages as it will go out: pages that are zero by name, all others with their contents.
-pub struct Parcel {
-    zero: Option<Vec<u8>>,
-    headers: Vec<([u8; HEADER_SIZE], PageRun)>,
-    sent: Sent,
+use super::super::page_io::{PageIo, PageIoError, Piece};
+use super::Shared;
+use super::links::wire_bytes;
+use crate::memory::{PAGE_SIZE, PageRun};
+use crate::migrate::compression::{Compressor, Payoff};
+use crate::migrate::source::{Input, Sent};
+use crate::migrate::transport::Writer;
+use crate::migrate::wire::{Channel, Compressed, Frame, HEADER_SIZE, Header, MAX_RUN, WireError};
+
+/// Pages that are to go out, in one stretch of [`MAX_RUN`] pages.
+#[derive(Debug)]
+pub struct Batch {
+    pub runs: Vec<PageRun>,
+    /// Until when, while the guest stands still.
+    pub deadline: Option<Instant>,
 }
 
-/// Why a parcel cannot be made.
+/// Why pages cannot be sent.
 #[derive(Debug, thiserror::Error)]
-pub enum ParcelError {
-    /// The pages do not exist.
+pub enum BulkError {
+    /// They cannot be read, or the connection failed.
     #[error(transparent)]
     Pages(#[from] PageIoError),
-    /// The zero pages' frame cannot be encoded.
+    /// A frame cannot be encoded.
     #[error(transparent)]
     Wire(#[from] WireError),
 }
 
-impl Parcel {
-    /// Looks at the pages of `run`, which has at most [`MAX_RUN`].
-    pub fn new(io: &PageIo, run: PageRun) -> Result<Self, ParcelError> {
-        let mut zero = Vec::new();
-        let mut headers = Vec::new();
-        let mut sent = Sent::default();
-        for span in io.split_zero(run, MAX_RUN) {
-            let span = span?;
-            if span.is_zero {
-                sent.zero += span.run.count;
-                zero.push(span.run);
-            } else {
-                sent.normal += span.run.count;
-                sent.bytes += wire_bytes(span.run);
-                headers.push((Header::pages(span.run).encode(), span.run));
-            }
-        }
-        let zero = if zero.is_empty() { None } else { Some(Frame::Zero(zero).encode()?) };
-        sent.bytes += zero.as_ref().map_or(0, |frame| frame.len() as u64);
-        Ok(Parcel { zero, headers, sent })
+/// One connection for pages.
+pub struct PageSender {
+    shared: Arc<Shared>,
+    io: PageIo,
+    channel: Channel,
+    writer: Writer,
+    compressor: Option<Compressor>,
+    payoff: Payoff,
+    /// A copy of the pages to compress, which the guest may be writing.
+    copy: Vec<u8>,
+}
+
+impl PageSender {
+    pub fn new(shared: Arc<Shared>, io: PageIo, channel: Channel, writer: Writer) -> Self {
+        let compressor = shared.pages.compression.and_then(Compressor::new);
+        PageSender { shared, io, channel, writer, compressor, payoff: Payoff::default(), copy: Vec::new() }
     }
 
-    /// Sends it, contents straight from guest RAM, with one call as far as the connection takes it.
-    pub fn send(&self, io: &PageIo, writer: &mut Writer, deadline: Option<Instant>) -> Result<Sent, PageIoError> {
-        let pieces: Vec<Piece<'_>> = self
-            .zero
-            .iter()
-            .map(|frame| Piece::Bytes(frame))
-            .chain(self.headers.iter().flat_map(|(header, run)| [Piece::Bytes(header), Piece::Pages(*run)]))
-            .collect();
-        let begin = Instant::now();
-        io.send(&pieces, writer, deadline)?;
-        Ok(Sent { busy: begin.elapsed().max(Duration::from_nanos(1)), ..self.sent })
+    /// Sends what comes until nothing more does; a failure is reported and ends it.
+    pub fn run(mut self, batches: &Receiver<Batch>, inputs: &Sender<Input>) {
+        for batch in batches {
+            // A migration that is over needs nothing of this, and counts nothing.
+            if self.shared.engine().is_over() {
+                continue;
+            }
+            match self.send(&batch) {
+                Ok(sent) => self.account(sent),
+                Err(error) => {
+                    // Fails when the link is closed.
+                    let _ = inputs.send(Input::Lost(self.channel, error.to_string()));
+                    return;
+                }
+            }
+        }
     }
+
+    fn send(&mut self, batch: &Batch) -> Result<Sent, BulkError> {
+        let begin = Instant::now();
+        let compress = self.compressor.is_some() && self.payoff.is_to_compress();
+        let (frames, sent) = self.pack(&batch.runs, compress)?;
+        let looked = Instant::now();
+        let pieces: Vec<Piece<'_>> =
+            frames.iter().flat_map(|(bytes, run)| [Some(Piece::Bytes(bytes)), run.map(Piece::Pages)]).flatten().collect();
+        self.io.send(&pieces, &mut self.writer, batch.deadline)?;
+        // Time for compressing is part of what the pages cost; for looking at them it is not, as the link need not wait for that.
+        let busy = (if compress { begin } else { looked }).elapsed().max(Duration::from_nanos(1));
+        if self.compressor.is_some() && sent.normal > 0 {
+            let seconds = busy.as_secs_f64().max(self.shared.seconds_by_pace(sent.bytes));
+            self.payoff.observe(compress, sent.normal * PAGE_SIZE as u64, seconds);
+        }
+        Ok(Sent { busy, ..sent })
+    }
+
+    /// Looks at the pages of `runs`: those that are zero go by name, all others with their contents, straight from guest RAM unless they are
+    /// compressed.
+    fn pack(&mut self, runs: &[PageRun], compress: bool) -> Result<(Vec<(Vec<u8>, Option<PageRun>)>, Sent), BulkError> {
+        let (mut frames, mut zero, mut sent) = (Vec::new(), Vec::new(), Sent::default());
+        for run in runs {
+            for span in self.io.split_zero(*run, MAX_RUN) {
+                let span = span?;
+                if span.is_zero && self.shared.pages.zero_page_detection {
+                    sent.zero += span.run.count;
+                    zero.push(span.run);
+                    continue;
+                }
+                sent.normal += span.run.count;
+                let compressor = self.compressor.as_mut().filter(|_| compress);
+                match compressor.map(|compressor| compressed(&self.io, span.run, compressor, &mut self.copy)).transpose()?.flatten() {
+                    Some(frame) => {
+                        sent.compressed += span.run.count;
+                        sent.saved += wire_bytes(span.run).saturating_sub(frame.len() as u64);
+                        sent.bytes += frame.len() as u64;
+                        frames.push((frame, None));
+                    }
+                    None => {
+                        sent.bytes += wire_bytes(span.run);
+                        frames.push((Header::pages(span.run).encode().to_vec(), Some(span.run)));
+                    }
+                }
+            }
+        }
+        if !zero.is_empty() {
+            let frame = Frame::Zero(zero).encode()?;
+            sent.bytes += frame.len() as u64;
+            frames.push((frame, None));
+        }
+        Ok((frames, sent))
+    }
+
+    fn account(&self, sent: Sent) {
+        let mut engine = self.shared.engine();
+        let was_last = engine.sent(self.channel, sent);
+        let pace = engine.may_throttle().then_some(engine.is_committed());
+        drop(engine);
+        if let Some(committed) = pace {
+            self.shared.pace(committed, sent.bytes);
+        }
+        if was_last {
+            self.shared.wake();
+        }
+    }
+}
+
+/// The frame with the compressed contents of `run`, if it is shorter than they are.
+fn compressed(io: &PageIo, run: PageRun, compressor: &mut Compressor, copy: &mut Vec<u8>) -> Result<Option<Vec<u8>>, BulkError> {
+    copy.clear();
+    io.copy(run, copy)?;
+    let method = compressor.method();
+    let Some(contents) = compressor.compress(copy) else { return Ok(None) };
+    let frame = Frame::Compressed(Compressed { run, method, contents: contents.to_vec() }).encode()?;
+    Ok((frame.len() < HEADER_SIZE + copy.len()).then_some(frame))
 }

@@ -47,7 +47,7 @@ pub fn serve_requests(shared: &Arc<Shared>, io: &PageIo, mut reader: Reader, mut
         if let Err(error) = io.send(&[Piece::Bytes(&Header::pages(run).encode()), Piece::Pages(run)], &mut writer, None) {
             break Input::Lost(Channel::Urgent, error.to_string());
         }
-        shared.engine().sent_urgent(Sent { normal: run.count, zero: 0, bytes: wire_bytes(run), busy: begin.elapsed() });
+        shared.engine().sent_urgent(Sent { normal: run.count, bytes: wire_bytes(run), busy: begin.elapsed(), ..Sent::default() });
     };
     // Fails when the migration is over.
     let _ = inputs.send(input);

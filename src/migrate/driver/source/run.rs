@@ -4,25 +4,27 @@ use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, at, bounded, never, select};
+use crossbeam_channel::{Receiver, Select, Sender, at, bounded, never, select};
 
 use super::super::frames::{self, FrameError};
 use super::super::owner::SourceOwner;
-use super::super::page_io::{PageIo, PageIoError};
+use super::super::page_io::PageIo;
 use super::Shared;
-use super::bulk::Parcel;
+use super::bulk::{Batch, PageSender};
 use super::guest::{SourceGuest, StopError};
 use super::links;
 use crate::memory::{GuestRam, PageRun, PageSet};
 use crate::migrate::report::Status;
 use crate::migrate::source::{Action, Bulk, Input, Outcome, Poll, Source};
-use crate::migrate::transport::{Address, Interrupt, LinkError, Writer, connect};
+use crate::migrate::transport::{Address, Closer, Connection, Interrupt, LinkError, Reader, Writer, connect};
 use crate::migrate::wire::{Channel, Frame};
 
 /// How long the destination may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Background data that may wait unsent in the kernel, in bytes: enough to keep a link busy, little for an urgent page to queue behind.
 const MAX_UNSENT: u32 = 256 << 10;
+/// Batches that wait for each connection for pages: enough for it to go on while the next one is looked for.
+const BATCHES: usize = 2;
 /// Inputs that readers may be ahead by.
 const INPUTS: usize = 16;
 /// How long the destination is waited for when a connection is closed, and the last words of it when a send failed.
@@ -40,7 +42,9 @@ pub struct Migration {
     main: Option<Writer>,
     /// Ends all waits on the connections of the link that stands.
     closing: Option<Interrupt>,
-    readers: Vec<JoinHandle<()>>,
+    /// Of the connections for pages, by their numbers.
+    senders: Vec<(Sender<Batch>, Closer)>,
+    threads: Vec<JoinHandle<()>>,
     inputs: Receiver<Input>,
     /// The reader of the main connection has come to its end.
     main_ended: bool,
@@ -64,7 +68,8 @@ impl Migration {
             guest,
             main: None,
             closing: None,
-            readers: Vec::new(),
+            senders: Vec::new(),
+            threads: Vec::new(),
             inputs,
             main_ended: false,
             input_sender,
@@ -88,7 +93,7 @@ impl Migration {
             match poll {
                 Poll::Act(Action::End(outcome)) => return self.end(*outcome),
                 Poll::Act(action) => self.act(action),
-                Poll::Bulk(Bulk::Pages { run, clear }) => self.send_pages(run, clear),
+                Poll::Bulk(Bulk::Pages { channel, runs, clear }) => self.send_pages(channel, runs, clear),
                 Poll::Bulk(Bulk::Bitmap { index, first, count }) => {
                     let frame = self.guest.bitmap_words(index, first, count);
                     if let Some(bytes) = self.send(&frame) {
@@ -111,10 +116,13 @@ impl Migration {
         }
     }
 
-    /// Passes what a reader reports on to the engine.
+    /// Passes what another thread reports on to the engine.
     fn take(&mut self, input: Input) {
         self.main_ended |= matches!(input, Input::Lost(Channel::Main, _));
-        self.shared.handle(input);
+        match input {
+            Input::Lost(Channel::Pages(_), reason) => self.send_failed(&reason),
+            input => self.shared.handle(input),
+        }
     }
 
     /// Waits for an input, a wake or `deadline`.
@@ -142,8 +150,8 @@ impl Migration {
                 self.disconnect();
                 self.owner.paused(text);
             }
-            Action::OpenUrgent => {
-                if let Err(reason) = self.open_urgent() {
+            Action::OpenOthers => {
+                if let Err(reason) = self.open_urgent().and_then(|()| self.open_for_pages()) {
                     self.shared.handle(Input::Failed(reason));
                 }
             }
@@ -219,12 +227,8 @@ impl Migration {
     }
 
     fn open_main(&mut self) -> Result<(), String> {
-        let address = self.address();
-        let closing = self.closing.insert(Interrupt::new().map_err(|error| format!("cannot open a connection: {error}"))?).clone();
-        let deadline = Instant::now() + CONNECT_TIMEOUT;
-        let connection = connect(&address, &self.shared.cancel, Some(deadline)).map_err(|error| error.to_string())?;
-        connection.limit_unsent(MAX_UNSENT).map_err(|error| format!("cannot set up the connection to {address}: {error}"))?;
-        let (reader, writer) = connection.interrupted_by(&closing).split();
+        self.closing = Some(Interrupt::new().map_err(|error| format!("cannot open a connection: {error}"))?);
+        let (reader, writer) = self.connect()?.split();
         let committed = self.shared.engine().is_committed();
         self.main = Some(if committed { writer } else { writer.interrupted_by(&self.shared.cancel) });
         let (inputs, ram_pages) = (self.input_sender.clone(), self.to_clear.universe());
@@ -232,15 +236,42 @@ impl Migration {
     }
 
     fn open_urgent(&mut self) -> Result<(), String> {
-        let address = self.address();
-        let closing = self.closing.clone().ok_or("the connection was closed")?;
-        let deadline = Instant::now() + CONNECT_TIMEOUT;
-        let connection = connect(&address, &self.shared.cancel, Some(deadline)).map_err(|error| error.to_string())?;
-        let (reader, mut writer) = connection.interrupted_by(&closing).split();
-        let hello = Source::hello(self.shared.session, self.shared.engine().link(), Channel::Urgent);
-        frames::send(&mut writer, &hello, Some(deadline)).map_err(|error| format!("urgent connection to {address}: {error}"))?;
+        let (reader, writer) = self.greet(Channel::Urgent, self.connect()?)?;
         let (shared, io, inputs) = (self.shared.clone(), self.io.clone(), self.input_sender.clone());
         self.spawn("migration-urgent", move || links::serve_requests(&shared, &io, reader, writer, &inputs))
+    }
+
+    fn open_for_pages(&mut self) -> Result<(), String> {
+        for index in 0..self.shared.pages.channels {
+            let connection = self.connect()?;
+            connection.limit_unsent(MAX_UNSENT).map_err(|error| format!("cannot set up a connection: {error}"))?;
+            let (channel, closer) = (Channel::Pages(index), connection.closer());
+            // Nothing comes from there: what the destination has to say it says on the main connection.
+            let (_, writer) = self.greet(channel, connection)?;
+            let (batches, taken) = bounded(BATCHES);
+            self.senders.push((batches, closer));
+            let sender = PageSender::new(self.shared.clone(), self.io.clone(), channel, writer);
+            let inputs = self.input_sender.clone();
+            self.spawn("migration-pages", move || sender.run(&taken, &inputs))?;
+        }
+        Ok(())
+    }
+
+    /// Says on `connection` what it is.
+    fn greet(&self, channel: Channel, connection: Connection) -> Result<(Reader, Writer), String> {
+        let (reader, mut writer) = connection.split();
+        let hello = Source::hello(self.shared.session, self.shared.engine().link(), channel);
+        let greeted = frames::send(&mut writer, &hello, Some(Instant::now() + CONNECT_TIMEOUT));
+        greeted.map_err(|error| format!("{channel:?} connection to {}: {error}", self.address()))?;
+        Ok((reader, writer))
+    }
+
+    /// A new connection of this link.
+    fn connect(&self) -> Result<Connection, String> {
+        let closing = self.closing.as_ref().ok_or("the connection was closed")?;
+        let deadline = Instant::now() + CONNECT_TIMEOUT;
+        let connection = connect(&self.address(), &self.shared.cancel, Some(deadline)).map_err(|error| error.to_string())?;
+        Ok(connection.interrupted_by(closing))
     }
 
     /// Closes the connections and ends their readers; nothing that they have reported is heard any more.
@@ -249,18 +280,20 @@ impl Migration {
         if let Some(closing) = self.closing.take() {
             closing.raise();
         }
-        // A reader that is ahead finds the channel closed.
+        // Up to here they stay open, whatever becomes of their threads: the destination would take their end for a loss.
+        self.senders.drain(..).for_each(|(_, closer)| closer.shutdown());
+        // A thread that is ahead finds the channel closed.
         (self.input_sender, self.inputs) = bounded(INPUTS);
-        for reader in self.readers.drain(..) {
+        for thread in self.threads.drain(..) {
             // A panic of the thread was printed when it happened.
-            let _ = reader.join();
+            let _ = thread.join();
         }
         self.main_ended = false;
     }
 
     fn spawn(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), String> {
         let thread = std::thread::Builder::new().name(name.into()).spawn(body);
-        self.readers.push(thread.map_err(|error| format!("cannot start a thread: {error}"))?);
+        self.threads.push(thread.map_err(|error| format!("cannot start a thread: {error}"))?);
         Ok(())
     }
 
@@ -288,13 +321,13 @@ impl Migration {
                 None
             }
             Err(error) => {
-                self.link_failed(&error.to_string());
+                self.send_failed(&error.to_string());
                 None
             }
         }
     }
 
-    fn send_pages(&mut self, run: PageRun, clear: Option<PageRun>) {
+    fn send_pages(&mut self, channel: Channel, runs: Vec<PageRun>, clear: Option<PageRun>) {
         if self.shared.engine().may_throttle() {
             self.throttle();
             if !self.shared.engine().may_throttle() {
@@ -311,49 +344,58 @@ impl Migration {
                     self.to_clear.insert(run);
                 });
             }
-            self.to_clear.insert(run);
+            runs.iter().for_each(|run| {
+                self.to_clear.insert(*run);
+            });
             if let Err(reason) = self.guest.clear(&self.to_clear, range) {
                 return self.shared.handle(Input::Failed(reason));
             }
         }
         // After the bits were cleared: a write from here on shows in the next harvest.
-        let parcel = match Parcel::new(&self.io, run) {
-            Ok(parcel) => parcel,
-            Err(error) => return self.shared.handle(Input::Failed(error.to_string())),
-        };
-        let Some(mut writer) = self.main.take() else { return };
-        if self.shared.cancel.is_raised() && !self.shared.engine().is_committed() {
-            self.main = Some(writer);
-            return;
-        }
-        match parcel.send(&self.io, &mut writer, self.standstill) {
-            Ok(sent) => {
-                self.main = Some(writer);
-                let mut engine = self.shared.engine();
-                engine.sent(sent);
-                let (throttled, committed) = (engine.may_throttle(), engine.is_committed());
-                drop(engine);
-                if throttled {
-                    self.with_pace(committed, sent.bytes);
+        self.hand_out(channel, Batch { runs, deadline: self.standstill });
+    }
+
+    /// Gives `batch` to the thread of its connection as soon as that has room. If the migration ends or pauses before, it is dropped: a
+    /// recovery makes up for it.
+    fn hand_out(&mut self, channel: Channel, batch: Batch) {
+        let Channel::Pages(index) = channel else { return };
+        let Some(batches) = self.senders.get(usize::from(index)).map(|(batches, _)| batches.clone()) else { return };
+        let mut batch = Some(batch);
+        while self.is_linked() {
+            let Some(next) = batch.take() else { return };
+            let mut select = Select::new();
+            let (send, input) = (select.send(&batches), select.recv(&self.inputs));
+            select.recv(&self.woken);
+            let ready = select.select();
+            match ready.index() {
+                index if index == send => {
+                    // Fails when the thread has ended, which it has reported.
+                    if ready.send(&batches, next).is_err() {
+                        self.wait(None);
+                    }
+                    return;
+                }
+                index if index == input => {
+                    batch = Some(next);
+                    if let Ok(input) = ready.recv(&self.inputs) {
+                        self.take(input);
+                    }
+                }
+                _ => {
+                    batch = Some(next);
+                    let _ = ready.recv(&self.woken);
                 }
             }
-            Err(PageIoError::Link(LinkError::Interrupted)) => self.main = Some(writer),
-            Err(error) => self.link_failed(&error.to_string()),
         }
     }
 
     /// Waits until what was sent so far is paid for. Any input ends the wait: it may change what is to be done.
     fn throttle(&mut self) {
         let committed = self.shared.engine().is_committed();
-        let delay = self.with_pace(committed, 0);
+        let delay = self.shared.pace(committed, 0);
         if !delay.is_zero() {
             self.wait(Some(Instant::now() + delay));
         }
-    }
-
-    fn with_pace(&self, committed: bool, bytes: u64) -> Duration {
-        let pace = if committed { &self.shared.postcopy_pace } else { &self.shared.precopy_pace };
-        pace.lock().unwrap_or_else(PoisonError::into_inner).delay(self.shared.now(), bytes)
     }
 
     /// Whether the engine still counts on the connections.
@@ -363,10 +405,12 @@ impl Migration {
     }
 
     /// A send failed. The destination may have said why before it closed the connection, so its words are waited for.
-    fn link_failed(&mut self, reason: &str) {
+    fn send_failed(&mut self, reason: &str) {
         let deadline = Instant::now() + CLOSE_TIMEOUT;
         while self.is_linked() {
             match self.inputs.recv_deadline(deadline) {
+                // The others go the same way.
+                Ok(Input::Lost(Channel::Pages(_), _)) => {}
                 Ok(input) => self.take(input),
                 // If the engine counts on a connection still, it is one that a person has already asked for.
                 Err(_) => return self.shared.handle(Input::Lost(Channel::Main, reason.into())),

@@ -92,8 +92,8 @@ fn strangers_do_not_keep_a_real_source_away() {
 fn story() -> Vec<Vec<u8>> {
     let package =
         Package { sent: Totals::default(), postcopy: true, missing: vec![PageRun::new(0, 5)], bitmaps: vec![], machine: vec![1; 50] };
-    let setup = Frame::Setup { ram_pages: 512, postcopy: true, machine: vec![0; 30] };
-    [setup, Frame::Zero(vec![PageRun::new(1, 2)]), Frame::PassEnd(Totals::default()), Frame::Switchover(package), Frame::Commit, Frame::End]
+    let setup = Frame::Setup { ram_pages: 512, postcopy: true, page_channels: 1, machine: vec![0; 30] };
+    [setup, Frame::PassEnd(Totals::default()), Frame::Switchover(package), Frame::Commit, Frame::End]
         .iter()
         .map(|frame| frame.encode().unwrap())
         .collect()

@@ -10,7 +10,7 @@ use super::guest;
 use crate::block::disk::Disk;
 use crate::memory::GuestRam;
 use crate::migrate::driver::destination::DestinationMigration;
-use crate::migrate::driver::owner::{DestinationOwner, MachineSetup, SourceOwner, SourceRequest, StoppedGuest};
+use crate::migrate::driver::owner::{DestinationOwner, MachineSetup, PageTransfer, SourceOwner, SourceRequest, StoppedGuest};
 use crate::migrate::driver::source::SourceMigration;
 use crate::migrate::report::{Mode, Status};
 use crate::migrate::transport::{Address, Listener};
@@ -285,6 +285,9 @@ impl DestinationOwner for DestinationHost {
     }
 }
 
+/// Connections for pages in these tests.
+pub const PAGE_CHANNELS: u8 = 2;
+
 pub fn request(address: &Address, mode: Mode) -> SourceRequest {
     SourceRequest {
         address: address.clone(),
@@ -292,6 +295,8 @@ pub fn request(address: &Address, mode: Mode) -> SourceRequest {
         downtime_limit: Duration::from_millis(300),
         max_bandwidth: None,
         max_postcopy_bandwidth: None,
+        // So that versions of a page could overtake one another.
+        pages: PageTransfer { channels: PAGE_CHANNELS, ..PageTransfer::default() },
         dry_run: false,
         switchover_bandwidth: None,
         throttling: None,

@@ -2,11 +2,10 @@
 
 use std::time::Instant;
 
-use super::hosts::LIMIT;
-use crate::memory::PAGE_SIZE;
+use super::hosts::{LIMIT, PAGE_CHANNELS};
 use crate::migrate::driver::frames;
 use crate::migrate::transport::{Address, Connection, Interrupt, Listener, Reader, Writer};
-use crate::migrate::wire::{Frame, Kind};
+use crate::migrate::wire::{Channel, Frame, Hello, Kind};
 
 /// How far the played destination goes before it closes both connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,18 +35,25 @@ impl Peer {
         connection.split()
     }
 
+    /// A connection for pages, whose pages are read away.
+    fn accept_pages(&self) -> Writer {
+        let (mut reader, writer) = self.accept();
+        assert!(matches!(next(&mut reader), Frame::Hello(Hello { channel: Channel::Pages(_), .. })));
+        std::thread::spawn(move || while reader.read_exact(&mut [0; 4096], None).is_ok() {});
+        writer
+    }
+
     /// Gets ready and then reads nothing until `held` is closed. Then it reads on to the end, and tells the reason if it is given one.
     pub fn stall(self, held: &crossbeam_channel::Receiver<()>) -> Option<String> {
         let (mut reader, mut writer) = self.accept();
         assert!(matches!(next(&mut reader), Frame::Hello(_)));
         frames::send(&mut writer, &Frame::Welcome("played".into()), None).unwrap();
-        let _urgent = self.accept();
+        let _others: Vec<_> = (0..1 + PAGE_CHANNELS).map(|_| self.accept()).collect();
         frames::send(&mut writer, &Frame::Prepared, None).unwrap();
         assert!(held.recv_timeout(LIMIT).is_err_and(|error| error.is_disconnected()));
         loop {
             match frames::read(&mut reader, |_| true, Some(Instant::now() + LIMIT)).ok()? {
                 Frame::Abort(reason) => return Some(reason),
-                Frame::Pages(run) => reader.read_exact(&mut vec![0; run.bytes() as usize], Some(Instant::now() + LIMIT)).ok()?,
                 _ => {}
             }
         }
@@ -68,6 +74,7 @@ impl Peer {
         }
         let (mut urgent, _urgent_writer) = self.accept();
         assert!(matches!(next(&mut urgent), Frame::Hello(_)));
+        let _for_pages: Vec<_> = (0..PAGE_CHANNELS).map(|_| self.accept_pages()).collect();
         said(&mut writer, Frame::Prepared);
         if until == Until::Prepared {
             return;
@@ -87,13 +94,8 @@ impl Peer {
     }
 }
 
-/// The next frame; the contents of pages are read away.
 fn next(reader: &mut Reader) -> Frame {
-    let frame = frames::read(reader, |_| true, Some(Instant::now() + LIMIT)).unwrap();
-    if let Frame::Pages(run) = frame {
-        reader.read_exact(&mut vec![0; run.count as usize * PAGE_SIZE], Some(Instant::now() + LIMIT)).unwrap();
-    }
-    frame
+    frames::read(reader, |_| true, Some(Instant::now() + LIMIT)).unwrap()
 }
 
 fn wait_for(reader: &mut Reader, kind: Kind) {

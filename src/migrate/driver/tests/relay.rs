@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
+use super::hosts::PAGE_CHANNELS;
 use crate::migrate::transport::Address;
 
 /// Passes bytes on in both directions until it is cut.
@@ -21,8 +22,7 @@ impl Relay {
         let open: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
         let ours = open.clone();
         std::thread::spawn(move || {
-            // A migration has two connections.
-            for _ in 0..2 {
+            for _ in 0..2 + PAGE_CHANNELS {
                 let Ok((near, _)) = listener.accept() else { return };
                 let far = TcpStream::connect((host.as_str(), port)).unwrap();
                 ours.lock().unwrap().extend([near.try_clone().unwrap(), far.try_clone().unwrap()]);

@@ -1,0 +1,102 @@
+//! Pages that arrive: where they go, and when all that were sent are here.
+
+use super::{Action, Destination, Placement, State};
+use crate::memory::PageRun;
+use crate::migrate::wire::{Channel, Frame, MAX_RUN, Package, Totals};
+
+/// What must not be dealt with before all pages that were sent before it are in place.
+#[derive(Clone, Debug)]
+pub(super) enum Ahead {
+    PassEnd(Totals),
+    Switchover(Package),
+}
+
+impl Destination {
+    /// The contents of `run` are about to be read from `channel`; says where they go. An error is the source's fault.
+    pub fn pages(&mut self, channel: Channel, run: PageRun) -> Result<Placement, String> {
+        if !run.is_within(self.ram_pages) || run.count > MAX_RUN {
+            return Err(format!("the source sent {run} of {}", self.ram_pages));
+        }
+        let placement = self.placement(channel, run)?;
+        match placement {
+            Placement::Direct => {
+                self.written.insert(run);
+            }
+            Placement::Fault if channel == Channel::Urgent => {}
+            Placement::Fault => self.incoming.comes_anyway(run),
+        }
+        Ok(placement)
+    }
+
+    /// The pages of `runs` are zero, the source says on `channel`. Returns which are to be made so: all by userfaultfd, or those that hold
+    /// something else now. An error is the source's fault.
+    pub fn zero(&mut self, channel: Channel, runs: &[PageRun]) -> Result<(Placement, Vec<PageRun>), String> {
+        let bad = runs.iter().find(|run| !run.is_within(self.ram_pages) || channel == Channel::Urgent);
+        let (Some(&first), None) = (runs.first(), bad) else {
+            return Err(format!("the source sent zero {runs:?} of {} pages on the {channel:?} connection", self.ram_pages));
+        };
+        let placement = self.placement(channel, first)?;
+        if placement == Placement::Fault {
+            runs.iter().for_each(|run| self.incoming.comes_anyway(*run));
+            return Ok((placement, runs.to_vec()));
+        }
+        let mut written = Vec::new();
+        for &run in runs {
+            written.extend(self.written.runs_within(run));
+            self.written.remove(run);
+        }
+        Ok((placement, written))
+    }
+
+    /// What [`Destination::pages`] or [`Destination::zero`] has said is done: so many pages are in place that it wanted placed directly.
+    pub fn received(&mut self, pages: Totals) {
+        self.receiving = self.receiving.saturating_sub(1);
+        let Totals { normal, zero } = &mut self.received;
+        (*normal, *zero) = (normal.saturating_add(pages.normal), zero.saturating_add(pages.zero));
+        self.check_ahead();
+    }
+
+    fn placement(&mut self, channel: Channel, run: PageRun) -> Result<Placement, String> {
+        match (self.state, channel) {
+            (State::Receiving, Channel::Pages(_)) => {
+                self.receiving += 1;
+                Ok(Placement::Direct)
+            }
+            // Also before COMMIT has been read from the main connection, and on a link that was lost: no page changes any more.
+            (
+                State::Loading | State::Ready | State::Starting | State::Running | State::Whole | State::Ended,
+                Channel::Urgent | Channel::Pages(_),
+            ) if self.postcopy => Ok(Placement::Fault),
+            (state, _) => Err(format!("the source sent {run} on the {channel:?} connection in state {state:?}")),
+        }
+    }
+
+    /// Deals with what was said ahead of the pages if they are in place now. Fewer are on their way still; more cannot be.
+    pub(super) fn check_ahead(&mut self) {
+        let (sent, received) = match &self.ahead {
+            None => return,
+            Some(Ahead::PassEnd(sent)) => (*sent, self.received),
+            Some(Ahead::Switchover(package)) => (package.sent, self.received),
+        };
+        if received.normal > sent.normal || received.zero > sent.zero {
+            return self.fail(&format!(
+                "the source sent {} pages and {} zero pages, but {} and {} came",
+                sent.normal, sent.zero, received.normal, received.zero
+            ));
+        }
+        if received != sent || self.receiving > 0 {
+            return;
+        }
+        match self.ahead.take() {
+            Some(Ahead::Switchover(package)) => {
+                if let Err(reason) = self.on_switchover(package) {
+                    self.fail(&reason);
+                }
+            }
+            _ => {
+                self.actions.push_back(Action::FinishBuilding);
+                self.send(Channel::Main, Frame::PassAck);
+            }
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! Pages that come, on the urgent connection and those for pages: read, and put where they belong.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::super::frames::{self, FRAME_TIMEOUT, FrameError};
+use super::super::page_io::{PageIo, PageIoError};
+use super::Shared;
+use super::faults::FaultService;
+use crate::memory::PageRun;
+use crate::migrate::compression::Decompressor;
+use crate::migrate::destination::{Input, Link, Placement};
+use crate::migrate::transport::Reader;
+use crate::migrate::wire::{Channel, Compressed, Frame, Header, Kind, Totals};
+
+/// Receives pages until the connection ends.
+pub fn receive(shared: &Arc<Shared>, link: Link, channel: Channel, reader: Reader) {
+    let mut pages = PageReader { shared, link, channel, reader, contents: Vec::new(), decompressor: Decompressor::default() };
+    let end = loop {
+        match pages.receive() {
+            Ok(()) => shared.wake.wake(),
+            Err(end) => break end,
+        }
+    };
+    shared.handle(end);
+}
+
+/// A connection that brings pages.
+struct PageReader<'a> {
+    shared: &'a Shared,
+    link: Link,
+    channel: Channel,
+    reader: Reader,
+    /// What is to be placed whole.
+    contents: Vec<u8>,
+    decompressor: Decompressor,
+}
+
+impl PageReader<'_> {
+    /// Reads one frame and does what it says. An error is what to tell the engine.
+    fn receive(&mut self) -> Result<(), Input> {
+        let is_urgent = self.channel == Channel::Urgent;
+        let allowed = |header: Header| match header.kind {
+            Kind::Pages => true,
+            Kind::Zero | Kind::Compressed => !is_urgent,
+            _ => false,
+        };
+        match frames::read(&mut self.reader, allowed, None) {
+            Ok(Frame::Pages(run)) => self.pages(run),
+            Ok(Frame::Zero(runs)) => self.zero(&runs),
+            Ok(Frame::Compressed(compressed)) => self.compressed(&compressed),
+            Ok(frame) => Err(Input::Frame(self.link, self.channel, frame)),
+            Err(error @ (FrameError::Wire(_) | FrameError::OutOfPlace { .. })) => {
+                Err(Input::Failed(format!("the source's stream makes no sense: {error}")))
+            }
+            Err(error) => Err(self.lost(error)),
+        }
+    }
+
+    fn lost(&self, error: impl ToString) -> Input {
+        Input::Lost(self.link, self.channel, error.to_string())
+    }
+
+    fn pages(&mut self, run: PageRun) -> Result<(), Input> {
+        let deadline = Some(Instant::now() + FRAME_TIMEOUT);
+        let placement = self.shared.engine().pages(self.channel, run).map_err(Input::Failed)?;
+        if placement == Placement::Direct {
+            let shared = self.shared;
+            io(shared)?.receive(run, &mut self.reader, deadline).map_err(|error| self.lost(error))?;
+            return self.received(Totals { normal: run.count, zero: 0 });
+        }
+        // Bounded by the engine.
+        self.contents.resize(run.bytes() as usize, 0);
+        let read = self.reader.read_exact(&mut self.contents, deadline);
+        read.map_err(|error| self.lost(error))?;
+        self.place(run)
+    }
+
+    fn compressed(&mut self, compressed: &Compressed) -> Result<(), Input> {
+        let run = compressed.run;
+        let placement = self.shared.engine().pages(self.channel, run).map_err(Input::Failed)?;
+        self.contents.resize(run.bytes() as usize, 0);
+        self.decompressor
+            .decompress(compressed.method, &compressed.contents, &mut self.contents)
+            .map_err(|error| Input::Failed(format!("{run} came, but {error}")))?;
+        if placement == Placement::Fault {
+            return self.place(run);
+        }
+        io(self.shared)?.write(run, &self.contents).map_err(failed)?;
+        self.received(Totals { normal: run.count, zero: 0 })
+    }
+
+    fn zero(&mut self, runs: &[PageRun]) -> Result<(), Input> {
+        let (placement, to_do) = self.shared.engine().zero(self.channel, runs).map_err(Input::Failed)?;
+        if placement == Placement::Direct {
+            let ram = io(self.shared)?;
+            to_do.iter().try_for_each(|run| ram.discard(*run)).map_err(failed)?;
+            return self.received(Totals { normal: 0, zero: runs.iter().map(|run| run.count).sum() });
+        }
+        let faults = self.faults()?;
+        for run in to_do {
+            faults.pages.place_zero(run).map_err(|error| Input::Failed(error.to_string()))?;
+            self.shared.engine().placed(run, self.shared.now());
+        }
+        Ok(())
+    }
+
+    /// Places `contents` where the guest may wait for them.
+    fn place(&self, run: PageRun) -> Result<(), Input> {
+        self.faults()?.pages.place(run, &self.contents).map_err(|error| Input::Failed(error.to_string()))?;
+        // Only now are they no longer missing.
+        self.shared.engine().placed(run, self.shared.now());
+        Ok(())
+    }
+
+    fn received(&self, pages: Totals) -> Result<(), Input> {
+        self.shared.engine().received(pages);
+        Ok(())
+    }
+
+    fn faults(&self) -> Result<&FaultService, Input> {
+        self.shared.faults.get().ok_or_else(|| Input::Failed("pages came before the guest".into()))
+    }
+}
+
+fn io(shared: &Shared) -> Result<&PageIo, Input> {
+    shared.io.get().ok_or_else(|| Input::Failed("pages came before there was RAM".into()))
+}
+
+fn failed(error: PageIoError) -> Input {
+    Input::Failed(error.to_string())
+}

@@ -1,0 +1,72 @@
+//! What the larger frames carry.
+
+use serde::{Deserialize, Serialize};
+
+use crate::memory::PageRun;
+
+/// Pages sent since the beginning, for the destination to compare with what it received.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    /// Pages sent with contents.
+    pub normal: u64,
+    /// Pages named as zero.
+    pub zero: u64,
+}
+
+/// A dirty bitmap of a disk that moves with the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BitmapInfo {
+    /// The disk's id.
+    pub disk: String,
+    /// The bitmap's name.
+    pub name: String,
+    /// Bytes of disk per bit.
+    pub granularity: u32,
+    /// Number of bits.
+    pub bits: u64,
+    /// Whether it records writes.
+    pub enabled: bool,
+}
+
+impl BitmapInfo {
+    /// Number of 64-bit words its bits take.
+    pub const fn words(&self) -> u64 {
+        self.bits.div_ceil(64)
+    }
+}
+
+/// Everything the destination needs to become able to run the guest: read whole before any of it is loaded, because loading it can
+/// fault on guest RAM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Package {
+    /// Pages sent before the package.
+    pub sent: Totals,
+    /// Whether `missing` pages come after the commit. Without it nothing may be missing.
+    pub postcopy: bool,
+    /// Runs of pages that the destination does not hold yet or holds in an old version, ascending.
+    pub missing: Vec<PageRun>,
+    /// Dirty bitmaps whose bits follow after the commit.
+    pub bitmaps: Vec<BitmapInfo>,
+    /// Devices, vCPUs and VM, encoded by the machine.
+    pub machine: Vec<u8>,
+}
+
+/// How far the dirty bitmaps have come: everything before this place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BitmapPlace {
+    /// Index of the first bitmap in [`Package::bitmaps`] that is not complete; their number if all are.
+    pub index: u32,
+    /// Words of it that have come.
+    pub words: u64,
+}
+
+/// What a destination has when its source comes back on a new connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holding {
+    /// Whether the commit has come. If not, the source says it again, or that it never gave the guest up.
+    pub committed: bool,
+    /// Pages that have not come, ascending.
+    pub missing: Vec<PageRun>,
+    /// How far the bitmaps have come.
+    pub bitmaps: BitmapPlace,
+}
