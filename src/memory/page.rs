@@ -74,7 +74,8 @@ impl PageRun {
 }
 
 /// How many pages make one of the host's: what the host populates, discards and places at once. A power of two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u64", into = "u64")]
 pub struct HostPage(u64);
 
 impl HostPage {
@@ -102,6 +103,20 @@ impl HostPage {
     /// Whether `run` is made of whole host pages.
     pub const fn divides(self, run: PageRun) -> bool {
         run.first.0.is_multiple_of(self.0) && run.count.is_multiple_of(self.0)
+    }
+}
+
+impl TryFrom<u64> for HostPage {
+    type Error = &'static str;
+
+    fn try_from(pages: u64) -> Result<Self, Self::Error> {
+        HostPage::new(pages).ok_or("a host page has a number of pages that is a power of two")
+    }
+}
+
+impl From<HostPage> for u64 {
+    fn from(host_page: HostPage) -> Self {
+        host_page.0
     }
 }
 

@@ -100,7 +100,7 @@ impl Source {
 mod tests {
     use super::super::{Bulk, Config, Input, Outcome, Poll, Sent};
     use super::*;
-    use crate::memory::PageRun;
+    use crate::memory::{HostPage, PageRun};
 
     const PAGES: u64 = 1 << 18;
 
@@ -126,7 +126,7 @@ mod tests {
                     };
                     let answer = match &action {
                         Action::Send(Frame::Hello(_)) => Some(Input::Frame(Frame::Welcome("a test".into()))),
-                        Action::Send(Frame::Setup { .. }) => Some(Input::Frame(Frame::Prepared)),
+                        Action::Send(Frame::Setup(_)) => Some(Input::Frame(Frame::Prepared)),
                         Action::Send(Frame::PassEnd(_)) => Some(Input::Frame(Frame::PassAck)),
                         Action::StartTracking => pages(0, PAGES / 2),
                         Action::Watch => pages(0, PAGES),
@@ -149,7 +149,15 @@ mod tests {
     #[test]
     fn a_dry_run_measures_and_moves_nothing() {
         let downtime_limit = Duration::from_millis(50);
-        let config = Config { mode: Mode::Auto, downtime_limit, ram_pages: PAGES, page_channels: 1, session: 1, machine: Vec::new() };
+        let config = Config {
+            mode: Mode::Auto,
+            downtime_limit,
+            ram_pages: PAGES,
+            host_page: HostPage::SMALL,
+            page_channels: 1,
+            session: 1,
+            machine: Vec::new(),
+        };
         let mut source = Source::dry_run(config);
         source.handle(Input::StartPostcopy, Duration::ZERO);
         let (done, sent) = carry_through(source);
@@ -171,6 +179,7 @@ mod tests {
             mode: Mode::Auto,
             downtime_limit: Duration::ZERO,
             ram_pages: PAGES,
+            host_page: HostPage::SMALL,
             page_channels: 1,
             session: 1,
             machine: Vec::new(),
