@@ -53,6 +53,8 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the guest stands still for a destination that does not become ready; then it goes on here.
 const SWITCH_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the destination's last word is waited for once a connection is lost on which all was sent.
+const ENDING_TIMEOUT: Duration = Duration::from_secs(5);
 /// Postcopy's background runs are short, so that the link is soon free for an urgent page; but a host page goes whole.
 const POSTCOPY_RUN: u64 = 64;
 /// Passes that are reported; of more, the last ones.
@@ -306,6 +308,8 @@ impl Source {
             // The destination may hold everything and have closed it, answers to late requests unread. Its last word on the other
             // connection, or that one's loss, decides.
             (Input::Lost(Channel::Urgent, _), State::Ending) => {}
+            // The same, but what it carried may never have come: the destination does not know of a connection whose greeting was lost.
+            (Input::Lost(Channel::Pages(_), _), State::Ending) => self.deadline = self.deadline.or(Some(now + ENDING_TIMEOUT)),
             (Input::Lost(_, reason), _) => {
                 self.fail(Failure::Failed(format!("the connection to the destination was lost: {reason}")), now);
             }

@@ -33,7 +33,7 @@ impl World {
         }
         for (index, connection) in state.connections.iter().enumerate() {
             let is_heard = match (connection.destination, connection.channel) {
-                (Accepted::Unread, _) | (Accepted::Held(_), Channel::Urgent) => true,
+                (Accepted::Unread, _) | (Accepted::Held(_), Channel::Urgent | Channel::Pages(_)) => true,
                 // The main thread reads when it has nothing else to do.
                 (Accepted::Held(link), Channel::Main) => link == destination.link && destination.task.is_none() && is_idle,
                 (Accepted::Waiting(_) | Accepted::Closed, _) => false,
@@ -70,11 +70,10 @@ impl World {
         let (channel, accepted) = (connection.channel, connection.destination);
         let Some(id) = connection.to_destination.pop_front() else { return };
         match (accepted, self.engines.frame(id).clone()) {
-            (Accepted::Held(_), Frame::Pages(run)) => {
-                if !matches!(self.ask_destination(state, ToDestination::Pages(channel, run)), Answer::Refused) {
-                    state.destination.pages |= bits(run);
-                } else if channel == Channel::Urgent {
-                    state.connections[index].destination = Accepted::Closed;
+            (Accepted::Held(_), Frame::Pages(run)) => self.destination_receives(state, index, ToDestination::Pages(channel, run), run),
+            (Accepted::Held(_), Frame::Zero(runs)) => {
+                for run in runs {
+                    self.destination_receives(state, index, ToDestination::Zero(channel, run), run);
                 }
             }
             (Accepted::Held(link), _) => {
@@ -82,6 +81,13 @@ impl World {
             }
             (_, Frame::Hello(hello)) => self.destination_greets(state, index, hello.link, hello.channel),
             (accepted, frame) => panic!("{frame:?} on a connection that is {accepted:?}"),
+        }
+    }
+
+    fn destination_receives(&mut self, state: &mut State, index: usize, call: ToDestination, run: PageRun) {
+        match self.ask_destination(state, call) {
+            Answer::Refused => state.connections[index].destination = Accepted::Closed,
+            _ => state.destination.pages |= bits(run),
         }
     }
 
@@ -107,9 +113,9 @@ impl World {
             connection.destination = Accepted::Closed;
             return;
         };
-        if channel == Channel::Urgent {
+        if channel != Channel::Main {
             state.connections[index].destination = Accepted::Held(link);
-            if state.destination.right != Right::None {
+            if channel == Channel::Urgent && state.destination.right != Right::None {
                 self.destination_asks(state, ToDestination::Renew);
             }
             return;
@@ -146,17 +152,13 @@ impl World {
                 let id = self.engines.frame_id(frame);
                 send(state, channel, |accepted| accepted == Accepted::Held(link), &[id]);
             }
-            Action::Prepare { .. } => host.task = Some(Task::Prepare),
-            Action::FinishBuilding | Action::Empty(_) => {}
+            Action::Prepare(_) => host.task = Some(Task::Prepare),
+            Action::FinishBuilding => {}
             Action::Load(package) => {
                 host.task = Some(Task::Load);
                 host.pages = package.missing.iter().fold((1 << PAGES) - 1, |pages, run| pages & !bits(*run));
             }
             Action::Run => host.task = Some(Task::Run),
-            Action::PlaceZero(run) => {
-                host.pages |= bits(run);
-                self.tell_destination(state, ToDestination::Placed(run));
-            }
             Action::LoadBitmap { count, .. } => host.bitmap_words += count,
             Action::CompleteBitmap(_) => host.bitmap_complete = true,
             // Nobody asks for it here.

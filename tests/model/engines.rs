@@ -8,15 +8,17 @@ use std::fmt::Debug;
 use std::hash::Hash;
 use std::time::Duration;
 
-use ferry::memory::{PageNumber, PageRun, PageSet};
-use ferry::migrate::destination::{self, Destination, Link};
+use ferry::memory::{HostPage, PageNumber, PageRun, PageSet};
+use ferry::migrate::destination::{self, Destination, Link, Placement};
 use ferry::migrate::pages::FaultAnswer;
 use ferry::migrate::report::Mode;
 use ferry::migrate::source::{self, Config, Sent, Source, Stopped};
-use ferry::migrate::wire::{BitmapInfo, Channel, Frame, Hello};
+use ferry::migrate::wire::{BitmapInfo, Channel, Frame, Hello, Totals};
 
 /// Pages of the guest's RAM; the last one is zero.
 pub const PAGES: u64 = 2;
+/// The only connection for them.
+pub const PAGES_CHANNEL: Channel = Channel::Pages(0);
 /// The only bitmap has as many bits.
 pub const BITS: u64 = 64;
 const SESSION: u128 = 42;
@@ -99,7 +101,7 @@ pub enum ToDestination {
     Lost(u32, Channel),
     /// Pages that come are placed at once.
     Pages(Channel, PageRun),
-    Placed(PageRun),
+    Zero(Channel, PageRun),
     Fault(PageNumber),
     Renew,
     Prepared,
@@ -153,7 +155,15 @@ impl Engines {
     /// A source and a destination that have not begun.
     pub fn begin(&mut self, mode: Mode) -> (Id, Id) {
         let downtime_limit = Duration::from_millis(50);
-        let config = Config { mode, downtime_limit, ram_pages: PAGES, session: SESSION, machine: Vec::new() };
+        let config = Config {
+            mode,
+            downtime_limit,
+            ram_pages: PAGES,
+            host_page: HostPage::SMALL,
+            page_channels: 1,
+            session: SESSION,
+            machine: Vec::new(),
+        };
         (self.sources.id(Source::new(config)), self.destinations.id(Destination::new()))
     }
 
@@ -195,7 +205,7 @@ impl Engines {
                 None
             }
             ToSource::Sent { normal, zero } => {
-                engine.sent(Sent { normal, zero, ..Sent::default() });
+                engine.sent(PAGES_CHANNEL, Sent { normal, zero, ..Sent::default() });
                 None
             }
             ToSource::Request(run) => engine.request(run).err().map(|reason| {
@@ -238,20 +248,17 @@ impl Engines {
                 answer = engine.hello(&hello, NOW).map_or(Answer::Refused, |link| Answer::Accepted(link.0));
                 None
             }
-            ToDestination::Pages(channel, run) => match engine.pages(channel, run) {
-                Ok(destination::Placement::Direct) => None,
-                Ok(destination::Placement::Fault) => {
-                    engine.placed(run, NOW);
-                    None
+            ToDestination::Pages(channel, run) | ToDestination::Zero(channel, run) => {
+                let is_zero = matches!(call, ToDestination::Zero(..));
+                let placement =
+                    if is_zero { engine.zero(channel, &[run]).map(|(placement, _)| placement) } else { engine.pages(channel, run) };
+                match placement {
+                    Ok(Placement::Direct) if is_zero => engine.received(Totals { normal: 0, zero: run.count }),
+                    Ok(Placement::Direct) => engine.received(Totals { normal: run.count, zero: 0 }),
+                    Ok(Placement::Fault) => engine.placed(run, NOW),
+                    Err(_) => answer = Answer::Refused,
                 }
-                Err(reason) => {
-                    answer = Answer::Refused;
-                    Some(destination::Input::Failed(reason))
-                }
-            },
-            ToDestination::Placed(run) => {
-                engine.placed(run, NOW);
-                None
+                placement.err().map(destination::Input::Failed)
             }
             ToDestination::Fault(page) => {
                 if let FaultAnswer::Request(run) = engine.fault(page, NOW) {

@@ -4,7 +4,7 @@ use ferry::memory::PageRun;
 use ferry::migrate::source::{Action, Bulk, Outcome, Poll};
 use ferry::migrate::wire::{Channel, Frame};
 
-use crate::engines::{Id, PAGES, Said, ToSource};
+use crate::engines::{Id, PAGES, PAGES_CHANNEL, Said, ToSource};
 use crate::world::{Connection, Ending, Mutation, Right, State, Step, World, opened};
 
 impl World {
@@ -68,7 +68,7 @@ impl World {
         state.source.engine = engine;
         match said {
             Said::Poll(Poll::Act(action)) => self.source_acts(state, action),
-            Said::Poll(Poll::Bulk(Bulk::Pages { run, .. })) => self.source_sends_pages(state, run),
+            Said::Poll(Poll::Bulk(Bulk::Pages { runs, .. })) => self.source_sends_pages(state, &runs),
             Said::Poll(Poll::Bulk(Bulk::Bitmap { index, first, count })) => {
                 let words = vec![1; count as usize];
                 self.send_to_destination(state, Channel::Main, Frame::Bitmap { index, first, zero: 0, words });
@@ -83,12 +83,14 @@ impl World {
             // A main connection that is open is the one whose first frame comes next, as a send.
             Action::Connect if state.is_listening() => state.connections.push(opened(Channel::Main, [])),
             Action::Connect => self.tell_source(state, ToSource::ConnectFailed),
-            Action::OpenUrgent if state.is_listening() => {
+            Action::OpenOthers if state.is_listening() => {
                 let link = self.engines.source(state.source.engine).link();
-                let hello = self.engines.hello_id(link, Channel::Urgent);
-                state.connections.push(opened(Channel::Urgent, [hello]));
+                for channel in [Channel::Urgent, PAGES_CHANNEL] {
+                    let hello = self.engines.hello_id(link, channel);
+                    state.connections.push(opened(channel, [hello]));
+                }
             }
-            Action::OpenUrgent => self.tell_source(state, ToSource::ConnectFailed),
+            Action::OpenOthers => self.tell_source(state, ToSource::ConnectFailed),
             Action::Disconnect(_) => {
                 state.close_source();
                 match self.mutation {
@@ -127,19 +129,20 @@ impl World {
         }
     }
 
-    fn source_sends_pages(&mut self, state: &mut State, run: PageRun) {
-        let mut normal = 0;
-        for page in run.pages() {
+    fn source_sends_pages(&mut self, state: &mut State, runs: &[PageRun]) {
+        let (mut normal, mut zero) = (0, 0);
+        for page in runs.iter().flat_map(|run| run.pages()) {
             let single = PageRun::single(page);
             let is_zero = page.0 == PAGES - 1;
-            normal += u64::from(!is_zero);
+            *(if is_zero { &mut zero } else { &mut normal }) += 1;
             let frame = if is_zero { Frame::Zero(vec![single]) } else { Frame::Pages(single) };
-            self.send_to_destination(state, Channel::Main, frame);
+            self.send_to_destination(state, PAGES_CHANNEL, frame);
         }
-        // Afterwards nobody compares what was sent.
-        if !state.source.committed {
-            self.tell_source(state, ToSource::Sent { normal, zero: run.count - normal });
+        if state.source.committed {
+            // Nobody compares any more what was sent.
+            (normal, zero) = (0, 0);
         }
+        self.tell_source(state, ToSource::Sent { normal, zero });
     }
 
     pub fn source_reads(&mut self, state: &mut State, index: usize) {
@@ -149,6 +152,11 @@ impl World {
         match channel {
             Channel::Main => self.tell_source(state, ToSource::Frame(id)),
             Channel::Urgent => self.source_is_asked(state, index, id),
+            // It is refused.
+            Channel::Pages(_) => {
+                state.connections[index].source = false;
+                self.tell_source(state, ToSource::Lost(channel));
+            }
         }
     }
 

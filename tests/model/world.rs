@@ -6,7 +6,7 @@ use ferry::memory::PageNumber;
 use ferry::migrate::report::Mode;
 use ferry::migrate::wire::{Channel, Frame};
 
-use crate::engines::{Engines, Id, PAGES, ToDestination, ToSource};
+use crate::engines::{Engines, Id, PAGES, PAGES_CHANNEL, ToDestination, ToSource};
 
 /// What a host may do with the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -222,7 +222,7 @@ impl World {
             steps.extend(state.connections.iter().enumerate().filter(standing).map(|(index, _)| (Step::LoseConnection(index), false)));
         }
         if echoes > 0 && state.destination.alive && state.destination.ending.is_none() {
-            steps.extend([Channel::Main, Channel::Urgent].map(|channel| (Step::EchoHello(channel), false)));
+            steps.extend([Channel::Main, Channel::Urgent, PAGES_CHANNEL].map(|channel| (Step::EchoHello(channel), false)));
         }
         if deaths > 0 && state.source.alive && state.destination.alive {
             steps.extend([(Step::KillSource, false), (Step::KillDestination, false)]);

@@ -53,6 +53,11 @@ impl Pipe {
         !self.queue.is_empty() || (self.end.is_some_and(|end| end <= step) && !self.end_seen)
     }
 
+    /// Whether a sender finds it broken at this step.
+    pub fn is_broken(&self, step: u64) -> bool {
+        self.end.is_some_and(|end| end <= step)
+    }
+
     pub fn has_messages(&self) -> bool {
         !self.queue.is_empty()
     }

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
+use ferry::memory::HostPage;
 use ferry::migrate::pages::CLEAR_CHUNK;
 use ferry::migrate::report::Mode;
-use ferry::migrate::wire::Kind;
+use ferry::migrate::wire::{Kind, MAX_RUN};
+
+use crate::memory::HUGE;
 
 /// A generator of choices: the same seed, the same story (splitmix64).
 pub struct Choices(u64);
@@ -33,7 +36,9 @@ pub enum Fault {
     KillDestination,
     CutMain,
     CutUrgent,
-    CutBoth,
+    /// One of the connections for pages.
+    CutPages,
+    CutAll,
     /// The connection is cut with the next frame of this kind on it.
     Lose(Kind),
     Cancel,
@@ -53,11 +58,12 @@ pub enum Fault {
 }
 
 /// What ends or changes a migration.
-const FAULTS: [Fault; 12] = [
+const FAULTS: [Fault; 13] = [
     Fault::KillSource,
     Fault::KillDestination,
     Fault::CutMain,
     Fault::CutUrgent,
+    Fault::CutPages,
     Fault::Cancel,
     Fault::StartPostcopy,
     Fault::GiveUpDestination,
@@ -69,10 +75,11 @@ const FAULTS: [Fault; 12] = [
 ];
 
 /// What a migration must survive once it is past READY.
-const LOSSES: [Fault; 15] = [
+const LOSSES: [Fault; 16] = [
     Fault::CutMain,
     Fault::CutUrgent,
-    Fault::CutBoth,
+    Fault::CutPages,
+    Fault::CutAll,
     Fault::PauseSource,
     Fault::PauseDestination,
     Fault::GiveUpDestination,
@@ -92,6 +99,10 @@ const LOSSES: [Fault; 15] = [
 pub struct Plan {
     pub mode: Mode,
     pub pages: u64,
+    /// Connections for them.
+    pub page_channels: u8,
+    /// What RAM is made of at both sides.
+    pub host_page: HostPage,
     /// Guest steps out of a hundred steps.
     pub guest_share: u64,
     pub downtime_limit: Duration,
@@ -106,16 +117,28 @@ pub struct Plan {
 impl Plan {
     pub fn undisturbed(seed: u64) -> Self {
         let mut choices = Choices(seed ^ 0x5eed);
-        Plan {
+        let mut plan = Plan {
             mode: [Mode::Auto, Mode::Precopy, Mode::Postcopy][choices.below(3) as usize],
-            // Now and then more than one chunk of pages whose dirty bits are cleared together.
-            pages: if choices.below(40) == 0 { CLEAR_CHUNK + choices.below(300) } else { 1 + choices.below(400) },
+            pages: match choices.below(40) {
+                // More than one chunk of pages whose dirty bits are cleared together.
+                0 => CLEAR_CHUNK + choices.below(300),
+                // More than travel on one connection.
+                1..5 => MAX_RUN + choices.below(3 * MAX_RUN),
+                _ => 1 + choices.below(400),
+            },
+            page_channels: 1 + choices.below(3) as u8,
+            host_page: HostPage::SMALL,
             guest_share: [1, 5, 20][choices.below(3) as usize],
             downtime_limit: Duration::from_millis([4, 10, 300][choices.below(3) as usize]),
             faults: Vec::new(),
             from_ready: false,
             patience: 0,
+        };
+        if choices.chance(30) {
+            plan.host_page = HostPage::new(HUGE).unwrap();
+            plan.pages = plan.pages.next_multiple_of(HUGE);
         }
+        plan
     }
 
     /// One fault, and a person who does what can be done about it.

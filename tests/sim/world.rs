@@ -38,6 +38,10 @@ const DISABLED: u32 = 0;
 const BITS: u64 = 66_000;
 /// A migration of any seed that takes longer does not end.
 const MAX_STEPS: u64 = 1_000_000;
+/// After so many steps without anything under way time passes quickly.
+const STILL_STEPS: u64 = 20_000;
+/// Longer than any time limit of either engine.
+const TOO_LONG: Duration = Duration::from_secs(61);
 
 pub struct World {
     choices: Choices,
@@ -54,13 +58,15 @@ pub struct World {
     truth: Vec<Version>,
     bits: BTreeSet<u64>,
     next_version: Version,
+    /// The last step at which something was seen under way.
+    moved_at: u64,
     story: Vec<String>,
 }
 
 impl World {
     pub fn new(seed: u64, plan: &Plan) -> Self {
         let mut choices = Choices::new(seed);
-        let mut ram = Ram::new(plan.pages);
+        let mut ram = Ram::new(plan.pages, plan.host_page);
         let mut truth = vec![0; plan.pages as usize];
         let mut next_version = 1;
         for page in 0..plan.pages {
@@ -75,7 +81,7 @@ impl World {
         let bits = (0..choices.below(50)).map(|_| choices.below(BITS)).collect();
         World {
             source: SourceHost::new(plan, ram),
-            destination: DestinationHost::new(plan.pages),
+            destination: DestinationHost::new(plan),
             plan: plan.clone(),
             plan_begins: if plan.from_ready { None } else { Some(0) },
             choices,
@@ -85,6 +91,7 @@ impl World {
             truth,
             bits,
             next_version,
+            moved_at: 0,
             story: Vec::new(),
         }
     }
@@ -96,7 +103,7 @@ impl World {
         self.connections.clear();
         self.source.retry(&self.plan);
         self.now = Duration::ZERO;
-        self.destination = DestinationHost::new(self.plan.pages);
+        self.destination = DestinationHost::new(&self.plan);
     }
 
     /// How often the two were joined again.
@@ -115,22 +122,41 @@ impl World {
             self.now += Duration::from_micros(20);
             self.disturb();
             self.person_acts();
+            self.time_may_pass();
             self.check_runners()?;
             if let Some(ending) = self.judge()? {
                 return Ok(ending);
             }
             match self.choices.below(100) {
                 dice if dice < self.plan.guest_share => self.guest_step()?,
-                dice if dice % 7 == 0 => self.source_reads_main(),
-                dice if dice % 7 == 1 => self.source_serves_requests(),
-                dice if dice % 7 == 2 => self.destination_session()?,
-                dice if dice % 7 == 3 => self.destination_reads_urgent(),
-                dice if dice % 7 == 4 => self.destination_serves()?,
-                dice if dice % 7 == 5 => self.destination_greets(),
+                dice if dice % 8 == 0 => self.source_reads_main(),
+                dice if dice % 8 == 1 => self.source_serves_requests(),
+                dice if dice % 8 == 2 => self.destination_session()?,
+                dice if dice % 8 == 3 => self.destination_reads_pages(),
+                dice if dice % 8 == 4 => self.destination_serves()?,
+                dice if dice % 8 == 5 => self.destination_greets(),
+                dice if dice % 8 == 6 => self.source_sends_pages(),
                 _ => self.source_step()?,
             }
         }
         Err("it never ended".into())
+    }
+
+    /// Where nothing is on its way any more, whoever waits will wait until a time limit.
+    fn time_may_pass(&mut self) {
+        if !self.step.is_multiple_of(STILL_STEPS / 10) {
+            return;
+        }
+        let moves =
+            self.connections.iter().any(|connection| connection.to_destination.has_messages() || connection.to_source.has_messages())
+                || self.source.pages.iter().any(|sender| !sender.batches.is_empty())
+                || !self.destination.placing.is_empty();
+        if moves {
+            self.moved_at = self.step;
+        } else if self.step - self.moved_at >= STILL_STEPS {
+            self.moved_at = self.step;
+            self.now += TOO_LONG;
+        }
     }
 
     fn say(&mut self, text: impl Into<String>) {

@@ -3,13 +3,13 @@
 use std::collections::{BTreeSet, VecDeque};
 
 use ferry::memory::PageNumber;
-use ferry::migrate::destination::{self, Action, Destination, Input, Link, Placement};
-use ferry::migrate::wire::{Channel, Frame, Kind, Package};
+use ferry::migrate::destination::{self, Action, Destination, Input, Link};
+use ferry::migrate::wire::{Channel, Kind, Package};
 
 use super::placement::Placing;
 use super::{DISABLED, Right, World, brief, disabled_bits};
 use crate::memory::Ram;
-use crate::plan::Fault;
+use crate::plan::{Fault, Plan};
 
 pub(super) struct DestinationHost {
     pub(super) engine: Destination,
@@ -35,7 +35,7 @@ pub(super) struct DestinationHost {
     pub(super) next_urgent: Option<(Link, usize)>,
     /// Where faults are asked about.
     pub(super) urgent: Option<(Link, usize)>,
-    /// Urgent connections, each with a thread that reads it.
+    /// Urgent connections and those for pages, each with a thread that reads it.
     pub(super) readers: Vec<(Link, usize)>,
 }
 
@@ -59,10 +59,10 @@ pub(super) struct BitmapCopy {
 
 impl DestinationHost {
     /// A host that waits for a guest.
-    pub(super) fn new(pages: u64) -> Self {
+    pub(super) fn new(plan: &Plan) -> Self {
         DestinationHost {
             engine: Destination::new(),
-            ram: Ram::new(pages),
+            ram: Ram::new(plan.pages, plan.host_page),
             right: Right::None,
             alive: true,
             whole: false,
@@ -94,9 +94,7 @@ impl World {
     pub(super) fn destination_session(&mut self) -> Result<(), String> {
         let destination = &mut self.destination;
         let Some(Session { link, main }) = destination.session else { return Ok(()) };
-        // It places what it has read before it does anything else.
-        let is_placing = destination.placing.iter().any(|placing| Some(placing.reader) == main);
-        if !destination.alive || destination.outcome.is_some() || is_placing {
+        if !destination.alive || destination.outcome.is_some() {
             return Ok(());
         }
         if let destination::Poll::Act(action) = destination.engine.poll(self.now) {
@@ -117,18 +115,7 @@ impl World {
         // The connection may be replaced while its reader reads.
         self.destination_greets();
         let destination = &mut self.destination;
-        match message.frame {
-            Frame::Pages(run) => match destination.engine.pages(Channel::Main, run) {
-                Ok(Placement::Direct) => {
-                    for (page, version) in run.pages().zip(message.contents) {
-                        destination.ram.fill(page, version);
-                    }
-                }
-                Ok(Placement::Fault) => destination.placing.push(Placing { reader: index, run, contents: Some(message.contents) }),
-                Err(reason) => destination.engine.handle(Input::Failed(reason)),
-            },
-            frame => destination.engine.handle(Input::Frame(link, Channel::Main, frame)),
-        }
+        destination.engine.handle(Input::Frame(link, Channel::Main, message.frame));
         Ok(())
     }
 
@@ -144,12 +131,11 @@ impl World {
                     self.connections[main].to_source.send(frame, Vec::new());
                 }
             }
-            Action::Prepare { .. } => {
+            Action::Prepare(_) => {
                 let fails = self.fails(Fault::PrepareFails);
                 self.destination.engine.handle(if fails { Input::Failed("no such disk here".into()) } else { Input::Prepared });
             }
             Action::FinishBuilding => {}
-            Action::Empty(run) => self.destination.ram.discard(run),
             Action::Load(package) => self.load(*package),
             Action::Run => {
                 if self.source.right != Right::GivenUp {
@@ -159,12 +145,6 @@ impl World {
                 // A link may come back while the guest is started.
                 self.destination_greets();
                 self.destination.engine.handle(Input::Ran(5));
-            }
-            Action::PlaceZero(run) => {
-                for page in run.pages() {
-                    self.place_from_source(page, 0)?;
-                }
-                self.destination.engine.placed(run, self.now);
             }
             Action::LoadBitmap { index, first, words, .. } => {
                 let bitmap = &mut self.destination.bitmap;

@@ -1,16 +1,11 @@
 //! What goes wrong by the plan: cuts, deaths, failures.
 
-use std::time::Duration;
-
 use ferry::migrate::report::Status;
 use ferry::migrate::wire::{Channel, Kind};
 use ferry::migrate::{destination, source};
 
-use super::World;
+use super::{TOO_LONG, World};
 use crate::plan::Fault;
-
-/// Longer than any time limit of either engine.
-const TOO_LONG: Duration = Duration::from_secs(61);
 
 impl World {
     pub(super) fn disturb(&mut self) {
@@ -39,11 +34,15 @@ impl World {
                 self.destination.alive = false;
                 self.cut_all(false, true);
             }
-            Fault::CutMain => self.cut_last(Channel::Main),
-            Fault::CutUrgent => self.cut_last(Channel::Urgent),
-            Fault::CutBoth => {
-                self.cut_last(Channel::Main);
-                self.cut_last(Channel::Urgent);
+            Fault::CutMain => self.cut_last(|channel| channel == Channel::Main),
+            Fault::CutUrgent => self.cut_last(|channel| channel == Channel::Urgent),
+            Fault::CutPages => self.cut_last(|channel| matches!(channel, Channel::Pages(_))),
+            Fault::CutAll => {
+                self.cut_last(|channel| channel == Channel::Main);
+                self.cut_last(|channel| channel == Channel::Urgent);
+                for index in 0..self.plan.page_channels {
+                    self.cut_last(|channel| channel == Channel::Pages(index));
+                }
             }
             Fault::Cancel => self.cancel(),
             Fault::StartPostcopy => self.source.engine.handle(source::Input::StartPostcopy, self.now),
@@ -98,8 +97,8 @@ impl World {
         connection.to_source.cut(cut[1].0, cut[1].1);
     }
 
-    fn cut_last(&mut self, channel: Channel) {
-        if let Some(last) = self.connections.iter().rposition(|connection| connection.channel == channel) {
+    fn cut_last(&mut self, such: impl Fn(Channel) -> bool) {
+        if let Some(last) = self.connections.iter().rposition(|connection| such(connection.channel)) {
             self.cut(last);
         }
     }

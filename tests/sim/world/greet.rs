@@ -1,7 +1,7 @@
-//! Connections that come to the destination, and the readers of the urgent ones.
+//! Connections that come to the destination, and the readers of those that bring pages.
 
-use ferry::migrate::destination::{Input, Placement};
-use ferry::migrate::wire::{Channel, Frame};
+use ferry::migrate::destination::Input;
+use ferry::migrate::wire::{Channel, Frame, Totals};
 
 use super::World;
 use super::destination::Session;
@@ -36,8 +36,10 @@ impl World {
         };
         self.say(format!("destination: {:?} of {link:?} is here", hello.channel));
         let destination = &mut self.destination;
-        if hello.channel == Channel::Urgent {
-            destination.next_urgent = Some((link, index));
+        if hello.channel != Channel::Main {
+            if hello.channel == Channel::Urgent {
+                destination.next_urgent = Some((link, index));
+            }
             destination.readers.push((link, index));
             return;
         }
@@ -49,8 +51,9 @@ impl World {
         }
     }
 
-    /// One reader of an urgent connection reads one frame; a connection that was replaced may have one left before its reader knows.
-    pub(super) fn destination_reads_urgent(&mut self) {
+    /// One reader of a connection that brings pages reads one frame; a connection that was replaced may have one left before its reader
+    /// knows.
+    pub(super) fn destination_reads_pages(&mut self) {
         let destination = &mut self.destination;
         if !destination.alive || destination.readers.is_empty() {
             return;
@@ -61,25 +64,40 @@ impl World {
             // It places what it has read before it reads again.
             return;
         }
+        let channel = self.connections[index].channel;
         let pipe = &mut self.connections[index].to_destination;
         let interrupted = destination.outcome.is_some() || destination.interrupted.contains(&link);
         let input = if interrupted && (!pipe.has_messages() || self.choices.chance(50)) {
-            Input::Lost(link, Channel::Urgent, "interrupted".into())
+            Input::Lost(link, channel, "interrupted".into())
         } else if !pipe.is_ready(self.step) {
             return;
         } else {
             match pipe.receive() {
-                None => Input::Lost(link, Channel::Urgent, "cut".into()),
-                Some(message) => match message.frame {
-                    Frame::Pages(run) => match destination.engine.pages(Channel::Urgent, run) {
-                        Ok(Placement::Fault) => {
-                            return destination.placing.push(Placing { reader: index, run, contents: Some(message.contents) });
-                        }
-                        Ok(Placement::Direct) => Input::Failed("an urgent page before the guest".into()),
+                None => Input::Lost(link, channel, "cut".into()),
+                Some(message) => {
+                    let engine = &mut destination.engine;
+                    let arrived = match message.frame {
+                        Frame::Pages(run) => engine.pages(channel, run).map(|placement| Placing {
+                            reader: index,
+                            pages: Totals { normal: run.count, zero: 0 },
+                            placement,
+                            runs: vec![run],
+                            contents: Some(message.contents),
+                        }),
+                        Frame::Zero(named) => engine.zero(channel, &named).map(|(placement, runs)| Placing {
+                            reader: index,
+                            pages: Totals { normal: 0, zero: named.iter().map(|run| run.count).sum() },
+                            placement,
+                            contents: Some(vec![0; runs.iter().map(|run| run.count).sum::<u64>() as usize]),
+                            runs,
+                        }),
+                        frame => Err(format!("{frame:?} does not belong here")),
+                    };
+                    match arrived {
+                        Ok(placing) => return destination.placing.push(placing),
                         Err(reason) => Input::Failed(reason),
-                    },
-                    frame => Input::Frame(link, Channel::Urgent, frame),
-                },
+                    }
+                }
             }
         };
         destination.readers.remove(chosen);

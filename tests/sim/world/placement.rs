@@ -1,9 +1,9 @@
 //! Page faults at the destination, and pages that are placed where the guest may wait for them.
 
 use ferry::memory::{PageNumber, PageRun};
-use ferry::migrate::destination::Input;
+use ferry::migrate::destination::{Input, Placement};
 use ferry::migrate::pages::FaultAnswer;
-use ferry::migrate::wire::Frame;
+use ferry::migrate::wire::{Frame, Totals};
 
 use super::{Right, World};
 use crate::memory::Version;
@@ -12,7 +12,11 @@ use crate::memory::Version;
 pub(super) struct Placing {
     /// The connection.
     pub(super) reader: usize,
-    pub(super) run: PageRun,
+    /// What the account of them is.
+    pub(super) pages: Totals,
+    pub(super) placement: Placement,
+    /// Those to be placed.
+    pub(super) runs: Vec<PageRun>,
     /// Until they are placed; then it is still to be reported.
     pub(super) contents: Option<Vec<Version>>,
 }
@@ -30,18 +34,26 @@ impl World {
             return Ok(());
         }
         let chosen = self.choices.below(self.destination.placing.len() as u64) as usize;
-        let Placing { run, contents, .. } = &mut self.destination.placing[chosen];
-        let run = *run;
         // First the contents, then the account of it; other threads may run in between.
-        match contents.take() {
-            None => {
-                self.destination.placing.remove(chosen);
-                self.destination.engine.placed(run, self.now);
+        let Some(contents) = self.destination.placing[chosen].contents.take() else {
+            let Placing { pages, placement, runs, .. } = self.destination.placing.remove(chosen);
+            match placement {
+                Placement::Direct => self.destination.engine.received(pages),
+                Placement::Fault => runs.into_iter().for_each(|run| self.destination.engine.placed(run, self.now)),
             }
-            Some(contents) => {
-                for (page, version) in run.pages().zip(contents) {
-                    self.place_from_source(page, version)?;
-                }
+            return Ok(());
+        };
+        let Placing { placement, runs, .. } = &self.destination.placing[chosen];
+        let (placement, runs) = (*placement, runs.clone());
+        if placement == Placement::Fault {
+            runs.iter().try_for_each(|run| self.check_whole_host_pages(*run))?;
+        }
+        for (page, version) in runs.iter().flat_map(|run| run.pages()).zip(contents) {
+            match placement {
+                Placement::Fault => self.place_from_source(page, version)?,
+                // It held something else before.
+                Placement::Direct if version == 0 => self.destination.ram.empty(page),
+                Placement::Direct => self.destination.ram.fill(page, version),
             }
         }
         Ok(())
@@ -65,9 +77,17 @@ impl World {
             // Its owner is told; the next urgent connection makes up for it.
             FaultAnswer::Request(_) if destination.engine.is_paused() => {}
             FaultAnswer::Request(run) => self.request(run),
-            FaultAnswer::Zero(run) => run.pages().for_each(|page| self.place(page, 0)),
+            FaultAnswer::Zero(run) => {
+                self.check_whole_host_pages(run)?;
+                run.pages().for_each(|page| self.place(page, 0));
+            }
         }
         Ok(())
+    }
+
+    /// The kernel places nothing less.
+    fn check_whole_host_pages(&self, run: PageRun) -> Result<(), String> {
+        if self.plan.host_page.divides(run) { Ok(()) } else { Err(format!("{run} is to be placed, a part of a host page")) }
     }
 
     fn request(&mut self, run: PageRun) {

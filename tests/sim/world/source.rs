@@ -3,13 +3,16 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
-use ferry::memory::PageRun;
+use ferry::memory::{HostPage, PageNumber, PageRun};
 use ferry::migrate::source::{self, Bulk, Config, Sent, Source, Stopped};
-use ferry::migrate::wire::{BitmapInfo, Frame};
+use ferry::migrate::wire::{BitmapInfo, Channel, Frame};
 
 use super::{BITS, DISABLED, Right, World, brief, disabled_bits};
 use crate::memory::{Ram, Version};
 use crate::plan::{Fault, Plan};
+
+/// Batches that wait for each connection for pages; the main thread waits where there are more.
+const BATCHES: usize = 2;
 
 pub(super) struct SourceHost {
     pub(super) engine: Source,
@@ -28,16 +31,25 @@ pub(super) struct SourceHost {
     /// The main connection, as its reader has it until it has reported the end.
     pub(super) main_reader: Option<usize>,
     pub(super) urgent: Option<usize>,
+    /// The connections for pages, each with what its thread is to send; by their numbers.
+    pub(super) pages: Vec<PageSender>,
     /// The last words are on their way; until which step the destination's end is waited for.
     pub(super) ending: Option<(Box<source::Outcome>, u64)>,
+}
+
+/// A connection for pages and its thread.
+pub(super) struct PageSender {
+    pub(super) connection: usize,
+    /// With how many pages go alike.
+    pub(super) batches: VecDeque<(Vec<PageRun>, HostPage)>,
 }
 
 impl SourceHost {
     /// A host that runs the guest in `ram` and begins to move it.
     pub(super) fn new(plan: &Plan, ram: Ram) -> Self {
-        let (mode, downtime_limit, ram_pages) = (plan.mode, plan.downtime_limit, plan.pages);
+        let Plan { mode, downtime_limit, pages: ram_pages, host_page, page_channels, .. } = *plan;
         SourceHost {
-            engine: Source::new(Config { mode, downtime_limit, ram_pages, session: 42, machine: vec![1, 2, 3] }),
+            engine: Source::new(Config { mode, downtime_limit, ram_pages, host_page, page_channels, session: 42, machine: vec![1, 2, 3] }),
             ram,
             right: Right::Running,
             alive: true,
@@ -48,13 +60,14 @@ impl SourceHost {
             main: None,
             main_reader: None,
             urgent: None,
+            pages: Vec::new(),
             ending: None,
         }
     }
 
     /// Begins to move the guest once more.
     pub(super) fn retry(&mut self, plan: &Plan) {
-        let ram = std::mem::replace(&mut self.ram, Ram::new(0));
+        let ram = std::mem::replace(&mut self.ram, Ram::new(0, plan.host_page));
         *self = SourceHost::new(plan, ram);
     }
 }
@@ -72,7 +85,7 @@ impl World {
             self.source.engine.handle(input, self.now);
         } else if self.source.stopping {
             self.source_stopped();
-        } else {
+        } else if self.source.pages.iter().all(|sender| sender.batches.len() < BATCHES) || self.source.engine.is_over() {
             match self.source.engine.poll(self.now) {
                 source::Poll::Act(action) => self.source_acts(action)?,
                 source::Poll::Bulk(bulk) => self.source_sends(bulk)?,
@@ -91,7 +104,7 @@ impl World {
                 self.source_says(frame, Vec::new());
             }
             source::Action::Disconnect(_) => self.source_disconnects(),
-            source::Action::OpenUrgent => self.source_opens_urgent(),
+            source::Action::OpenOthers => self.source_opens_others(),
             source::Action::StartTracking => {
                 let touched = self.source.ram.start_log();
                 self.source.engine.handle(source::Input::Harvested(touched), self.now);
@@ -148,18 +161,19 @@ impl World {
 
     fn source_sends(&mut self, bulk: Bulk) -> Result<(), String> {
         match bulk {
-            Bulk::Pages { run, clear } => {
+            Bulk::Pages { channel, runs, clear, unit } => {
                 if let Some(range) = clear {
                     let mut harvested = self.source.engine.unsent().clone();
-                    harvested.insert(run);
+                    runs.iter().for_each(|run| {
+                        harvested.insert(*run);
+                    });
                     self.source.ram.clear(&harvested, range);
                 }
-                // A write between clearing and reading is read now and logged again.
-                if self.source.right == Right::Running && self.choices.chance(20) {
-                    self.guest_step()?;
+                let Channel::Pages(index) = channel else { return Err(format!("pages are to go on {channel:?}")) };
+                // A write between clearing and reading is read then and logged again.
+                if let Some(sender) = self.source.pages.get_mut(usize::from(index)) {
+                    sender.batches.push_back((runs, unit));
                 }
-                let sent = self.source_sends_pages(run);
-                self.source.engine.sent(sent);
             }
             Bulk::Bitmap { index: bitmap, first, count } => {
                 let bits = match (&self.source.left, bitmap) {
@@ -182,21 +196,39 @@ impl World {
         Ok(())
     }
 
-    fn source_sends_pages(&mut self, run: PageRun) -> Sent {
-        let mut sent = Sent { busy: Duration::from_micros(run.count * 2), ..Sent::default() };
-        for page in run.pages() {
-            let version = self.source.ram.read(page);
-            let single = PageRun::single(page);
-            if version == 0 {
-                self.source_says(Frame::Zero(vec![single]), Vec::new());
-                sent.zero += 1;
+    /// The thread of one of the connections for pages sends a batch.
+    pub(super) fn source_sends_pages(&mut self) {
+        let waiting: Vec<usize> = (0..self.source.pages.len()).filter(|index| !self.source.pages[*index].batches.is_empty()).collect();
+        if !self.source.alive || waiting.is_empty() {
+            return;
+        }
+        let index = waiting[self.choices.below(waiting.len() as u64) as usize];
+        let PageSender { connection, batches } = &mut self.source.pages[index];
+        let (connection, Some((runs, unit))) = (*connection, batches.pop_front()) else { return };
+        let channel = Channel::Pages(index as u8);
+        if self.source.engine.is_over() {
+            return;
+        }
+        let pipe = &mut self.connections[connection].to_destination;
+        if pipe.is_broken(self.step) {
+            batches.clear();
+            return self.source.inputs.push_back(source::Input::Lost(channel, "broken".into()));
+        }
+        let mut sent = Sent::default();
+        let firsts = runs.iter().flat_map(|run| (run.first.0..run.end()).step_by(unit.pages() as usize));
+        for run in firsts.map(|first| PageRun { first: PageNumber(first), count: unit.pages() }) {
+            sent.busy += Duration::from_micros(2 * run.count);
+            let contents: Vec<Version> = run.pages().map(|page| self.source.ram.read(page)).collect();
+            if contents.iter().all(|version| *version == 0) {
+                pipe.send(Frame::Zero(vec![run]), Vec::new());
+                sent.zero += run.count;
                 sent.bytes += 20;
             } else {
-                self.source_says(Frame::Pages(single), vec![version]);
-                sent.normal += 1;
-                sent.bytes += 4112;
+                pipe.send(Frame::Pages(run), contents);
+                sent.normal += run.count;
+                sent.bytes += 16 + run.bytes();
             }
         }
-        sent
+        self.source.engine.sent(channel, sent);
     }
 }

@@ -1,11 +1,13 @@
 //! The source's connections, one pair after the other, and their readers.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use ferry::migrate::source::{self, Sent, Source};
 use ferry::migrate::wire::{Channel, Frame};
 
 use super::World;
+use super::source::PageSender;
 use crate::link::Connection;
 use crate::memory::Version;
 
@@ -30,12 +32,20 @@ impl World {
         self.source.main_reader = self.source.main;
     }
 
-    pub(super) fn source_opens_urgent(&mut self) {
-        self.source.urgent = self.connect(Channel::Urgent);
-        if let Some(urgent) = self.source.urgent {
-            let hello = Source::hello(42, self.source.engine.link(), Channel::Urgent);
-            self.connections[urgent].to_destination.send(hello, Vec::new());
+    pub(super) fn source_opens_others(&mut self) {
+        self.source.urgent = self.connect_and_greet(Channel::Urgent);
+        for index in 0..self.plan.page_channels {
+            if let Some(connection) = self.connect_and_greet(Channel::Pages(index)) {
+                self.source.pages.push(PageSender { connection, batches: VecDeque::new() });
+            }
         }
+    }
+
+    fn connect_and_greet(&mut self, channel: Channel) -> Option<usize> {
+        let connection = self.connect(channel)?;
+        let hello = Source::hello(42, self.source.engine.link(), channel);
+        self.connections[connection].to_destination.send(hello, Vec::new());
+        Some(connection)
     }
 
     /// Sends on the main connection, if there is one.
@@ -45,11 +55,13 @@ impl World {
         self.connections[main].to_destination.send(frame, contents);
     }
 
-    /// Closes both connections; what their readers have reported is heard no more.
+    /// Closes all connections; what their readers have reported is heard no more.
     pub(super) fn source_disconnects(&mut self) {
         self.source.inputs.clear();
         self.source.main = None;
-        for connection in [self.source.main_reader.take(), self.source.urgent.take()].into_iter().flatten() {
+        let for_pages = self.source.pages.drain(..).map(|sender| sender.connection);
+        let all: Vec<usize> = [self.source.main_reader.take(), self.source.urgent.take()].into_iter().flatten().chain(for_pages).collect();
+        for connection in all {
             self.source_closes(connection);
         }
     }
@@ -90,7 +102,7 @@ impl World {
                     let contents = run.pages().map(|page| self.source.ram.read(page)).collect();
                     self.connections[urgent].to_destination.pages(run, contents);
                     let busy = Duration::from_micros(run.count * 2);
-                    return self.source.engine.sent_urgent(Sent { normal: run.count, zero: 0, bytes: run.bytes(), busy });
+                    return self.source.engine.sent_urgent(Sent { normal: run.count, bytes: run.bytes(), busy, ..Sent::default() });
                 }
                 Err(reason) => source::Input::Failed(reason),
             },

@@ -53,6 +53,17 @@ pub fn serve_requests(shared: &Arc<Shared>, io: &PageIo, mut reader: Reader, mut
     let _ = inputs.send(input);
 }
 
+/// Watches a connection for pages until it ends. The destination says nothing there, unless it refuses it.
+pub fn watch(channel: Channel, mut reader: Reader, inputs: &Sender<Input>) {
+    let reason = match frames::read(&mut reader, |header| header.kind == Kind::Abort, None) {
+        Ok(Frame::Abort(reason)) => format!("the destination says: {reason}"),
+        Ok(frame) => format!("the destination sent {:?} on the {channel:?} connection", frame.kind()),
+        Err(error) => error.to_string(),
+    };
+    // Fails when the migration is over.
+    let _ = inputs.send(Input::Lost(channel, reason));
+}
+
 /// The link was lost in the switch, and the guest goes on here. The destination may have said READY and cannot know: it is told on a new
 /// connection, if it can be reached; otherwise a person ends it.
 pub fn settle(shared: &Shared, address: &Address) {

@@ -120,7 +120,7 @@ impl Migration {
     fn take(&mut self, input: Input) {
         self.main_ended |= matches!(input, Input::Lost(Channel::Main, _));
         match input {
-            Input::Lost(Channel::Pages(_), reason) => self.send_failed(&reason),
+            Input::Lost(channel @ Channel::Pages(_), reason) => self.send_failed(channel, &reason),
             input => self.shared.handle(input),
         }
     }
@@ -246,13 +246,13 @@ impl Migration {
             let connection = self.connect()?;
             connection.limit_unsent(MAX_UNSENT).map_err(|error| format!("cannot set up a connection: {error}"))?;
             let (channel, closer) = (Channel::Pages(index), connection.closer());
-            // Nothing comes from there: what the destination has to say it says on the main connection.
-            let (_, writer) = self.greet(channel, connection)?;
+            let (reader, writer) = self.greet(channel, connection)?;
             let (batches, taken) = bounded(BATCHES);
             self.senders.push((batches, closer));
             let sender = PageSender::new(self.shared.clone(), self.io.clone(), channel, writer);
-            let inputs = self.input_sender.clone();
-            self.spawn("migration-pages", move || sender.run(&taken, &inputs))?;
+            let (sends, watches) = (self.input_sender.clone(), self.input_sender.clone());
+            self.spawn("migration-pages", move || sender.run(&taken, &sends))?;
+            self.spawn("migration-watch", move || links::watch(channel, reader, &watches))?;
         }
         Ok(())
     }
@@ -321,7 +321,7 @@ impl Migration {
                 None
             }
             Err(error) => {
-                self.send_failed(&error.to_string());
+                self.send_failed(Channel::Main, &error.to_string());
                 None
             }
         }
@@ -405,7 +405,7 @@ impl Migration {
     }
 
     /// A send failed. The destination may have said why before it closed the connection, so its words are waited for.
-    fn send_failed(&mut self, reason: &str) {
+    fn send_failed(&mut self, channel: Channel, reason: &str) {
         let deadline = Instant::now() + CLOSE_TIMEOUT;
         while self.is_linked() {
             match self.inputs.recv_deadline(deadline) {
@@ -413,7 +413,7 @@ impl Migration {
                 Ok(Input::Lost(Channel::Pages(_), _)) => {}
                 Ok(input) => self.take(input),
                 // If the engine counts on a connection still, it is one that a person has already asked for.
-                Err(_) => return self.shared.handle(Input::Lost(Channel::Main, reason.into())),
+                Err(_) => return self.shared.handle(Input::Lost(channel, reason.into())),
             }
         }
     }
