@@ -36,6 +36,7 @@ mod convergence;
 mod ends;
 mod faults;
 mod hugetlb;
+mod memory;
 mod moves;
 mod qemu_client;
 mod recovery;
