@@ -35,10 +35,11 @@ fn a_guest_runs_in_hugetlb_memory() {
 #[test]
 fn too_few_huge_pages_are_an_error_at_the_start() {
     let lab = Lab::new();
-    let mut ferry = lab.run(&Hardware { memory: "8T,hugepages=2M", cpus: 1, ..Hardware::default() }, "");
+    // More than fits a process, so that nobody else finds none meanwhile.
+    let mut ferry = lab.run(&Hardware { memory: "128T,hugepages=2M", cpus: 1, ..Hardware::default() }, "");
     ferry.ends_with(1);
     let said = ferry.process.stderr.text_to_end();
-    assert!(said.contains("cannot allocate 4194304 huge pages of 2 MiB") && said.contains("nr_hugepages` as root"), "{said}");
+    assert!(said.contains("cannot allocate 67108864 huge pages of 2 MiB") && said.contains("nr_hugepages` as root"), "{said}");
 }
 
 const HARDWARE: Hardware<'static> = Hardware { memory: "128M,hugepages=2M", cpus: 2, disk: None, readonly: false };
@@ -98,13 +99,13 @@ fn a_broken_link_costs_a_guest_in_hugetlb_memory_nothing() {
 
 #[test]
 fn a_destination_with_too_few_huge_pages_says_so_at_the_source() {
-    let provision = Provision::new(64);
+    let mut provision = Provision::only(64);
     let lab = Lab::new();
     let mut here = lab.run(&HARDWARE, "fill=16M rate=100");
     let mut guest = Guest::booting_at(&mut here);
     guest.beats(1);
     // Those that the guest has stay; a second guest finds none.
-    drop(provision);
+    provision.withdraw();
     let mut there = lab.receive(Transport::Unix);
     lab.migrate(&here, &there.address, &[]).fails(&["cannot allocate 64 huge pages of 2 MiB", "goes on at the source"]);
     there.ends_with(1);

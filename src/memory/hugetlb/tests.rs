@@ -29,9 +29,9 @@ fn cleared_ram_is_zero_again() {
 
 #[test]
 fn a_shortage_is_told_with_what_to_do() {
-    // More than any host has set aside.
-    let error = GuestRam::allocate_hugetlb(1 << 46).unwrap_err().to_string();
-    assert!(error.contains("cannot allocate 33554432 huge pages of 2 MiB"), "{error}");
+    // More than fits a process, so that nobody else finds none meanwhile.
+    let error = GuestRam::allocate_hugetlb(1 << 47).unwrap_err().to_string();
+    assert!(error.contains("cannot allocate 67108864 huge pages of 2 MiB"), "{error}");
     assert!(error.contains(" free; `echo ") && error.contains("/nr_hugepages` as root"), "{error}");
 
     let shortage = |pool| Shortage { needed: 256, pool, source: rustix::io::Errno::NOMEM }.to_string();
