@@ -265,10 +265,8 @@ impl Source {
             return Poll::Wait(self.deadline);
         }
         let is_to_harvest = self.state == State::Sending && self.postcopy_requested;
-        if !is_to_harvest
-            && !(self.state == State::Sending && self.has_probed(now))
-            && let Some(poll) = self.next_to_send()
-        {
+        let is_enough = is_to_harvest || (self.state == State::Sending && self.has_probed(now));
+        if !is_enough && let Some(poll) = self.next_to_send() {
             return poll;
         }
         if self.in_flight > 0 {

@@ -60,8 +60,9 @@ pub struct MigrateParameters {
     pub max_cpu_throttle: u64,
     /// Connections for pages: what suits the host and the bandwidth limit until it is set.
     pub multifd_channels: u64,
+    /// Whether it was.
     #[serde(skip)]
-    channels_are_set: bool,
+    pub channels_are_set: bool,
     /// How pages are compressed where that saves time.
     pub multifd_compression: MultifdCompression,
     /// Whether pages of zeros go by name.

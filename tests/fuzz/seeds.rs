@@ -4,11 +4,12 @@ use ferry::device::serial::SerialPort;
 use ferry::device::virtio::blk::VirtioBlk;
 use ferry::device::virtio::mmio::VirtioMmio;
 use ferry::device::{Device, DeviceState};
-use ferry::memory::{GuestRam, PageRun};
+use ferry::memory::{GuestRam, HostPage, PageRun};
+use ferry::migrate::compression::Compressor;
 use ferry::migrate::driver::owner::MachineSetup;
 use ferry::migrate::report::Faults;
 use ferry::migrate::source::Source;
-use ferry::migrate::wire::{BitmapInfo, BitmapPlace, Channel, Frame, Holding, Package, Totals};
+use ferry::migrate::wire::{BitmapInfo, BitmapPlace, Channel, Compressed, Frame, Holding, Method, Package, Setup, Totals};
 use ferry::vm::config::{DiskConfig, GuestConfig};
 use ferry::vm::facts::MachineFacts;
 use kvm_bindings::*;
@@ -28,7 +29,7 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "source" => (0..3).map(source).chain([recovery_of_source()]).collect(),
         "virtio_blk" => [0, 1, 8, 11, 13].map(|kind| virtio_blk(kind).to_vec()).to_vec(),
         "virtio_mmio" => vec![virtio_mmio(0), virtio_mmio(1)],
-        "wire" => [from_source(true), from_destination(true), vec![holding()]].concat().iter().map(bytes).collect(),
+        "wire" => [from_source(true), from_destination(true), vec![holding()], compressed()].concat().iter().map(bytes).collect(),
         _ => Vec::new(),
     }
 }
@@ -43,12 +44,14 @@ fn bitmap(name: &str) -> BitmapInfo {
 
 /// All that a source says on its main connection, except for the pages in postcopy.
 fn from_source(postcopy: bool) -> Vec<Frame> {
+    let (host_page, huge) = (HostPage::SMALL, vec![PageRun::new(512, 512)]);
+    let setup = Setup { ram_pages: 1024, host_page, huge, postcopy, page_channels: 1, machine: vec![1, 2, 3] };
     let missing = if postcopy { vec![PageRun::new(2, 1), PageRun::new(40, 8)] } else { Vec::new() };
     let sent = Totals { normal: 4, zero: 3 };
     let bitmaps = vec![bitmap("a"), bitmap("b")];
     let mut frames = vec![
         Source::hello(7, 0, Channel::Main),
-        Frame::Setup { ram_pages: 64, postcopy, machine: vec![1, 2, 3] },
+        Frame::Setup(setup),
         Frame::Pages(PageRun::new(0, 4)),
         Frame::Zero(vec![PageRun::new(1, 1), PageRun::new(10, 2)]),
         Frame::PassEnd(sent),
@@ -81,13 +84,29 @@ fn from_destination(postcopy: bool) -> Vec<Frame> {
     ]
 }
 
+/// What is said on the connection for pages rather than on the main one.
+fn is_on_pages(frame: &Frame) -> bool {
+    matches!(frame, Frame::Pages(_) | Frame::Compressed(_) | Frame::Zero(_))
+}
+
+/// The connections that follow the main one.
+fn others() -> Vec<u8> {
+    let mut steps = vec![0x80];
+    steps.extend(bytes(&Source::hello(7, 0, Channel::Urgent)));
+    steps.push(0x85);
+    steps.extend(bytes(&Source::hello(7, 0, Channel::Pages(0))));
+    steps
+}
+
 fn destination(postcopy: bool) -> Vec<u8> {
     let mut steps = Vec::new();
     for (index, frame) in from_source(postcopy).iter().enumerate() {
+        if is_on_pages(frame) {
+            steps.push(0x85);
+        }
         steps.extend(bytes(frame));
         if index == 0 {
-            steps.push(0x80);
-            steps.extend(bytes(&Source::hello(7, 0, Channel::Urgent)));
+            steps.extend(others());
         }
         if *frame == Frame::Commit {
             steps.extend([0x83, 40, 0x83, 50]);
@@ -114,6 +133,15 @@ fn holding() -> Frame {
     Frame::Holding(Holding { committed: false, missing: vec![PageRun::new(2, 1)], bitmaps: BitmapPlace { index: 1, words: 1 } })
 }
 
+fn compressed() -> Vec<Frame> {
+    let contents: Vec<u8> = (0..4096).map(|index| (index % 7) as u8).collect();
+    let frame = |method| {
+        let contents = Compressor::new(method).and_then(|mut compressor| compressor.compress(&contents).map(<[u8]>::to_vec));
+        Frame::Compressed(Compressed { run: PageRun::new(3, 1), method, contents: contents.expect("memory") })
+    };
+    vec![frame(Method::Lz4), frame(Method::Zstd)]
+}
+
 /// The link breaks behind the first bitmap, and another one carries the rest.
 fn recovery_of_destination() -> Vec<u8> {
     let frames = from_source(true);
@@ -124,10 +152,12 @@ fn recovery_of_destination() -> Vec<u8> {
             steps.extend([0x81, 0]);
             steps.extend(bytes(&frames[0]));
         }
+        if is_on_pages(frame) {
+            steps.push(0x85);
+        }
         steps.extend(bytes(frame));
         if index == 0 || index == rest {
-            steps.push(0x80);
-            steps.extend(bytes(&Source::hello(7, 0, Channel::Urgent)));
+            steps.extend(others());
         }
     }
     steps

@@ -45,7 +45,8 @@ fn postcopy_on_demand() {
     let Moving { mut here, mut there, mut guest, migration, .. } = Moving::new(&lab, &hardware, "fill=64M rate=5000", &SLOW);
     here.command("start-postcopy");
     let (_, report) = migration.succeeds();
-    assert!(report.postcopy && report.passes.len() == 1, "{report:?}");
+    // None, if it was asked for before the first one began.
+    assert!(report.postcopy && report.passes.len() <= 1, "{report:?}");
     // The pass would take 16 seconds.
     assert!(report.total_us < 10_000_000, "{report:?}");
     here.ends_with(0);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ferry::memory::PageNumber;
 use ferry::migrate::destination::{Action, Destination, Input, Link, Outcome, Placement, Poll};
-use ferry::migrate::wire::{Channel, Frame, Hello};
+use ferry::migrate::wire::{Channel, Compressed, Frame, Hello, Totals};
 
 use super::allocation::{proportionate, within};
 use super::session::{Step, steps};
@@ -37,9 +37,21 @@ impl Host {
                         self.link = link;
                     }
                 }
-                Step::Frame(channel, Frame::Pages(run)) => match self.engine.pages(channel, run) {
-                    Ok(Placement::Fault) => self.engine.placed(run, self.now),
-                    Ok(Placement::Direct) => {}
+                Step::Frame(channel, Frame::Pages(run) | Frame::Compressed(Compressed { run, .. })) => {
+                    match self.engine.pages(channel, run) {
+                        Ok(Placement::Fault) => self.engine.placed(run, self.now),
+                        Ok(Placement::Direct) => self.engine.received(Totals { normal: run.count, zero: 0 }),
+                        Err(reason) => self.engine.handle(Input::Failed(reason)),
+                    }
+                }
+                Step::Frame(channel, Frame::Zero(runs)) => match self.engine.zero(channel, &runs) {
+                    Ok((placement, to_do)) => {
+                        assert!(to_do.iter().all(|run| run.is_within(HOST_PAGES)), "{to_do:?}");
+                        match placement {
+                            Placement::Fault => to_do.iter().for_each(|run| self.engine.placed(*run, self.now)),
+                            Placement::Direct => self.engine.received(Totals { normal: 0, zero: runs.iter().map(|run| run.count).sum() }),
+                        }
+                    }
                     Err(reason) => self.engine.handle(Input::Failed(reason)),
                 },
                 Step::Frame(channel, frame) => self.engine.handle(Input::Frame(self.link, channel, frame)),
@@ -67,8 +79,8 @@ impl Host {
         assert!(!self.ended, "{action:?} after the end");
         match action {
             Action::Send(_, frame) => drop(frame.encode().expect("what is sent can be encoded")),
-            Action::Prepare { ram_pages, .. } if ram_pages <= HOST_PAGES => self.engine.handle(Input::Prepared),
-            Action::Prepare { .. } => self.engine.handle(Input::Failed("too large".into())),
+            Action::Prepare(setup) if setup.ram_pages <= HOST_PAGES => self.engine.handle(Input::Prepared),
+            Action::Prepare(_) => self.engine.handle(Input::Failed("too large".into())),
             Action::Load(package) => {
                 assert!(package.postcopy || package.missing.is_empty());
                 self.engine.handle(Input::Loaded { load_us: 1, warnings: Vec::new() });
@@ -77,9 +89,7 @@ impl Host {
                 self.committed = true;
                 self.engine.handle(Input::Ran(1));
             }
-            Action::PlaceZero(run) => self.engine.placed(run, self.now),
             Action::FinishBuilding => {}
-            Action::Empty(run) => assert!(run.is_within(HOST_PAGES), "{run}"),
             Action::LoadBitmap { .. } | Action::CompleteBitmap(_) | Action::AbandonBitmaps => assert!(self.committed),
             Action::Disconnect(_) | Action::Reconnect(_) => {}
             Action::Complete => {

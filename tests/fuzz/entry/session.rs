@@ -26,6 +26,7 @@ const LOST: u8 = 0x81;
 const WAIT: u8 = 0x82;
 const LOCAL: u8 = 0x83;
 const POLL: u8 = 0x84;
+const PAGES: u8 = 0x85;
 
 /// Reads the steps of `data`, up to the first that is none: as a reader does, which ends the connection there.
 pub fn steps(mut data: &[u8]) -> impl Iterator<Item = Step> {
@@ -39,9 +40,17 @@ pub fn steps(mut data: &[u8]) -> impl Iterator<Item = Step> {
             data = rest;
             return frame(&mut data, Channel::Urgent);
         }
+        if first == PAGES {
+            data = rest;
+            return frame(&mut data, Channel::Pages(0));
+        }
         data = after;
         Some(match first {
-            LOST => Step::Lost(if argument == 0 { Channel::Main } else { Channel::Urgent }),
+            LOST => Step::Lost(match argument {
+                0 => Channel::Main,
+                1 => Channel::Urgent,
+                _ => Channel::Pages(0),
+            }),
             WAIT => Step::Wait(Duration::from_millis(u64::from(argument) * 100)),
             LOCAL => Step::Local(argument),
             POLL => Step::Poll(argument),

@@ -1,8 +1,8 @@
-//! The source's state machine with a hostile destination. The first byte chooses the mode; the driver does what it is told, step by step.
+//! The source's state machine with a hostile destination. The first byte chooses the mode and the host page; the driver does what it is told, step by step.
 
 use std::time::Duration;
 
-use ferry::memory::{PageRun, PageSet};
+use ferry::memory::{HostPage, PageRun, PageSet};
 use ferry::migrate::bitmaps::IncomingBitmaps;
 use ferry::migrate::report::Mode;
 use ferry::migrate::source::{Action, Bulk, Config, Input, Outcome, Poll, Sent, Source, Stopped};
@@ -16,7 +16,9 @@ const PAGES: u64 = 1024;
 pub fn run(data: &[u8]) {
     let Some((&choice, data)) = data.split_first() else { return };
     let mode = [Mode::Auto, Mode::Precopy, Mode::Postcopy][usize::from(choice % 3)];
-    let config = Config { mode, downtime_limit: Duration::from_millis(50), ram_pages: PAGES, session: 1, machine: vec![1; 10] };
+    let downtime_limit = Duration::from_millis(50);
+    let host_page = if choice < 128 { HostPage::SMALL } else { HostPage::HUGE };
+    let config = Config { mode, downtime_limit, ram_pages: PAGES, host_page, page_channels: 2, session: 1, machine: vec![1; 10] };
     let engine = Source::new(config);
     let (now, bitmaps) = (Duration::ZERO, IncomingBitmaps::default());
     let mut host = Host { engine, now, stopped: false, given_up: false, connected: false, ended: false, bitmaps, infos: Vec::new() };
@@ -50,6 +52,9 @@ impl Host {
                 },
                 Step::Frame(Channel::Urgent, frame) => {
                     self.engine.handle(Input::Lost(Channel::Urgent, format!("{:?}", frame.kind())), self.now);
+                }
+                Step::Frame(channel @ Channel::Pages(_), frame) => {
+                    self.engine.handle(Input::Lost(channel, format!("{:?}", frame.kind())), self.now);
                 }
                 Step::Lost(channel) => self.engine.handle(Input::Lost(channel, "cut".into()), self.now),
                 Step::Wait(time) => self.now += time,
@@ -86,7 +91,10 @@ impl Host {
         for _ in 0..times {
             match self.engine.poll(self.now) {
                 Poll::Act(action) => self.act(action),
-                Poll::Bulk(Bulk::Pages { run, .. }) => self.engine.sent(sent(run)),
+                Poll::Bulk(Bulk::Pages { channel, runs, .. }) => {
+                    let count = runs.iter().map(|run| run.count).sum();
+                    self.engine.sent(channel, sent(PageRun::new(0, count)));
+                }
                 Poll::Bulk(Bulk::Bitmap { index, first, count }) => {
                     self.bitmaps.words(index, first, count).expect("words in order");
                     self.engine.sent_bitmap(count * 8);
@@ -119,7 +127,7 @@ impl Host {
                 assert!(self.given_up, "paused before the commit");
                 self.connected = false;
             }
-            Action::OpenUrgent => assert!(self.connected),
+            Action::OpenOthers => assert!(self.connected),
             Action::StartTracking => self.engine.handle(Input::Harvested(PageSet::full(PAGES)), self.now),
             Action::Harvest => self.engine.handle(Input::Harvested(some_pages()), self.now),
             Action::Stop => {
@@ -156,5 +164,5 @@ fn some_pages() -> PageSet {
 }
 
 fn sent(run: PageRun) -> Sent {
-    Sent { normal: run.count, zero: 0, bytes: run.bytes(), busy: Duration::from_micros(run.count) }
+    Sent { normal: run.count, bytes: run.bytes(), busy: Duration::from_micros(run.count), ..Sent::default() }
 }

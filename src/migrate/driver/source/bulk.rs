@@ -35,6 +35,9 @@ pub enum BulkError {
     Wire(#[from] WireError),
 }
 
+/// Part of what goes out: bytes, and pages whose contents follow them straight from guest RAM.
+type Part = (Vec<u8>, Option<PageRun>);
+
 /// One connection for pages.
 pub struct PageSender {
     shared: Arc<Shared>,
@@ -90,7 +93,7 @@ impl PageSender {
 
     /// Looks at the pages of `batch`: those that are zero go by name, all others with their contents, straight from guest RAM unless they are
     /// compressed.
-    fn pack(&mut self, batch: &Batch, compress: bool) -> Result<(Vec<(Vec<u8>, Option<PageRun>)>, Sent), BulkError> {
+    fn pack(&mut self, batch: &Batch, compress: bool) -> Result<(Vec<Part>, Sent), BulkError> {
         let (mut frames, mut zero, mut sent) = (Vec::new(), Vec::new(), Sent::default());
         for run in &batch.runs {
             for span in self.io.split_zero(*run, MAX_RUN, batch.unit) {

@@ -52,9 +52,8 @@ impl Peer {
         frames::send(&mut writer, &Frame::Prepared, None).unwrap();
         assert!(held.recv_timeout(LIMIT).is_err_and(|error| error.is_disconnected()));
         loop {
-            match frames::read(&mut reader, |_| true, Some(Instant::now() + LIMIT)).ok()? {
-                Frame::Abort(reason) => return Some(reason),
-                _ => {}
+            if let Frame::Abort(reason) = frames::read(&mut reader, |_| true, Some(Instant::now() + LIMIT)).ok()? {
+                return Some(reason);
             }
         }
     }
