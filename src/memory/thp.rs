@@ -12,16 +12,23 @@ use super::pagemap::{PAGE_IS_HUGE, Pagemap};
 use super::populated::populated;
 use super::{GuestRam, HUGE_PAGE, HostPage, PageRun, PageSet};
 
-/// Most ranges that [`huge_ranges`] finds. Every change of advice is a mapping of its own to the kernel, which allows a process 65,530.
-pub const MAX_RANGES: usize = 4096;
+/// Most ranges that [`huge_ranges`] finds.
+pub const MAX_RANGES: usize = 32 << 10;
+/// Most ranges that [`allow_only`] allows huge pages in. Each is a mapping of its own to the kernel until advice is alike everywhere again,
+/// which takes some microseconds a range, at the worst while the guest stands still.
+const MAX_ALLOWED: usize = 512;
 
 /// The ranges of `ram` that are mapped by transparent huge pages, ascending, in whole huge pages. Where there are more than
 /// [`MAX_RANGES`], the longest. None are known before Linux 6.7.
 pub fn huge_ranges(ram: &GuestRam) -> Vec<PageRun> {
-    let mut ranges: Vec<_> = huge_pages(ram).runs().collect();
-    if ranges.len() > MAX_RANGES {
+    longest(huge_pages(ram).runs().collect(), MAX_RANGES)
+}
+
+/// The `most` longest of `ranges`, ascending.
+fn longest(mut ranges: Vec<PageRun>, most: usize) -> Vec<PageRun> {
+    if ranges.len() > most {
         ranges.sort_by_key(|range| std::cmp::Reverse(range.count));
-        ranges.truncate(MAX_RANGES);
+        ranges.truncate(most);
         ranges.sort_by_key(|range| range.first);
     }
     ranges
@@ -53,11 +60,11 @@ pub fn forbid(ram: &GuestRam) -> Result<(), Errno> {
 }
 
 /// Lets huge pages appear within `ranges` of `ram` only. For a guest that is about to come: where its memory was huge its first page makes
-/// a huge page, and elsewhere one page takes no more than a page.
+/// a huge page, and elsewhere one page takes no more than a page. Of very many ranges the longest; [`rebuild`] makes up for the others.
 pub fn allow_only(ram: &GuestRam, ranges: &[PageRun]) {
     let _ = forbid(ram);
-    for range in ranges {
-        let _ = advise(ram, *range, Advice::LinuxHugepage);
+    for range in longest(ranges.to_vec(), MAX_ALLOWED) {
+        let _ = advise(ram, range, Advice::LinuxHugepage);
     }
 }
 

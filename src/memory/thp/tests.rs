@@ -115,6 +115,14 @@ fn what_a_postcopy_has_split_is_rebuilt() {
 }
 
 #[test]
+fn of_too_many_ranges_the_longest_are_kept() {
+    let ranges = vec![huge(0, 1), huge(2, 3), huge(6, 1), huge(8, 9)];
+    assert_eq!(longest(ranges.clone(), 2), [huge(2, 3), huge(8, 9)]);
+    assert_eq!(longest(ranges.clone(), 3), [huge(0, 1), huge(2, 3), huge(8, 9)]);
+    assert_eq!(longest(ranges.clone(), 4), ranges);
+}
+
+#[test]
 fn hugetlb_memory_has_no_transparent_huge_pages() {
     let _provision = Provision::new(2);
     let ram = GuestRam::allocate_hugetlb(2 * GRANULE).unwrap();
