@@ -52,6 +52,8 @@ pub(super) enum Subcommand {
     Cancel(Target),
     /// Switch a running migration to postcopy now
     StartPostcopy(Target),
+    /// Hand the guest over, where a migration with --pause-before-switchover waits
+    Continue(Target),
     /// Join the two sides of a postcopy again whose link was lost
     Recover(RecoverArguments),
     /// End a guest and its Ferry at once, without asking the guest
@@ -169,6 +171,15 @@ pub(super) struct MigrateArguments {
     /// Compress pages where that saves time
     #[arg(long, value_enum)]
     pub compression: Option<CompressionArgument>,
+    /// In mode precopy, slow the guest down where the migration cannot end otherwise
+    ///
+    /// Its vCPUs are made to stand still for a growing share of the time, from 20 % up to 99 %, only as far as needed. Mode auto goes to
+    /// postcopy instead.
+    #[arg(long)]
+    pub auto_converge: bool,
+    /// When the guest stands still, wait for `ferry continue` before it is handed over; Ctrl-C or `ferry cancel` lets it go on
+    #[arg(long)]
+    pub pause_before_switchover: bool,
     /// Only tell how long each mode would take and black out; the `ferry receive` waits on
     ///
     /// Connects, has the destination check everything, sends at most 64 MiB to measure the link and watches for three seconds what the

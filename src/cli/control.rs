@@ -5,8 +5,10 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::{CliError, format};
+use crate::migrate::report::Status;
 use crate::qmp::Command;
 use crate::qmp::client::Client;
+use crate::qmp::command::MigrateContinue;
 use crate::qmp::query_migrate::Details;
 
 /// `ferry status`: the guest's state, and where its migration stands if there is or was one.
@@ -73,6 +75,11 @@ pub(super) fn cancel(qmp: &Path) -> Result<(), CliError> {
 /// `ferry start-postcopy`.
 pub(super) fn start_postcopy(qmp: &Path) -> Result<(), CliError> {
     execute(qmp, &Command::MigrateStartPostcopy)
+}
+
+/// `ferry continue`.
+pub(super) fn continue_switchover(qmp: &Path) -> Result<(), CliError> {
+    execute(qmp, &Command::MigrateContinue(MigrateContinue { state: Status::PreSwitchover }))
 }
 
 /// `ferry quit`.

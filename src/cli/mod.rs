@@ -65,6 +65,7 @@ pub fn main() -> ExitCode {
         Subcommand::Bitmap(arguments) => bitmap::bitmap(arguments),
         Subcommand::Cancel(target) => control::cancel(&target.qmp),
         Subcommand::StartPostcopy(target) => control::start_postcopy(&target.qmp),
+        Subcommand::Continue(target) => control::continue_switchover(&target.qmp),
         Subcommand::Recover(arguments) => migrate::recover(arguments),
         Subcommand::Quit(target) => control::quit(&target.qmp),
         Subcommand::Doctor(arguments) => return doctor::doctor(arguments.json),

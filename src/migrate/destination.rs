@@ -19,6 +19,7 @@ mod action;
 mod arrival;
 mod faults;
 mod input;
+mod silence;
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -86,6 +87,8 @@ pub struct Destination {
     bitmaps: IncomingBitmaps,
     postcopy: bool,
     end_received: bool,
+    /// When the source was last heard of: it came, was told READY, or sent pages.
+    heard_at: Duration,
     resume_us: u64,
     warnings: Vec<String>,
     faults: Faults,
@@ -123,6 +126,7 @@ impl Destination {
             bitmaps: IncomingBitmaps::default(),
             postcopy: false,
             end_received: false,
+            heard_at: Duration::ZERO,
             resume_us: 0,
             warnings: Vec::new(),
             faults: Faults::default(),
@@ -144,7 +148,10 @@ impl Destination {
                 self.enter(State::Setup, Some(now + SETUP_TIMEOUT));
                 Ok(self.link)
             }
-            (Channel::Main, Some(session)) if session == hello.session && hello.link > self.link.0 => self.come_back(Link(hello.link)),
+            (Channel::Main, Some(session)) if session == hello.session && hello.link > self.link.0 => {
+                self.heard_at = now;
+                self.come_back(Link(hello.link))
+            }
             (Channel::Main, Some(session)) if session == hello.session => Err("a newer connection has replaced this one".into()),
             (Channel::Main, Some(_)) => Err("another migration to here is under way".into()),
             (Channel::Urgent, Some(session))
@@ -246,7 +253,14 @@ impl Destination {
             self.fail("the source said nothing in time");
         }
         self.check_complete();
-        self.actions.pop_front().map_or(Poll::Wait(self.deadline), Poll::Act)
+        if self.actions.is_empty() {
+            self.check_silence(now);
+        }
+        let Some(action) = self.actions.pop_front() else { return Poll::Wait(self.next_look(now)) };
+        if let Action::Send(_, Frame::Ready { .. }) = action {
+            self.heard_at = now;
+        }
+        Poll::Act(action)
     }
 
     /// Takes an input. What follows from it comes with the next [`Destination::poll`].

@@ -1,6 +1,7 @@
 //! What a dry run tells: how a migration would go in each mode, by the policy that would decide in it and a guest that dirties memory as
 //! it was watched to do.
 
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 use super::policy::{self, Decision, Fixed, Goal, History};
@@ -21,6 +22,8 @@ pub struct Observed {
     pub throughput: f64,
     /// Bytes a second while really sending; 0 if too little was sent to tell.
     pub bandwidth: u64,
+    /// Bytes a second that postcopy may send in the background, if a person has limited them.
+    pub postcopy_limit: Option<NonZeroU64>,
     /// What the blackout costs beside pages.
     pub fixed: Fixed,
 }
@@ -43,8 +46,9 @@ impl Observed {
     pub fn forecast(&self, goal: &Goal) -> Forecast {
         let (mut passes, mut total) = (Vec::new(), Duration::ZERO);
         let (mut sent, mut throttle) = (self.pages, 0);
-        // Precopy's limit is not postcopy's.
+        // Precopy's limit, which the throughput was measured under, is not postcopy's.
         let link = if self.bandwidth > 0 { self.bandwidth as f64 } else { self.throughput };
+        let background = self.postcopy_limit.map_or(link, |limit| link.min(limit.get() as f64));
         loop {
             let number = passes.len() as u32 + 1;
             if goal.mode != Mode::Postcopy {
@@ -70,7 +74,7 @@ impl Observed {
                 decision => {
                     let postcopy = decision == Decision::SwitchPostcopy;
                     let ends = postcopy || decision == Decision::SwitchPrecopy;
-                    let rest = if postcopy { time_for(sent, link) } else { Duration::ZERO };
+                    let rest = if postcopy { time_for(sent, background) } else { Duration::ZERO };
                     return Forecast {
                         mode: goal.mode,
                         ends,
@@ -104,6 +108,7 @@ mod tests {
             dirtied: dirtied.map(|ms| (Duration::from_millis(ms), (rate * ms / 1000).min(hot))).to_vec(),
             throughput: 400e6,
             bandwidth: 400_000_000,
+            postcopy_limit: None,
             fixed: Fixed::default(),
         }
     }
@@ -142,9 +147,26 @@ mod tests {
         assert!(auto.ends && auto.postcopy && auto.passes == 1, "{auto:?}");
         let precopy = observed.forecast(&goal(Mode::Precopy));
         assert!(!precopy.ends && precopy.reason.contains("the guest dirties") && precopy.total_us == 0, "{precopy:?}");
-        let throttling = Some(Throttling { initial: 20, increment: 10, max: 99 });
+        let throttling = Some(Throttling { initial: 20, increment: 10, max: 99, tailslow: false });
         let slowed = observed.forecast(&Goal { throttling, ..goal(Mode::Precopy) });
         assert!(slowed.ends && slowed.throttle >= 90, "{slowed:?}");
+    }
+
+    #[test]
+    fn a_limit_of_postcopy_lengthens_postcopy_alone() {
+        let seconds = |limit, mode| {
+            let observed = Observed { postcopy_limit: NonZeroU64::new(limit), ..observed(1_000_000, 1 << 18) };
+            let Forecast { ends, postcopy, total_us, downtime_us, .. } = observed.forecast(&goal(mode));
+            assert!(!postcopy || downtime_us < 10_000, "no limit applies while the guest stands still");
+            (ends, total_us / 1_000_000)
+        };
+        // 1 GiB takes 2.7 s at 400 MB/s and 10.7 s at 100 MB/s; a limit above what the link carries is none.
+        for (limit, postcopy) in [(0, 2), (100_000_000, 10), (4_000_000_000, 2)] {
+            assert_eq!(seconds(limit, Mode::Postcopy), (true, postcopy));
+            assert_eq!(seconds(limit, Mode::Precopy), (false, 0));
+        }
+        // One pass goes before it.
+        assert_eq!(seconds(100_000_000, Mode::Auto), (true, 13));
     }
 
     #[test]

@@ -47,6 +47,22 @@ pub struct Throttling {
     pub increment: u8,
     /// At most.
     pub max: u8,
+    /// Whether less is added where less is expected to suffice.
+    pub tailslow: bool,
+}
+
+impl Throttling {
+    /// The percentage after `throttle`, at which a pass leaves this share of what it was to send: the guest dirties in proportion to the
+    /// time that it gets.
+    fn next(&self, throttle: u8, share: f64) -> u8 {
+        if throttle == 0 {
+            return self.initial.min(self.max);
+        }
+        let runs = f64::from(100 - throttle.min(100));
+        let needed = (runs - runs * WORTHWHILE / share.max(WORTHWHILE)).ceil() as u8;
+        let increment = if self.tailslow { needed.clamp(1, self.increment.max(1)) } else { self.increment };
+        throttle.saturating_add(increment).min(self.max)
+    }
 }
 
 /// What was measured so far.
@@ -197,8 +213,7 @@ pub fn decide(history: &History<'_>, goal: &Goal) -> Verdict {
     );
     match goal.throttling {
         Some(throttling) if last.throttle < throttling.max => {
-            let percent = if last.throttle == 0 { throttling.initial } else { last.throttle.saturating_add(throttling.increment) };
-            let percent = percent.min(throttling.max);
+            let percent = throttling.next(last.throttle, share);
             verdict(Decision::Throttle(percent), format!("{why}; its vCPUs are to stand still {percent} % of the time"))
         }
         Some(_) => verdict(Decision::AnotherPass, format!("{why}, and its vCPUs may not be slowed down any further")),

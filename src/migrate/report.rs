@@ -33,6 +33,8 @@ pub enum Status {
     Setup,
     /// Precopy; the guest runs at the source.
     Active,
+    /// The guest stands still at the source, and a person is waited for before the switch.
+    PreSwitchover,
     /// The switch: the guest runs nowhere.
     Device,
     /// The guest runs at the destination, pages are still to come.
@@ -58,6 +60,7 @@ impl Status {
             self,
             Self::Setup
                 | Self::Active
+                | Self::PreSwitchover
                 | Self::Device
                 | Self::PostcopyActive
                 | Self::PostcopyPaused
@@ -181,6 +184,9 @@ pub struct Downtime {
     pub device_state_us: u64,
     /// The last harvest of dirty pages, after the state was saved.
     pub last_sync_us: u64,
+    /// Waiting for a person before the switch, if that was asked for. No forecast counts it.
+    #[serde(default)]
+    pub pre_switchover_us: u64,
     /// Sending what is left (precopy) and the package.
     pub transfer_us: u64,
     /// The destination loading the package, by its own clock.

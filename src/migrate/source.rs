@@ -7,6 +7,7 @@
 //!  Hello --Welcome--> Preparing --Prepared--> Precopy <--> PassAck? --decide--> Stopping --stopped--> LastPass
 //!                                                ^                                  |  (postcopy: rest stays unsent)
 //!                                                +------- too much was left --------+
+//!  Stopping --stopped, where a person is to be waited for--> PreSwitchover --continue--> LastPass
 //!  LastPass --all sent--> Switching --READY--> [GiveUp] COMMIT --> Committed --all sent--> Ending --Done--> Ended
 //! ```
 //!
@@ -27,6 +28,7 @@ mod dry_run;
 mod ending;
 mod input;
 mod passes;
+mod pre_switchover;
 mod recovery;
 
 use std::collections::VecDeque;
@@ -55,6 +57,10 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 const SWITCH_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the destination's last word is waited for once a connection is lost on which all was sent.
 const ENDING_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the destination may take to have all after END. What is still in the kernels' buffers, some megabytes at most, passes a link of
+/// 100 kB/s meanwhile: whether it does cannot be seen from here. Before END a destination that reads nothing blocks the sends, which have
+/// limits of their own.
+const END_TIMEOUT: Duration = Duration::from_secs(120);
 /// Postcopy's background runs are short, so that the link is soon free for an urgent page; but a host page goes whole.
 const POSTCOPY_RUN: u64 = 64;
 /// Passes that are reported; of more, the last ones.
@@ -90,6 +96,8 @@ enum State {
     /// In a dry run: until the next look at what the guest has dirtied.
     Watching,
     Stopping,
+    /// The guest stands still, and a person is waited for.
+    PreSwitchover,
     LastPass,
     Switching,
     Committed,
@@ -119,6 +127,7 @@ pub struct Source {
     destination_built: bool,
     switch_postcopy: bool,
     postcopy_requested: bool,
+    pause_before_switchover: bool,
     /// The right to run the guest is gone: [`Action::GiveUp`] was handed to the driver.
     given_up: bool,
     link: u32,
@@ -130,6 +139,7 @@ pub struct Source {
     dry_run: Option<DryRun>,
     fixed: Fixed,
     switchover_bandwidth: Option<NonZeroU64>,
+    postcopy_bandwidth: Option<NonZeroU64>,
     throttling: Option<Throttling>,
     /// Percentage of the time in which the guest's vCPUs stand still.
     throttle: u8,
@@ -172,6 +182,7 @@ impl Source {
             destination_built: false,
             switch_postcopy: false,
             postcopy_requested: false,
+            pause_before_switchover: false,
             given_up: false,
             link: 0,
             package_sent: false,
@@ -180,6 +191,7 @@ impl Source {
             dry_run: None,
             fixed: Fixed::default(),
             switchover_bandwidth: None,
+            postcopy_bandwidth: None,
             throttling: None,
             throttle: 0,
             asked_at: Duration::ZERO,
@@ -307,7 +319,9 @@ impl Source {
             // connection, or that one's loss, decides.
             (Input::Lost(Channel::Urgent, _), State::Ending) => {}
             // The same, but what it carried may never have come: the destination does not know of a connection whose greeting was lost.
-            (Input::Lost(Channel::Pages(_), _), State::Ending) => self.deadline = self.deadline.or(Some(now + ENDING_TIMEOUT)),
+            (Input::Lost(Channel::Pages(_), _), State::Ending) => {
+                self.deadline = Some(self.deadline.map_or(now + ENDING_TIMEOUT, |deadline| deadline.min(now + ENDING_TIMEOUT)));
+            }
             (Input::Lost(_, reason), _) => {
                 self.fail(Failure::Failed(format!("the connection to the destination was lost: {reason}")), now);
             }
@@ -318,13 +332,16 @@ impl Source {
                 self.enter(State::Reconnecting, Some(now + HELLO_TIMEOUT));
             }
             (Input::Pause, _) if self.may_be_paused() => self.pause("it was broken on purpose"),
-            (Input::Recover | Input::Pause, _) => {}
+            (Input::Continue, State::PreSwitchover) => self.on_continue(now),
+            (Input::Recover | Input::Pause | Input::Continue, _) => {}
             (Input::Cancel, _) if self.is_committed() => {}
             (Input::Cancel, _) => self.fail(Failure::Cancelled, now),
             (Input::StartPostcopy, _) => self.postcopy_requested = self.config.mode != Mode::Precopy && self.dry_run.is_none(),
             (Input::HugeRanges(ranges), _) => self.huge = ranges,
+            (Input::PauseBeforeSwitchover(pause), _) => self.pause_before_switchover = pause,
             (Input::DowntimeLimit(limit), _) => self.config.downtime_limit = limit,
             (Input::SwitchoverBandwidth(bandwidth), _) => self.switchover_bandwidth = bandwidth,
+            (Input::PostcopyBandwidth(limit), _) => self.postcopy_bandwidth = limit,
             (Input::Throttling(throttling), _) => {
                 self.throttling = throttling;
                 self.set_throttle(throttling.map_or(0, |throttling| self.throttle.min(throttling.max)));
@@ -442,9 +459,8 @@ impl Source {
             self.outgoing.widen(self.config.host_page);
         }
         self.bitmaps = OutgoingBitmaps::new(&stopped.bitmaps);
-        self.sent_package_at = now;
         self.package = Some(stopped);
-        self.enter(State::LastPass, None);
+        self.begin_switchover(now);
     }
 
     fn next_to_send(&mut self) -> Option<Poll> {
@@ -488,7 +504,7 @@ impl Source {
             }
             State::Committed => {
                 self.send(Frame::End);
-                self.enter(State::Ending, None);
+                self.enter(State::Ending, Some(now + END_TIMEOUT));
             }
             _ => {}
         }
@@ -506,3 +522,6 @@ impl Source {
         self.enter(State::Committed, None);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -54,11 +54,13 @@ pub struct MigrateCapabilities {
     pub postcopy_ram: bool,
     /// Whether the guest may be slowed down where precopy does not end otherwise.
     pub auto_converge: bool,
+    /// Whether a migration waits for `migrate-continue` when the guest stands still, before it is handed over.
+    pub pause_before_switchover: bool,
 }
 
 impl Default for MigrateCapabilities {
     fn default() -> Self {
-        MigrateCapabilities { postcopy_ram: true, auto_converge: false }
+        MigrateCapabilities { postcopy_ram: true, auto_converge: false, pause_before_switchover: false }
     }
 }
 
@@ -90,8 +92,9 @@ impl MigrateCapabilities {
         match capability {
             PostcopyRam => self.postcopy_ram,
             AutoConverge => self.auto_converge,
+            PauseBeforeSwitchover => self.pause_before_switchover,
             DirtyBitmaps | Events | ReturnPath | PostcopyPreempt | PostcopyBlocktime | SwitchoverAck | Multifd => true,
-            Xbzrle | PauseBeforeSwitchover | ZeroCopySend | DirtyLimit => false,
+            Xbzrle | ZeroCopySend | DirtyLimit => false,
         }
     }
 
@@ -107,6 +110,7 @@ impl MigrateCapabilities {
             match change.capability {
                 Capability::PostcopyRam => next.postcopy_ram = change.state,
                 Capability::AutoConverge => next.auto_converge = change.state,
+                Capability::PauseBeforeSwitchover => next.pause_before_switchover = change.state,
                 fixed if self.get(fixed) == change.state => {}
                 fixed => {
                     let name = serde_json::to_string(&fixed).unwrap_or_default().replace('"', "'");
@@ -131,7 +135,7 @@ mod tests {
     #[test]
     fn what_is_fixed_can_be_set_to_what_it_is_only() {
         let mut capabilities = MigrateCapabilities::default();
-        let chosen = [Capability::PostcopyRam, Capability::AutoConverge];
+        let chosen = [Capability::PostcopyRam, Capability::AutoConverge, Capability::PauseBeforeSwitchover];
         let postcopy_off = CapabilityStatus { capability: Capability::PostcopyRam, state: false };
         for status in capabilities.list().into_iter().filter(|status| !chosen.contains(&status.capability)) {
             capabilities.set(&[status]).unwrap();

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use super::capabilities::CapabilityStatus;
 use super::error::QmpError;
 use super::parameters::MigrateSetParameters;
+use crate::migrate::report::Status;
 
 /// Declares an enum of commands together with their names on the wire and the way to read their arguments.
 macro_rules! commands {
@@ -75,6 +76,8 @@ commands! {
         "migrate-start-postcopy" => MigrateStartPostcopy,
         /// Ends a migration before its commit; the guest goes on at the source.
         "migrate_cancel" => MigrateCancel,
+        /// Lets a migration go on that waits before the switch.
+        "migrate-continue" => MigrateContinue(MigrateContinue),
         /// Breaks the link of a postcopy on purpose.
         "migrate-pause" => MigratePause,
         /// Tells the destination of a paused postcopy where to listen for its source.
@@ -86,7 +89,7 @@ commands! {
         /// Answered with [`MigrateCapabilities::list`](super::capabilities::MigrateCapabilities::list).
         "query-migrate-capabilities" => QueryMigrateCapabilities,
         /// Sets some of the parameters, now or during a migration.
-        "migrate-set-parameters" => MigrateSetParameters(MigrateSetParameters),
+        "migrate-set-parameters" => MigrateSetParameters(Box<MigrateSetParameters>),
         /// Answered with [`MigrateParameters`](super::parameters::MigrateParameters).
         "query-migrate-parameters" => QueryMigrateParameters,
         /// The disks and their dirty bitmaps: answered with a list of [`BlockInfo`](super::response::BlockInfo).
@@ -138,6 +141,14 @@ pub struct Migrate {
 pub struct MigrateIncoming {
     /// `tcp:HOST:PORT` or `unix:PATH` to listen on.
     pub uri: String,
+}
+
+/// Arguments of `migrate-continue`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateContinue {
+    /// The status in which the migration waits: `pre-switchover` is the only one that ends by this command.
+    pub state: Status,
 }
 
 /// Arguments of `migrate-set-capabilities`.

@@ -58,6 +58,8 @@ pub struct MigrateParameters {
     pub cpu_throttle_increment: u64,
     /// At most.
     pub max_cpu_throttle: u64,
+    /// Whether less is added where less is expected to suffice.
+    pub cpu_throttle_tailslow: bool,
     /// Connections for pages: what suits the host and the bandwidth limit until it is set.
     pub multifd_channels: u64,
     /// Whether it was.
@@ -83,6 +85,7 @@ impl Default for MigrateParameters {
             cpu_throttle_initial: 20,
             cpu_throttle_increment: 10,
             max_cpu_throttle: 99,
+            cpu_throttle_tailslow: false,
             multifd_channels: PageTransfer::default_channels(None).into(),
             channels_are_set: false,
             multifd_compression: MultifdCompression::None,
@@ -93,34 +96,38 @@ impl Default for MigrateParameters {
     }
 }
 
-/// Arguments of `migrate-set-parameters`: those that are absent keep their value. Integers are signed to name the range in the error.
+/// Arguments of `migrate-set-parameters`: those that are absent keep their value. Integers are
+/// wider than any range, so that the error can name it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct MigrateSetParameters {
     /// See [`MigrateParameters::downtime_limit`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub downtime_limit: Option<i64>,
+    pub downtime_limit: Option<i128>,
     /// See [`MigrateParameters::max_bandwidth`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max_bandwidth: Option<i64>,
+    pub max_bandwidth: Option<i128>,
     /// See [`MigrateParameters::max_postcopy_bandwidth`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max_postcopy_bandwidth: Option<i64>,
+    pub max_postcopy_bandwidth: Option<i128>,
     /// See [`MigrateParameters::avail_switchover_bandwidth`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub avail_switchover_bandwidth: Option<i64>,
+    pub avail_switchover_bandwidth: Option<i128>,
     /// See [`MigrateParameters::cpu_throttle_initial`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cpu_throttle_initial: Option<i64>,
+    pub cpu_throttle_initial: Option<i128>,
     /// See [`MigrateParameters::cpu_throttle_increment`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cpu_throttle_increment: Option<i64>,
+    pub cpu_throttle_increment: Option<i128>,
     /// See [`MigrateParameters::max_cpu_throttle`]. Not below `cpu-throttle-initial`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max_cpu_throttle: Option<i64>,
+    pub max_cpu_throttle: Option<i128>,
+    /// See [`MigrateParameters::cpu_throttle_tailslow`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_throttle_tailslow: Option<bool>,
     /// See [`MigrateParameters::multifd_channels`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub multifd_channels: Option<i64>,
+    pub multifd_channels: Option<i128>,
     /// See [`MigrateParameters::multifd_compression`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub multifd_compression: Option<MultifdCompression>,
@@ -149,8 +156,11 @@ impl MigrateParameters {
         percentage("cpu-throttle-initial", 1).assign(&mut next.cpu_throttle_initial, changes.cpu_throttle_initial)?;
         percentage("cpu-throttle-increment", 1).assign(&mut next.cpu_throttle_increment, changes.cpu_throttle_increment)?;
         // After the first of them, and checked also when only that one has changed.
-        let max = changes.max_cpu_throttle.unwrap_or(next.max_cpu_throttle as i64);
+        let max = changes.max_cpu_throttle.unwrap_or(next.max_cpu_throttle.into());
         percentage("max-cpu-throttle", next.cpu_throttle_initial).assign(&mut next.max_cpu_throttle, Some(max))?;
+        if let Some(tailslow) = changes.cpu_throttle_tailslow {
+            next.cpu_throttle_tailslow = tailslow;
+        }
         Range { name: "multifd-channels", from: 1, to: MAX_PAGE_CHANNELS.into(), unit: "connections" }
             .assign(&mut next.multifd_channels, changes.multifd_channels)?;
         next.channels_are_set |= changes.multifd_channels.is_some();
@@ -191,6 +201,7 @@ impl MigrateParameters {
             initial: percentage(self.cpu_throttle_initial),
             increment: percentage(self.cpu_throttle_increment),
             max: percentage(self.max_cpu_throttle),
+            tailslow: self.cpu_throttle_tailslow,
         }
     }
 }
@@ -204,7 +215,7 @@ struct Range {
 }
 
 impl Range {
-    fn assign(&self, target: &mut u64, value: Option<i64>) -> Result<(), QmpError> {
+    fn assign(&self, target: &mut u64, value: Option<i128>) -> Result<(), QmpError> {
         let Some(value) = value else { return Ok(()) };
         let Range { name, from, to, unit } = self;
         *target = u64::try_from(value)
@@ -229,7 +240,7 @@ mod tests {
     #[test]
     fn one_bad_value_changes_nothing_and_names_its_range() {
         let mut parameters = MigrateParameters::default();
-        for bad in [-1, 2_000_001] {
+        for bad in [-1, 2_000_001, u64::MAX.into()] {
             let changes = MigrateSetParameters { max_bandwidth: Some(7), downtime_limit: Some(bad), ..Default::default() };
             let error = parameters.set(&changes).unwrap_err();
             assert!(error.desc.contains("from 0 to 2000000 milliseconds"), "{error}");
@@ -256,7 +267,7 @@ mod tests {
     #[test]
     fn percentages_have_qemu_s_ranges() {
         let mut parameters = MigrateParameters::default();
-        assert_eq!(parameters.throttling(), Throttling { initial: 20, increment: 10, max: 99 });
+        assert_eq!(parameters.throttling(), Throttling { initial: 20, increment: 10, max: 99, tailslow: false });
         let initial = |value| MigrateSetParameters { cpu_throttle_initial: Some(value), ..Default::default() };
         let max = |value| MigrateSetParameters { max_cpu_throttle: Some(value), ..Default::default() };
         for (bad, range) in
@@ -267,6 +278,6 @@ mod tests {
         }
         parameters.set(&max(60)).unwrap();
         assert!(parameters.set(&initial(61)).is_err());
-        assert_eq!(parameters.throttling(), Throttling { initial: 20, increment: 10, max: 60 });
+        assert_eq!(parameters.throttling(), Throttling { initial: 20, increment: 10, max: 60, tailslow: false });
     }
 }

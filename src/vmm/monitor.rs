@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use super::{Message, Vmm, lock};
 use crate::block::dirty_bitmap::Granularity;
 use crate::block::disk::Disk;
-use crate::qmp::command::{BlockDirtyBitmap, BlockDirtyBitmapAdd, Command, Migrate, MigrateIncoming};
+use crate::migrate::report::Status;
+use crate::qmp::command::{BlockDirtyBitmap, BlockDirtyBitmapAdd, Command, Migrate, MigrateContinue, MigrateIncoming};
 use crate::qmp::event::{Event, ShutdownReason};
 use crate::qmp::query_migrate::query_migrate;
 use crate::qmp::response::{BlockDirtyInfo, BlockInfo, StatusInfo};
@@ -45,6 +46,10 @@ impl Handler for Arc<Vmm> {
                 // As in QEMU, cancelling what does not go on is no error.
                 Err(_) => done(),
             },
+            Command::MigrateContinue(MigrateContinue { state: Status::PreSwitchover }) => {
+                self.migration()?.continue_switchover().map_err(QmpError::generic).and_then(|()| done())
+            }
+            Command::MigrateContinue(_) => Err(QmpError::generic("only a migration in state 'pre-switchover' waits to be continued")),
             Command::MigratePause => match self.migration() {
                 Ok(migration) => migration.pause(),
                 Err(_) => self.incoming.pause(),

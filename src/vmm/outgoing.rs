@@ -43,6 +43,7 @@ impl Outgoing {
         self.capabilities.set(changes)?;
         if let Some(migration) = self.migration.as_ref().filter(|_| self.active) {
             migration.set_throttling(self.throttling());
+            migration.set_pause_before_switchover(self.capabilities.pause_before_switchover);
         }
         Ok(())
     }
@@ -85,6 +86,7 @@ impl Vmm {
             dry_run: parameters.ferry_dry_run,
             switchover_bandwidth: limit(parameters.avail_switchover_bandwidth),
             throttling: outgoing.throttling(),
+            pause_before_switchover: outgoing.capabilities.pause_before_switchover,
         };
         outgoing.last = None;
         outgoing.pass = 0;

@@ -52,11 +52,10 @@ fn a_guest_that_was_slowed_down_in_vain_is_as_fast_as_before() {
     let mut here = lab.run(&HARDWARE, FAST);
     let mut guest = Guest::booting_at(&mut here);
     guest.beats(1);
-    here.execute("migrate-set-capabilities", json!({ "capabilities": [{ "capability": "auto-converge", "state": true }] })).unwrap();
     here.execute("migrate-set-parameters", json!({ "avail-switchover-bandwidth": 1_000_000, "max-cpu-throttle": 20 })).unwrap();
     let mut there = lab.receive(Transport::Unix);
     let mut client = here.client();
-    let migration = lab.migrate(&here, &there.address, &[&["--mode", "precopy"], &LIMITED[..]].concat());
+    let migration = lab.migrate(&here, &there.address, &[&["--mode", "precopy", "--auto-converge"], &LIMITED[..]].concat());
     wait_until(&mut client, "the throttle", |client| {
         execute(client, "query-migrate", json!({})).unwrap()["cpu-throttle-percentage"].as_u64() == Some(20)
     });

@@ -42,3 +42,4 @@ mod qemu_client;
 mod recovery;
 mod reports;
 mod strangers;
+mod switchover;

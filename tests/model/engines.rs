@@ -88,6 +88,7 @@ pub enum ToSource {
     ConnectFailed,
     Request(PageRun),
     Cancel,
+    Continue,
     Pause,
     Recover,
 }
@@ -164,7 +165,10 @@ impl Engines {
             session: SESSION,
             machine: Vec::new(),
         };
-        (self.sources.id(Source::new(config)), self.destinations.id(Destination::new()))
+        let mut source = Source::new(config);
+        // Who goes on at once has not waited.
+        source.handle(source::Input::PauseBeforeSwitchover(true), Duration::ZERO);
+        (self.sources.id(source), self.destinations.id(Destination::new()))
     }
 
     pub fn frame_id(&mut self, frame: Frame) -> Id {
@@ -219,6 +223,7 @@ impl Engines {
             ToSource::Stopped => Some(source::Input::Stopped(stopped())),
             ToSource::GiveUpFailed => Some(source::Input::GiveUpFailed(String::new())),
             ToSource::ConnectFailed => Some(source::Input::Failed(String::new())),
+            ToSource::Continue => Some(source::Input::Continue),
             ToSource::Cancel => Some(source::Input::Cancel),
             ToSource::Pause => Some(source::Input::Pause),
             ToSource::Recover => Some(source::Input::Recover),

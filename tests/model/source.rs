@@ -36,6 +36,9 @@ impl World {
             }
         }
         let engine = self.engines.source(source.engine);
+        if engine.waits_before_switchover() {
+            steps.push((Step::Continue, true));
+        }
         if engine.is_paused() && state.troubles.recoveries > 0 {
             steps.push((Step::Recover, true));
         }

@@ -139,6 +139,8 @@ pub enum Step {
     DestinationReads(usize),
     DestinationReadsEnd(usize),
     GuestTouchesMissingPage,
+    /// A person at the source ends the wait before the switch.
+    Continue,
     /// A person asks for recovery at the source.
     Recover,
     /// A person who sees that the source is dead, or runs the guest, ends a destination that waits.
@@ -262,6 +264,7 @@ impl World {
             Step::DestinationReads(index) => self.destination_reads(state, index),
             Step::DestinationReadsEnd(index) => self.destination_reads_end(state, index),
             Step::GuestTouchesMissingPage => self.destination_asks(state, ToDestination::Fault(PageNumber(0))),
+            Step::Continue => self.tell_source(state, ToSource::Continue),
             Step::Recover => {
                 state.troubles.recoveries -= 1;
                 self.tell_source(state, ToSource::Recover);

@@ -103,7 +103,7 @@ fn ferry_s_own_client_follows_a_migration() {
     let mut client = Client::connect(&fixture.path).unwrap();
     assert!(client.execute(&ProtocolCommand::QueryVersion).unwrap()["package"].as_str().unwrap().starts_with("ferry"));
     let changes = MigrateSetParameters { downtime_limit: Some(20), ..Default::default() };
-    client.execute(&Command::MigrateSetParameters(changes)).unwrap();
+    client.execute(&Command::MigrateSetParameters(Box::new(changes))).unwrap();
     let parameters: MigrateParameters = serde_json::from_value(client.execute(&Command::QueryMigrateParameters).unwrap()).unwrap();
     assert_eq!(parameters, MigrateParameters { downtime_limit: 20, ..Default::default() });
     client.execute(&Command::Migrate(Migrate { uri: "tcp:h:1".into(), detach: None, resume: false })).unwrap();

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use ferry::memory::HostPage;
 use ferry::migrate::pages::CLEAR_CHUNK;
+use ferry::migrate::policy::Throttling;
 use ferry::migrate::report::Mode;
 use ferry::migrate::wire::{Kind, MAX_RUN};
 
@@ -51,6 +52,13 @@ pub enum Fault {
     LoadFails,
     StopFails,
     GiveUpFails,
+    /// The guest ends by itself, wherever the migration stands.
+    GuestEnds,
+    /// The guest that was stopped cannot go on at the source.
+    ResumeFails,
+    /// The process stands still for minutes; its kernel keeps the connections.
+    FreezeSource,
+    FreezeDestination,
     /// Longer than anybody waits for an answer.
     TimePasses,
     /// What no link may do: the oracle's own test.
@@ -58,7 +66,7 @@ pub enum Fault {
 }
 
 /// What ends or changes a migration.
-const FAULTS: [Fault; 13] = [
+const FAULTS: [Fault; 17] = [
     Fault::KillSource,
     Fault::KillDestination,
     Fault::CutMain,
@@ -71,11 +79,15 @@ const FAULTS: [Fault; 13] = [
     Fault::LoadFails,
     Fault::StopFails,
     Fault::GiveUpFails,
+    Fault::GuestEnds,
+    Fault::ResumeFails,
+    Fault::FreezeSource,
+    Fault::FreezeDestination,
     Fault::TimePasses,
 ];
 
 /// What a migration must survive once it is past READY.
-const LOSSES: [Fault; 16] = [
+const LOSSES: [Fault; 18] = [
     Fault::CutMain,
     Fault::CutUrgent,
     Fault::CutPages,
@@ -83,6 +95,8 @@ const LOSSES: [Fault; 16] = [
     Fault::PauseSource,
     Fault::PauseDestination,
     Fault::GiveUpDestination,
+    Fault::FreezeSource,
+    Fault::FreezeDestination,
     Fault::Lose(Kind::Ready),
     Fault::Lose(Kind::Commit),
     Fault::Lose(Kind::Running),
@@ -93,6 +107,15 @@ const LOSSES: [Fault; 16] = [
     Fault::Lose(Kind::Done),
     Fault::Lose(Kind::Goodbye),
 ];
+
+/// From when on the steps of a plan's faults are counted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum From {
+    Start,
+    /// The guest stands still at the source, and a person is waited for.
+    PreSwitchover,
+    Ready,
+}
 
 /// What a seed is about.
 #[derive(Clone)]
@@ -108,8 +131,14 @@ pub struct Plan {
     pub downtime_limit: Duration,
     /// From which step on what happens as soon as it can.
     pub faults: Vec<(u64, Fault)>,
-    /// Those steps are counted from READY.
-    pub from_ready: bool,
+    pub from: From,
+    /// A person is waited for before the switch.
+    pub pause_before_switchover: bool,
+    /// In how many of a hundred cases that person cancels.
+    pub cancels: u64,
+    /// The guest often writes much until it stands still.
+    pub bursts: bool,
+    pub throttling: Option<Throttling>,
     /// One chance in so many steps that a person does what is to be done; nobody is there where it is zero.
     pub patience: u64,
 }
@@ -131,12 +160,19 @@ impl Plan {
             guest_share: [1, 5, 20][choices.below(3) as usize],
             downtime_limit: Duration::from_millis([4, 10, 300][choices.below(3) as usize]),
             faults: Vec::new(),
-            from_ready: false,
+            from: From::Start,
+            pause_before_switchover: choices.chance(20),
+            cancels: 0,
+            bursts: choices.chance(30),
+            throttling: None,
             patience: 0,
         };
         if choices.chance(30) {
             plan.host_page = HostPage::new(HUGE).unwrap();
             plan.pages = plan.pages.next_multiple_of(HUGE);
+        }
+        if choices.chance(30) {
+            plan.throttling = Some(Throttling { initial: 20, increment: 30, max: 99, tailslow: choices.chance(50) });
         }
         plan
     }
@@ -146,14 +182,18 @@ impl Plan {
         let mut choices = Choices(seed ^ 0xd15);
         // Most faults come early; some long after the switch.
         let range = [60, 200, 800][choices.below(3) as usize];
-        let faults = vec![(choices.below(range), FAULTS[choices.below(FAULTS.len() as u64) as usize])];
+        let mut faults = vec![(choices.below(range), FAULTS[choices.below(FAULTS.len() as u64) as usize])];
+        if faults[0].1 == Fault::ResumeFails {
+            // It is stopped, and then is not to be.
+            faults.push((0, [Fault::StopFails, Fault::GiveUpFails, Fault::LoadFails][choices.below(3) as usize]));
+        }
         Plan { faults, patience: 200, ..Self::undisturbed(seed) }
     }
 
     /// The link is lost, up to six times, while both sides live; mostly in and after the switch.
     pub fn losses(seed: u64) -> Self {
         let mut choices = Choices(seed ^ 0x1055);
-        let from_ready = choices.chance(80);
+        let from = if choices.chance(80) { From::Ready } else { From::Start };
         let range = [1, 30, 200, 2000][choices.below(4) as usize];
         let mut at = choices.below(range);
         let count = 1 + choices.below(6);
@@ -165,7 +205,20 @@ impl Plan {
         });
         let faults = faults.collect();
         let patience = [1, 20, 400][choices.below(3) as usize];
-        Plan { faults, from_ready, patience, ..Self::undisturbed(seed) }
+        Plan { faults, from, patience, ..Self::undisturbed(seed) }
+    }
+
+    /// A person is waited for before the switch, and meanwhile, or soon after, up to two things go wrong.
+    pub fn waiting(seed: u64) -> Self {
+        let mut choices = Choices(seed ^ 0x3a17);
+        let faults = (0..choices.below(3)).map(|_| {
+            let faults: &[Fault] = if choices.chance(50) { &FAULTS } else { &LOSSES };
+            // Also at the very moment.
+            let range = [1, 30, 400][choices.below(3) as usize];
+            (choices.below(range), faults[choices.below(faults.len() as u64) as usize])
+        });
+        let faults = faults.collect();
+        Plan { faults, from: From::PreSwitchover, pause_before_switchover: true, cancels: 30, patience: 200, ..Self::undisturbed(seed) }
     }
 
     /// Losses, and then a side dies.

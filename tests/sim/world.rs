@@ -2,6 +2,7 @@
 
 mod destination;
 mod disturb;
+mod freeze;
 mod greet;
 mod guest;
 mod oracle;
@@ -15,12 +16,13 @@ use std::time::Duration;
 
 use destination::DestinationHost;
 use ferry::memory::PageNumber;
+use freeze::{Freeze, Side};
 pub use oracle::Ending;
 use source::SourceHost;
 
 use crate::link::Connection;
 use crate::memory::{Ram, Version};
-use crate::plan::{Choices, Plan};
+use crate::plan::{Choices, From, Plan};
 
 /// What a host may do with the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +30,8 @@ enum Right {
     Running,
     Paused,
     GivenUp,
+    /// The guest has ended there.
+    Ended,
     /// Not the host's to run.
     None,
 }
@@ -54,6 +58,7 @@ pub struct World {
     connections: Vec<Connection>,
     source: SourceHost,
     destination: DestinationHost,
+    freeze: Option<Freeze>,
     /// What the guest has written, wherever it ran: the truth.
     truth: Vec<Version>,
     bits: BTreeSet<u64>,
@@ -83,7 +88,8 @@ impl World {
             source: SourceHost::new(plan, ram),
             destination: DestinationHost::new(plan),
             plan: plan.clone(),
-            plan_begins: if plan.from_ready { None } else { Some(0) },
+            plan_begins: if plan.from == From::Start { Some(0) } else { None },
+            freeze: None,
             choices,
             now: Duration::ZERO,
             step: 0,
@@ -100,6 +106,8 @@ impl World {
     pub fn retry(&mut self) {
         self.say("retry");
         self.plan.faults.clear();
+        self.plan.cancels = 0;
+        self.freeze = None;
         self.connections.clear();
         self.source.retry(&self.plan);
         self.now = Duration::ZERO;
@@ -111,6 +119,11 @@ impl World {
         self.source.outcome.as_ref().map_or(0, |outcome| outcome.report().recoveries)
     }
 
+    /// Whether something like this is part of the story.
+    pub fn had(&self, what: &str) -> bool {
+        self.story.iter().any(|line| line.contains(what))
+    }
+
     pub fn story(&self) -> String {
         self.story[self.story.len().saturating_sub(80)..].join("\n")
     }
@@ -119,7 +132,8 @@ impl World {
     pub fn run(&mut self) -> Result<Ending, String> {
         for _ in 0..MAX_STEPS {
             self.step += 1;
-            self.now += Duration::from_micros(20);
+            let passed = self.pass_time()?;
+            self.now += passed;
             self.disturb();
             self.person_acts();
             self.time_may_pass();
@@ -128,7 +142,8 @@ impl World {
                 return Ok(ending);
             }
             match self.choices.below(100) {
-                dice if dice < self.plan.guest_share => self.guest_step()?,
+                dice if dice < self.guest_share() => self.guest_step()?,
+                dice if self.is_frozen(if matches!(dice % 8, 0 | 1 | 6 | 7) { Side::Source } else { Side::Destination }) => {}
                 dice if dice % 8 == 0 => self.source_reads_main(),
                 dice if dice % 8 == 1 => self.source_serves_requests(),
                 dice if dice % 8 == 2 => self.destination_session()?,
@@ -140,6 +155,15 @@ impl World {
             }
         }
         Err("it never ended".into())
+    }
+
+    /// In how many of a hundred steps the guest does something, where it is.
+    fn guest_share(&self) -> u64 {
+        let (side, throttle) = match self.source.right {
+            Right::Running => (Side::Source, self.source.throttle),
+            _ => (Side::Destination, 0),
+        };
+        if self.is_frozen(side) { 0 } else { self.plan.guest_share * u64::from(100 - throttle) / 100 }
     }
 
     /// Where nothing is on its way any more, whoever waits will wait until a time limit.

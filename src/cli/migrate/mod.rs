@@ -13,8 +13,9 @@ use super::arguments::{MigrateArguments, RecoverArguments};
 use super::{CliError, interrupt};
 use crate::migrate::report::{Report, Status};
 use crate::qmp::Command;
+use crate::qmp::capabilities::{Capability, CapabilityStatus};
 use crate::qmp::client::{Client, ClientError};
-use crate::qmp::command::{Migrate, MigrateIncoming};
+use crate::qmp::command::{Migrate, MigrateIncoming, MigrateSetCapabilities};
 use crate::qmp::parameters::MigrateSetParameters;
 use crate::qmp::query_migrate::Details;
 use display::Display;
@@ -32,16 +33,21 @@ struct End {
 /// Moves a guest; returns when it has moved as a whole, or with a sentence about why it has not.
 pub(super) fn migrate(arguments: &MigrateArguments) -> Result<(), CliError> {
     let mut client = Client::connect(&arguments.qmp)?;
-    client.execute(&Command::MigrateSetParameters(MigrateSetParameters {
-        downtime_limit: arguments.downtime,
-        max_bandwidth: arguments.max_bandwidth,
-        max_postcopy_bandwidth: arguments.postcopy_bandwidth,
-        multifd_channels: arguments.channels,
+    client.execute(&Command::MigrateSetParameters(Box::new(MigrateSetParameters {
+        downtime_limit: arguments.downtime.map(Into::into),
+        max_bandwidth: arguments.max_bandwidth.map(Into::into),
+        max_postcopy_bandwidth: arguments.postcopy_bandwidth.map(Into::into),
+        multifd_channels: arguments.channels.map(Into::into),
         multifd_compression: arguments.compression.map(Into::into),
         ferry_mode: Some(arguments.mode.into()),
         ferry_dry_run: Some(arguments.dry_run),
         ..MigrateSetParameters::default()
-    }))?;
+    })))?;
+    let capabilities = [
+        CapabilityStatus { capability: Capability::AutoConverge, state: arguments.auto_converge },
+        CapabilityStatus { capability: Capability::PauseBeforeSwitchover, state: arguments.pause_before_switchover },
+    ];
+    client.execute(&Command::MigrateSetCapabilities(MigrateSetCapabilities { capabilities: capabilities.to_vec() }))?;
     let start = Migrate { uri: arguments.uri.clone(), detach: Some(true), resume: false };
     carry_through(client, start, arguments.report.as_deref())
 }
@@ -94,7 +100,11 @@ fn follow(client: &mut Client, display: &mut Display) -> Result<End, CliError> {
         let end = match client.next_event(Instant::now() + POLL) {
             Ok(Some(event)) => {
                 display.event(&event);
-                end_in_event(&event, &mut last_seen)
+                let end = end_in_event(&event, &mut last_seen);
+                if last_seen == Status::PreSwitchover && event.get("event").is_some_and(|event| event == "MIGRATION") {
+                    display.note("the guest stands still: `ferry continue` hands it over, `ferry cancel` lets it go on here");
+                }
+                end
             }
             Ok(None) => poll(client, display, &mut last_seen).map_err(|error| lost(error, last_seen))?,
             Err(error) => return Err(lost(error, last_seen)),

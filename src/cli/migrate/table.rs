@@ -25,7 +25,9 @@ pub(super) fn table(report: &Report) -> String {
     table.row("migration", &format!("{status} after {} (mode {mode}{rest})", microseconds(report.total_us)));
     let downtime = &report.downtime;
     if downtime.total_us > 0 {
-        table.row("downtime", &format!("{} (predicted {})", microseconds(downtime.total_us), microseconds(downtime.predicted_us)));
+        let apart = if downtime.pre_switchover_us > 0 { " beside pre-switchover" } else { "" };
+        let predicted = microseconds(downtime.predicted_us);
+        table.row("downtime", &format!("{} (predicted {predicted}{apart})", microseconds(downtime.total_us)));
         let parts = [
             ("stop", downtime.stop_us),
             ("device state", downtime.device_state_us),
@@ -37,6 +39,9 @@ pub(super) fn table(report: &Report) -> String {
         ];
         for (name, time) in parts {
             table.part(name, &microseconds(time));
+            if name == "last sync" && downtime.pre_switchover_us > 0 {
+                table.part("pre-switchover", &format!("{}, waiting for `ferry continue`", microseconds(downtime.pre_switchover_us)));
+            }
         }
     }
     table.row("sent", &bytes(report.bytes.total()));
@@ -164,5 +169,18 @@ mod tests {
         ] {
             assert!(table.lines().any(|other| other == line), "{line}\n{table}");
         }
+    }
+
+    #[test]
+    fn a_wait_for_a_person_is_a_part_of_the_blackout_that_nobody_predicted() {
+        let mut report = Report {
+            downtime: Downtime { last_sync_us: 7, total_us: 61_000_000, predicted_us: 9000, ..Default::default() },
+            ..Default::default()
+        };
+        assert!(!table(&report).contains("pre-switchover"));
+        report.downtime.pre_switchover_us = 60_990_000;
+        let expected = "  last sync      7 us\n  pre-switchover 60.99 s, waiting for `ferry continue`\n  transfer";
+        let table = table(&report);
+        assert!(table.contains(expected) && table.contains("(predicted 9.0 ms beside pre-switchover)"), "{table}");
     }
 }

@@ -32,6 +32,7 @@ impl Destination {
 
     /// Pages have been placed by userfaultfd.
     pub fn placed(&mut self, run: PageRun, now: Duration) {
+        self.heard_at = now;
         let latencies = self.incoming.placed(run, now);
         self.blocktime.placed(run, &latencies, now);
     }

@@ -199,3 +199,46 @@ fn of_host_pages_whole_ones_are_missing_and_come() {
     assert!(destination.waiting().is_empty());
     assert_eq!(destination.missing().len(), 8);
 }
+
+/// Polls at this second; until when to wait, if there is nothing to do.
+fn waits(destination: &mut Destination, second: u64) -> Option<u64> {
+    match destination.poll(Duration::from_secs(second)) {
+        Poll::Wait(until) => until.map(|until| until.as_secs()),
+        Poll::Act(Action::Disconnect(_)) => None,
+        Poll::Act(action) => panic!("{action:?}"),
+    }
+}
+
+#[test]
+fn a_source_that_sends_none_of_the_pages_that_are_waited_for_is_lost() {
+    let mut destination = running();
+    assert_eq!(waits(&mut destination, 1000), Some(1005), "nobody waits, and nothing is owed");
+    destination.fault(PageNumber(3), Duration::from_secs(1001));
+    assert_eq!(waits(&mut destination, 1002), Some(1031));
+    // Any page is a sign of life.
+    destination.placed(PageRun::new(8, 1), Duration::from_secs(1030));
+    assert_eq!(waits(&mut destination, 1059), Some(1060));
+    assert_eq!(waits(&mut destination, 1060), None);
+    assert!(destination.is_paused() && destination.lost().unwrap().contains("none of the pages"));
+
+    // On a new link it has as much time again.
+    let hello = Hello { channel: Channel::Main, session: 1, link: 1, program: "a test".into() };
+    destination.hello(&hello, Duration::from_secs(5000)).unwrap();
+    while let Poll::Act(_) = destination.poll(Duration::from_secs(5000)) {}
+    assert_eq!(waits(&mut destination, 5029), Some(5030));
+    destination.placed(PageRun::new(3, 1), Duration::from_secs(5029));
+    assert_eq!(waits(&mut destination, 9000), Some(9005));
+}
+
+#[test]
+fn a_source_that_says_nothing_after_ready_is_lost() {
+    let mut destination = receiving();
+    let package = Package { sent: Totals::default(), postcopy: true, missing: Vec::new(), bitmaps: Vec::new(), machine: Vec::new() };
+    go_on(&mut destination, [frame(Frame::Switchover(package))]);
+    destination.handle(Input::Loaded { load_us: 1, warnings: Vec::new() });
+    let ready = destination.poll(Duration::from_secs(100));
+    assert!(matches!(ready, Poll::Act(Action::Send(_, Frame::Ready { .. }))), "{ready:?}");
+    assert_eq!(waits(&mut destination, 159), Some(160));
+    assert_eq!(waits(&mut destination, 160), None);
+    assert!(destination.is_paused() && !destination.is_committed());
+}

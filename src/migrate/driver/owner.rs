@@ -98,6 +98,8 @@ pub struct SourceRequest {
     pub switchover_bandwidth: Option<NonZeroU64>,
     /// How far the guest may be slowed down in mode precopy; `None`: not at all.
     pub throttling: Option<Throttling>,
+    /// Wait for a person when the guest stands still, before it is handed over.
+    pub pause_before_switchover: bool,
 }
 
 /// How pages travel in the background.

@@ -120,7 +120,9 @@ impl SourceMigration {
         let session = config.session;
         let mut engine = if request.dry_run { Source::dry_run(config) } else { Source::new(config) };
         engine.handle(Input::SwitchoverBandwidth(request.switchover_bandwidth), Duration::ZERO);
+        engine.handle(Input::PostcopyBandwidth(request.max_postcopy_bandwidth), Duration::ZERO);
         engine.handle(Input::Throttling(request.throttling), Duration::ZERO);
+        engine.handle(Input::PauseBeforeSwitchover(request.pause_before_switchover), Duration::ZERO);
         let (wake, woken) = bounded(1);
         let shared = Arc::new(Shared {
             engine: Mutex::new(engine),
@@ -191,6 +193,23 @@ impl SourceMigration {
         Ok(())
     }
 
+    /// Lets a migration that waits before the switch go on. An error where none waits.
+    pub fn continue_switchover(&self) -> Result<(), String> {
+        let mut engine = self.shared.engine();
+        if !engine.waits_before_switchover() {
+            return Err("the migration does not wait before the switch, in state 'pre-switchover'".into());
+        }
+        engine.handle(Input::Continue, self.shared.now());
+        drop(engine);
+        self.shared.wake();
+        Ok(())
+    }
+
+    /// Changes whether the migration is to wait before the switch. One that waits already goes on waiting.
+    pub fn set_pause_before_switchover(&self, pause: bool) {
+        self.shared.handle(Input::PauseBeforeSwitchover(pause));
+    }
+
     /// Changes the longest accepted blackout; the decision after the pass under way will see it.
     pub fn set_downtime_limit(&self, limit: Duration) {
         self.shared.handle(Input::DowntimeLimit(limit));
@@ -214,6 +233,7 @@ impl SourceMigration {
 
     /// Changes the limit of postcopy's background, in bytes a second. Pages that the guest waits for know no limit.
     pub fn set_max_postcopy_bandwidth(&self, bytes_per_second: Option<NonZeroU64>) {
+        self.shared.handle(Input::PostcopyBandwidth(bytes_per_second));
         self.set_pace(&self.shared.postcopy_pace, bytes_per_second);
     }
 

@@ -133,7 +133,7 @@ fn precopy_keeps_to_the_limit() {
 
 #[test]
 fn a_guest_that_is_slowed_down_until_precopy_ends() {
-    let throttling = Some(Throttling { initial: 20, increment: 10, max: 99 });
+    let throttling = Some(Throttling { initial: 20, increment: 10, max: 99, tailslow: false });
     let slowed = |_, throttle| 2 * LINK * u64::from(100 - throttle) / 100;
     let (passes, decisions) = moved(1_000_000, &Goal { throttling, ..goal(Mode::Precopy) }, 100, slowed);
     let throttled: Vec<_> = decisions.iter().filter(|decision| matches!(decision, Decision::Throttle(_))).collect();
@@ -144,8 +144,19 @@ fn a_guest_that_is_slowed_down_until_precopy_ends() {
 }
 
 #[test]
+fn a_guest_is_slowed_down_no_further_than_needed_at_the_tail() {
+    let throttling = Some(Throttling { initial: 20, increment: 10, max: 99, tailslow: true });
+    let slowed = |_, throttle| 2 * LINK * u64::from(100 - throttle) / 100;
+    let (passes, decisions) = moved(1_000_000, &Goal { throttling, ..goal(Mode::Precopy) }, 100, slowed);
+    assert_eq!(decisions.last(), Some(&Decision::SwitchPrecopy), "{passes:#?}");
+    // 65 per cent would leave 0.7 of each pass, which is just not enough.
+    let throttled: Vec<_> = passes.iter().map(|pass| pass.throttle).filter(|throttle| *throttle > 50).collect();
+    assert_eq!((throttled[0], throttled.last()), (60, Some(&66)), "{throttled:?}");
+}
+
+#[test]
 fn slowing_down_has_its_limit_and_is_not_for_auto() {
-    let throttling = Some(Throttling { initial: 20, increment: 50, max: 80 });
+    let throttling = Some(Throttling { initial: 20, increment: 50, max: 80, tailslow: false });
     let (passes, decisions) = moved(100_000, &Goal { throttling, ..goal(Mode::Precopy) }, 5, |_, _| 100 * LINK);
     let throttled = [Decision::Throttle(20), Decision::Throttle(70), Decision::Throttle(80), Decision::AnotherPass, Decision::AnotherPass];
     assert_eq!(decisions, throttled);

@@ -86,6 +86,7 @@ impl Source {
             // After a precopy without bitmaps, too: nothing is to come but the destination's words that all is there.
             State::Committed | State::Ending if self.switch_postcopy || !self.bitmaps.is_empty() => Status::PostcopyActive,
             State::Stopping | State::LastPass | State::Switching | State::Committed | State::Ending => Status::Device,
+            State::PreSwitchover => Status::PreSwitchover,
             State::Paused => Status::PostcopyPaused,
             State::Reconnecting | State::Comparing => Status::PostcopyRecover,
             State::Ended => self.report.status,

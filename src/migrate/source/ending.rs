@@ -34,9 +34,10 @@ impl Source {
             self.failure = Some(failure);
             return;
         }
-        // What was still to be done is about a migration that is over, `GiveUp` and `Commit` included.
-        self.actions.clear();
-        if matches!(self.state, State::LastPass | State::Switching | State::Committed) {
+        // What was still to be done is about a migration that is over, `GiveUp` and `Commit` included; but not what the guest needs to go on
+        // as before.
+        self.actions.retain(|action| matches!(action, Action::Throttle(_) | Action::Resume));
+        if matches!(self.state, State::PreSwitchover | State::LastPass | State::Switching | State::Committed) {
             self.actions.push_back(Action::Resume);
         }
         self.fail_here(failure, now);

@@ -39,6 +39,10 @@ pub enum Input {
     Recover,
     /// A person breaks the link. Only after the commit.
     Pause,
+    /// A person lets a migration that waits before the switch go on.
+    Continue,
+    /// A person wants to be waited for when the guest stands still, before the switch, or not any more. Does not end a wait.
+    PauseBeforeSwitchover(bool),
     /// A person wants postcopy now.
     StartPostcopy,
     /// Where the guest's RAM is mapped by transparent huge pages, before the migration begins; as in [`Setup::huge`].
@@ -47,6 +51,8 @@ pub enum Input {
     DowntimeLimit(Duration),
     /// A person says how many bytes a second to count on in the switch; `None`: what was measured.
     SwitchoverBandwidth(Option<NonZeroU64>),
+    /// A person limits postcopy's background, in bytes a second, which the driver sees to; `None`: no limit. For a dry run's forecast.
+    PostcopyBandwidth(Option<NonZeroU64>),
     /// A person allows the guest to be slowed down where precopy does not end otherwise, or forbids it.
     Throttling(Option<Throttling>),
 }

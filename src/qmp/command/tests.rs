@@ -21,7 +21,10 @@ fn missing_unknown_and_mistyped_arguments_are_errors_that_name_them() {
         ("migrate", json!({ "uri": 5 }), "integer"),
         ("migrate", json!({ "uri": "tcp:h:1", "blk": true }), "blk"),
         ("stop", json!({ "now": true }), "now"),
+        ("migrate-continue", json!({}), "state"),
+        ("migrate-continue", json!({ "state": "waiting" }), "waiting"),
         ("migrate-set-parameters", json!({ "downtime": 5 }), "downtime"),
+        ("migrate-set-parameters", json!({ "max-bandwidth": 1.5 }), "1.5"),
         ("migrate-set-parameters", json!({ "ferry-mode": "fast" }), "fast"),
         ("migrate-set-capabilities", json!({ "capabilities": [{ "capability": "nonsense", "state": true }] }), "nonsense"),
     ];

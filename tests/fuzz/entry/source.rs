@@ -59,14 +59,18 @@ impl Host {
                 Step::Lost(channel) => self.engine.handle(Input::Lost(channel, "cut".into()), self.now),
                 Step::Wait(time) => self.now += time,
                 Step::Local(byte) => {
-                    let input = match byte % 7 {
-                        0 => Input::Cancel,
-                        1 => Input::StartPostcopy,
-                        2 => Input::DowntimeLimit(Duration::from_millis(byte.into())),
-                        3 => Input::Recover,
-                        4 => Input::Pause,
-                        5 => Input::GuestEnded("it powered off".into()),
-                        _ => Input::Failed("no".into()),
+                    let input = match byte {
+                        128..192 => Input::PauseBeforeSwitchover(byte % 2 == 0),
+                        192.. => Input::Continue,
+                        _ => match byte % 7 {
+                            0 => Input::Cancel,
+                            1 => Input::StartPostcopy,
+                            2 => Input::DowntimeLimit(Duration::from_millis(byte.into())),
+                            3 => Input::Recover,
+                            4 => Input::Pause,
+                            5 => Input::GuestEnded("it powered off".into()),
+                            _ => Input::Failed("no".into()),
+                        },
                     };
                     self.engine.handle(input, self.now);
                 }

@@ -1,6 +1,7 @@
 //! The destination's host: does what the engine says, as the migration's thread would.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::time::Duration;
 
 use ferry::memory::PageNumber;
 use ferry::migrate::destination::{self, Action, Destination, Input, Link};
@@ -24,6 +25,8 @@ pub(super) struct DestinationHost {
     pub(super) faults: VecDeque<PageNumber>,
     pub(super) placing: Vec<Placing>,
     pub(super) blocked: Option<PageNumber>,
+    /// When a page was placed last.
+    pub(super) placed_at: Duration,
     pub(super) bitmap: BitmapCopy,
     pub(super) session: Option<Session>,
     /// The link that stands, by who greets.
@@ -71,6 +74,7 @@ impl DestinationHost {
             faults: VecDeque::new(),
             placing: Vec::new(),
             blocked: None,
+            placed_at: Duration::ZERO,
             bitmap: BitmapCopy::default(),
             session: None,
             current: None,

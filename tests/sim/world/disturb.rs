@@ -4,7 +4,8 @@ use ferry::migrate::report::Status;
 use ferry::migrate::wire::{Channel, Kind};
 use ferry::migrate::{destination, source};
 
-use super::{TOO_LONG, World};
+use super::freeze::Side;
+use super::{Right, TOO_LONG, World};
 use crate::plan::Fault;
 
 impl World {
@@ -44,7 +45,13 @@ impl World {
                     self.cut_last(|channel| channel == Channel::Pages(index));
                 }
             }
-            Fault::Cancel => self.cancel(),
+            Fault::FreezeSource => return self.source.alive && self.freeze(Side::Source),
+            Fault::FreezeDestination => return self.destination.alive && self.freeze(Side::Destination),
+            // Who is to do something must not be frozen.
+            Fault::Cancel | Fault::StartPostcopy | Fault::PauseSource | Fault::GuestEnds if self.is_frozen(Side::Source) => return false,
+            Fault::PauseDestination | Fault::GiveUpDestination if self.is_frozen(Side::Destination) => return false,
+            Fault::Cancel => self.source_is_ended_by(source::Input::Cancel),
+            Fault::GuestEnds => self.guest_ends(),
             Fault::StartPostcopy => self.source.engine.handle(source::Input::StartPostcopy, self.now),
             Fault::PauseSource if self.source.alive && self.source.engine.is_committed() && !self.source.engine.is_over() => {
                 self.source.engine.handle(source::Input::Pause, self.now);
@@ -62,7 +69,7 @@ impl World {
             Fault::LoseFrame => return self.connections.iter_mut().any(|connection| connection.to_destination.lose_one()),
             // These wait for the moment at which they can happen.
             Fault::PauseSource | Fault::PauseDestination | Fault::GiveUpDestination | Fault::Lose(_) => return false,
-            Fault::PrepareFails | Fault::LoadFails | Fault::StopFails | Fault::GiveUpFails => return false,
+            Fault::PrepareFails | Fault::LoadFails | Fault::StopFails | Fault::GiveUpFails | Fault::ResumeFails => return false,
         }
         true
     }
@@ -117,11 +124,31 @@ impl World {
         }
     }
 
-    fn cancel(&mut self) {
+    /// The guest ends by itself, if it is at the source; its process hears of it, or stops it just now and sees it.
+    fn guest_ends(&mut self) {
+        let source = &mut self.source;
+        if !source.alive || source.outcome.is_some() {
+            return;
+        }
+        if source.right == Right::GivenUp {
+            // Word of it comes late, from before the switch: it must mean nothing any more.
+            return source.engine.handle(source::Input::GuestEnded("it powered off".into()), self.now);
+        }
+        source.guest_ended = true;
+        if source.right == Right::Running {
+            source.right = Right::Ended;
+        }
+        if !source.stopping || self.choices.chance(50) {
+            self.source_is_ended_by(source::Input::GuestEnded("it powered off".into()));
+        }
+    }
+
+    /// The source is told to end the migration, unless it is too late for that.
+    pub(super) fn source_is_ended_by(&mut self, why: source::Input) {
         if !self.source.alive || self.source.engine.is_committed() {
             return;
         }
-        self.source.engine.handle(source::Input::Cancel, self.now);
+        self.source.engine.handle(why, self.now);
         // A blocked send is cut in the middle of a frame: nothing can follow it.
         if let Some(main) = self.source.main
             && self.choices.chance(30)

@@ -14,6 +14,10 @@ pub enum Ending {
     MovedWithoutBitmaps,
     /// The source runs all of the guest, and a retry may be made.
     Stayed,
+    /// The source holds all of the guest, which cannot run there, and says so; a retry may be made.
+    StayedPaused,
+    /// The guest ended by itself at the source.
+    GuestEnded,
     /// The source died with the guest before the commit.
     DiedWithSource,
     /// After the commit a side died that the guest could not do without.
@@ -54,16 +58,24 @@ impl World {
             return Ok(Some(if destination.bitmap.abandoned { Ending::MovedWithoutBitmaps } else { Ending::Moved }));
         }
         match (source.alive, source.right) {
-            (true, Right::Running) => {
+            (true, Right::Running | Right::Paused | Right::Ended) => {
+                if source.throttle != 0 {
+                    return Err("the guest stayed and is slowed down".into());
+                }
                 for page in 0..self.plan.pages {
                     self.check_read(PageNumber(page), source.ram.read(PageNumber(page)), "source, at the end,")?;
                 }
                 if destination.alive && destination.engine.is_committed() {
                     return Err("the destination has a guest that stayed".into());
                 }
-                Ok(Some(Ending::Stayed))
+                let error = source.outcome.as_ref().and_then(|outcome| outcome.report().error.as_deref()).unwrap_or_default();
+                match source.right {
+                    Right::Ended => Ok(Some(Ending::GuestEnded)),
+                    Right::Running => Ok(Some(Ending::Stayed)),
+                    _ if source.resume_failed && error.contains("stays paused at the source") => Ok(Some(Ending::StayedPaused)),
+                    _ => Err(format!("the guest stands still at the source for ever: {error}")),
+                }
             }
-            (true, Right::Paused) => Err("the guest stands still at the source for ever".into()),
             _ if source.alive && destination.alive => Err("the guest is lost though both sides live".into()),
             (_, Right::GivenUp) => Ok(Some(Ending::LostAfterCommit)),
             _ if destination.alive && destination.right == Right::Running => Err("two runners".into()),

@@ -20,6 +20,14 @@ pub(super) struct SourceHost {
     pub(super) right: Right,
     pub(super) alive: bool,
     pub(super) outcome: Option<source::Outcome>,
+    /// Percentage of the time in which the guest stands still.
+    pub(super) throttle: u8,
+    /// The guest ended by itself; its process may not have heard of it.
+    pub(super) guest_ended: bool,
+    /// The guest stays paused because it could not go on.
+    pub(super) resume_failed: bool,
+    /// When END was said, on the link that stands.
+    pub(super) end_sent: Option<Duration>,
     /// What the readers have reported.
     pub(super) inputs: VecDeque<source::Input>,
     /// The guest is being stopped; it may write until it stands still.
@@ -48,12 +56,20 @@ impl SourceHost {
     /// A host that runs the guest in `ram` and begins to move it.
     pub(super) fn new(plan: &Plan, ram: Ram) -> Self {
         let Plan { mode, downtime_limit, pages: ram_pages, host_page, page_channels, .. } = *plan;
+        let config = Config { mode, downtime_limit, ram_pages, host_page, page_channels, session: 42, machine: vec![1, 2, 3] };
+        let mut engine = Source::new(config);
+        engine.handle(source::Input::PauseBeforeSwitchover(plan.pause_before_switchover), Duration::ZERO);
+        engine.handle(source::Input::Throttling(plan.throttling), Duration::ZERO);
         SourceHost {
-            engine: Source::new(Config { mode, downtime_limit, ram_pages, host_page, page_channels, session: 42, machine: vec![1, 2, 3] }),
+            engine,
             ram,
             right: Right::Running,
             alive: true,
             outcome: None,
+            throttle: 0,
+            guest_ended: false,
+            resume_failed: false,
+            end_sent: None,
             inputs: VecDeque::new(),
             stopping: false,
             left: None,
@@ -84,7 +100,7 @@ impl World {
         } else if let Some(input) = self.source.inputs.pop_front() {
             self.source.engine.handle(input, self.now);
         } else if self.source.stopping {
-            self.source_stopped();
+            self.source_stopped()?;
         } else if self.source.pages.iter().all(|sender| sender.batches.len() < BATCHES) || self.source.engine.is_over() {
             match self.source.engine.poll(self.now) {
                 source::Poll::Act(action) => self.source_acts(action)?,
@@ -101,9 +117,15 @@ impl World {
             source::Action::Connect => self.source_opens_main(),
             source::Action::Send(frame) => {
                 self.source.engine.sent_frame(&frame, 16);
+                if frame == Frame::End {
+                    self.source.end_sent = Some(self.now);
+                }
                 self.source_says(frame, Vec::new());
             }
-            source::Action::Disconnect(_) => self.source_disconnects(),
+            source::Action::Disconnect(_) => {
+                self.source.end_sent = None;
+                self.source_disconnects();
+            }
             source::Action::OpenOthers => self.source_opens_others(),
             source::Action::StartTracking => {
                 let touched = self.source.ram.start_log();
@@ -116,10 +138,17 @@ impl World {
             source::Action::Stop => self.source.stopping = true,
             source::Action::Resume => {
                 assert_eq!(self.source.right, Right::Paused, "resumed a guest that does not stand still here");
-                self.source.right = Right::Running;
+                if self.source.guest_ended {
+                    self.source.right = Right::Ended;
+                } else if self.fails(Fault::ResumeFails) {
+                    self.source.resume_failed = true;
+                    self.source.engine.handle(source::Input::ResumeFailed("no vCPU runs".into()), self.now);
+                } else {
+                    self.source.right = Right::Running;
+                }
             }
             source::Action::GiveUp => self.source_gives_up(),
-            source::Action::Throttle(_) => {}
+            source::Action::Throttle(percent) => self.source.throttle = percent,
             source::Action::Watch => panic!("a dry run was not asked for"),
             source::Action::End(outcome) => {
                 if matches!(*outcome, source::Outcome::Completed(_)) {
@@ -141,15 +170,26 @@ impl World {
             self.source.engine.handle(source::Input::GiveUpFailed(format!("{hindrance:?}")), self.now);
         } else {
             self.source.right = Right::GivenUp;
+            assert_eq!(self.source.throttle, 0, "a guest is given up that is slowed down");
         }
     }
 
-    fn source_stopped(&mut self) {
+    fn source_stopped(&mut self) -> Result<(), String> {
+        if self.plan.bursts && self.source.right == Right::Running {
+            for _ in 0..self.choices.below(200) {
+                self.guest_step()?;
+            }
+        }
         self.source.stopping = false;
         self.source.right = Right::Paused;
+        if self.source.guest_ended {
+            self.source.engine.handle(source::Input::GuestEnded("it powered off".into()), self.now);
+            self.source.engine.handle(source::Input::StopFailed("it has ended".into()), self.now);
+            return Ok(());
+        }
         if self.fails(Fault::StopFails) {
             self.source.engine.handle(source::Input::StopFailed("the guest cannot be saved".into()), self.now);
-            return;
+            return Ok(());
         }
         self.source.left = Some((self.truth.clone(), self.bits.clone()));
         let info = |name: &str, enabled| BitmapInfo { disk: "root".into(), name: name.into(), granularity: 65536, bits: BITS, enabled };
@@ -157,6 +197,7 @@ impl World {
         let dirty = self.source.ram.harvest();
         let stopped = Stopped { machine: vec![7; 100], dirty, bitmaps, stop_us: 1, device_state_us: 1, last_sync_us: 1 };
         self.source.engine.handle(source::Input::Stopped(stopped), self.now);
+        Ok(())
     }
 
     fn source_sends(&mut self, bulk: Bulk) -> Result<(), String> {

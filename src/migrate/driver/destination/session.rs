@@ -146,6 +146,7 @@ impl Session {
             _ => {}
         }
         drop(links);
+        self.shared.look_after_waiters();
         // It may be back already.
         if self.shared.engine().is_paused() {
             self.shared.owner.paused(reason);

@@ -20,7 +20,7 @@ pub struct Batch {
     pub runs: Vec<PageRun>,
     /// So many neighbouring pages go alike.
     pub unit: HostPage,
-    /// Until when, while the guest stands still.
+    /// Until when, if there is a limit.
     pub deadline: Option<Instant>,
 }
 

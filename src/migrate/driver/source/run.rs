@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Select, Sender, at, bounded, never, select};
 
-use super::super::frames::{self, FrameError};
+use super::super::frames::{self, FRAME_TIMEOUT, FrameError};
 use super::super::owner::SourceOwner;
 use super::super::page_io::PageIo;
 use super::Shared;
@@ -102,6 +102,10 @@ impl Migration {
                 }
                 Poll::Wait(until) => {
                     self.wait(until.map(|until| self.shared.began + until));
+                    // Nobody is late while a person is waited for.
+                    if self.announced.0 == Status::PreSwitchover {
+                        self.limit_standstill();
+                    }
                 }
             }
         }
@@ -174,8 +178,7 @@ impl Migration {
             }
             Action::Stop => {
                 let stopped = self.guest.stop();
-                let limit = self.shared.engine().downtime_limit();
-                self.standstill = Some(Instant::now() + STANDSTILL_TIMEOUT + limit * 3);
+                self.limit_standstill();
                 match stopped {
                     Ok(stopped) => self.shared.handle(Input::Stopped(stopped)),
                     Err(StopError::Failed(reason)) => self.shared.handle(Input::StopFailed(reason)),
@@ -195,6 +198,17 @@ impl Migration {
             // Taken by `run`.
             Action::End(_) => {}
         }
+    }
+
+    /// Counts from now how long the guest has stood still.
+    fn limit_standstill(&mut self) {
+        let limit = self.shared.engine().downtime_limit();
+        self.standstill = Some(Instant::now() + STANDSTILL_TIMEOUT + limit * 3);
+    }
+
+    /// Until when a send may be blocked: while the guest runs here, for ever, since a cancel ends it.
+    fn send_deadline(&self) -> Option<Instant> {
+        self.standstill.or_else(|| self.shared.engine().is_committed().then(|| Instant::now() + FRAME_TIMEOUT))
     }
 
     /// The commit point. Whatever has come after READY (the loss of a connection, or nonsense) is a reason not to pass it.
@@ -300,7 +314,7 @@ impl Migration {
     /// Sends `frame` on the main connection, if that can still be; returns its length in bytes.
     fn send(&mut self, frame: &Frame) -> Option<u64> {
         let mut writer = self.main.take()?;
-        let mut deadline = self.standstill;
+        let mut deadline = self.send_deadline();
         if let Frame::Abort(_) = frame {
             // A courtesy, which a cancel before it must not end.
             writer = self.uncancelled(writer);
@@ -352,7 +366,7 @@ impl Migration {
             }
         }
         // After the bits were cleared: a write from here on shows in the next harvest.
-        self.hand_out(channel, Batch { runs, unit, deadline: self.standstill });
+        self.hand_out(channel, Batch { runs, unit, deadline: self.send_deadline() });
     }
 
     /// Gives `batch` to the thread of its connection as soon as that has room. If the migration ends or pauses before, it is dropped: a

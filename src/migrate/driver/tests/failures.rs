@@ -212,6 +212,55 @@ fn cancelled_while_throttled() {
 }
 
 #[test]
+fn cancelled_twice_while_the_destination_takes_its_time() {
+    let source = running();
+    // It answers the greeting, checks its host, builds the machine, loads the guest.
+    for until in [Until::Hello, Until::Setup, Until::PassEnd, Until::Switchover] {
+        let (peer, address) = Peer::new();
+        let (hangs, hanging) = crossbeam_channel::bounded(1);
+        let (hold, held) = crossbeam_channel::bounded::<()>(0);
+        let played = thread::spawn(move || {
+            let _connections = peer.play_on(until);
+            hangs.send(()).unwrap();
+            let _ = held.recv_timeout(LIMIT);
+        });
+        let migration = source.migrate(request(&address, Mode::Auto));
+        hanging.recv_timeout(LIMIT).unwrap();
+        migration.cancel().unwrap();
+        migration.cancel().unwrap();
+        let error = not_moved(&source);
+        assert!(error.contains("the migration was cancelled"), "{until:?}: {error}");
+        migration.cancel().unwrap();
+        drop(hold);
+        played.join().unwrap();
+    }
+    retry(&source, Mode::Auto);
+}
+
+#[test]
+fn cancelled_while_connecting() {
+    use socket2::{Domain, Socket, Type};
+    let source = running();
+    // Connections that nobody accepts fill the queue, and the next one is not answered.
+    let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    listener.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    listener.listen(0).unwrap();
+    let socket = listener.local_addr().unwrap().as_socket().unwrap();
+    let mut queued = Vec::new();
+    while let Ok(connection) = std::net::TcpStream::connect_timeout(&socket, Duration::from_millis(500)) {
+        queued.push(connection);
+    }
+    let address = format!("tcp:{socket}").parse().unwrap();
+    let migration = source.migrate(request(&address, Mode::Auto));
+    source.wait_for(Status::Setup);
+    let begin = Instant::now();
+    migration.cancel().unwrap();
+    let error = not_moved(&source);
+    assert!(error.contains("the migration was cancelled") && begin.elapsed() < Duration::from_secs(5), "{error}");
+    retry(&source, Mode::Auto);
+}
+
+#[test]
 fn cancelled_while_a_send_is_blocked() {
     let source = running();
     // The destination that reads again is told why, though the cancel came in the middle of a frame.

@@ -299,6 +299,7 @@ pub fn request(address: &Address, mode: Mode) -> SourceRequest {
         pages: PageTransfer { channels: PAGE_CHANNELS, ..PageTransfer::default() },
         dry_run: false,
         switchover_bandwidth: None,
+        pause_before_switchover: false,
         throttling: None,
     }
 }

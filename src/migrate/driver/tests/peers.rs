@@ -13,6 +13,8 @@ pub enum Until {
     Hello,
     Setup,
     Prepared,
+    /// The first pass has come, and is not acknowledged.
+    PassEnd,
     Switchover,
     /// READY was sent and COMMIT has come.
     Commit,
@@ -60,36 +62,43 @@ impl Peer {
 
     /// Plays until then, and is gone.
     pub fn play(self, until: Until) {
+        drop(self.play_on(until));
+    }
+
+    /// Plays until then, and says nothing more; its connections.
+    pub fn play_on(&self, until: Until) -> Vec<(Reader, Writer)> {
         let (mut reader, mut writer) = self.accept();
         let said = |writer: &mut Writer, frame: Frame| frames::send(writer, &frame, Some(Instant::now() + LIMIT)).unwrap();
         assert!(matches!(next(&mut reader), Frame::Hello(_)));
         if until == Until::Hello {
-            return;
+            return vec![(reader, writer)];
         }
         said(&mut writer, Frame::Welcome("played".into()));
         wait_for(&mut reader, Kind::Setup);
         if until == Until::Setup {
-            return;
+            return vec![(reader, writer)];
         }
-        let (mut urgent, _urgent_writer) = self.accept();
+        let (mut urgent, urgent_writer) = self.accept();
         assert!(matches!(next(&mut urgent), Frame::Hello(_)));
         let _for_pages: Vec<_> = (0..PAGE_CHANNELS).map(|_| self.accept_pages()).collect();
         said(&mut writer, Frame::Prepared);
         if until == Until::Prepared {
-            return;
+            return vec![(reader, writer), (urgent, urgent_writer)];
         }
         loop {
             match next(&mut reader) {
+                Frame::PassEnd(_) if until == Until::PassEnd => return vec![(reader, writer), (urgent, urgent_writer)],
                 Frame::PassEnd(_) => drop(said(&mut writer, Frame::PassAck)),
                 Frame::Switchover(_) => break,
                 _ => {}
             }
         }
         if until == Until::Switchover {
-            return;
+            return vec![(reader, writer), (urgent, urgent_writer)];
         }
         said(&mut writer, Frame::Ready { load_us: 1, warnings: Vec::new() });
         wait_for(&mut reader, Kind::Commit);
+        vec![(reader, writer), (urgent, urgent_writer)]
     }
 }
 

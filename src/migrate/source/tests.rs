@@ -1,0 +1,148 @@
+//! What happens around the switch, moment by moment; whole migrations are in tests/sim.
+
+use super::*;
+use crate::memory::PageSet;
+
+const NOW: Duration = Duration::from_secs(1);
+const LATER: Duration = Duration::from_secs(3600);
+const PAGES: u64 = 4096;
+
+fn config(mode: Mode) -> Config {
+    Config {
+        mode,
+        downtime_limit: Duration::from_millis(50),
+        ram_pages: PAGES,
+        host_page: HostPage::SMALL,
+        page_channels: 1,
+        session: 1,
+        machine: Vec::new(),
+    }
+}
+
+/// Does what the engine says until the guest has just been stopped, with so many pages dirtied until then.
+fn stopped(mut source: Source, dirtied: u64) -> Source {
+    loop {
+        let action = match source.poll(NOW) {
+            Poll::Act(action) => action,
+            Poll::Bulk(Bulk::Pages { channel, .. }) => {
+                source.sent(channel, Sent::default());
+                continue;
+            }
+            other => panic!("{other:?}"),
+        };
+        let stop = action == Action::Stop;
+        let answer = match action {
+            Action::Send(Frame::Hello(_)) => Input::Frame(Frame::Welcome("a test".into())),
+            Action::Send(Frame::Setup { .. }) => Input::Frame(Frame::Prepared),
+            Action::Send(Frame::PassEnd(_)) => Input::Frame(Frame::PassAck),
+            Action::StartTracking => Input::Harvested(PageSet::full(PAGES)),
+            Action::Harvest => Input::Harvested(PageSet::empty(PAGES)),
+            Action::Stop => {
+                let mut dirty = PageSet::empty(PAGES);
+                dirty.insert(PageRun::new(0, dirtied));
+                Input::Stopped(Stopped { machine: vec![1], dirty, bitmaps: Vec::new(), stop_us: 10, device_state_us: 20, last_sync_us: 30 })
+            }
+            _ => continue,
+        };
+        source.handle(answer, NOW);
+        if stop {
+            return source;
+        }
+    }
+}
+
+/// A migration whose guest stands still; a person is waited for.
+fn waiting(mode: Mode) -> Source {
+    let mut source = Source::new(config(mode));
+    source.handle(Input::PauseBeforeSwitchover(true), NOW);
+    // Too early to mean anything.
+    source.handle(Input::Continue, NOW);
+    let source = stopped(source, 60);
+    assert!(source.waits_before_switchover());
+    source
+}
+
+/// What is done until there is nothing to do.
+fn done(source: &mut Source, now: Duration) -> Vec<String> {
+    let mut done = Vec::new();
+    loop {
+        match source.poll(now) {
+            Poll::Wait(_) => return done,
+            Poll::Act(Action::Send(frame)) => done.push(format!("{:?}", frame.kind())),
+            Poll::Act(Action::End(_)) => return done,
+            Poll::Act(action) => done.push(format!("{action:?}")),
+            Poll::Bulk(Bulk::Pages { channel, .. }) => {
+                source.sent(channel, Sent::default());
+                done.push("pages".into());
+            }
+            Poll::Bulk(bulk) => done.push(format!("{bulk:?}")),
+        }
+    }
+}
+
+#[test]
+fn nothing_is_sent_and_no_time_limit_runs_until_a_person_says_so() {
+    for (mode, sent) in [(Mode::Precopy, vec!["pages", "Switchover"]), (Mode::Postcopy, vec!["Switchover"])] {
+        let mut source = waiting(mode);
+        assert_eq!((source.poll(LATER), source.stage().0), (Poll::Wait(None), Status::PreSwitchover));
+        // Not to be waited for any more, but this wait is a person's to end.
+        source.handle(Input::PauseBeforeSwitchover(false), LATER);
+        assert_eq!(source.poll(LATER), Poll::Wait(None));
+        source.handle(Input::Continue, LATER);
+        assert_eq!(done(&mut source, LATER), sent);
+        source.handle(Input::Frame(Frame::Ready { load_us: 5, warnings: Vec::new() }), LATER + Duration::from_micros(7));
+        done(&mut source, LATER + Duration::from_micros(7));
+        source.handle(Input::Frame(Frame::Running(1)), LATER + Duration::from_micros(9));
+        let downtime = source.report.downtime;
+        assert_eq!((downtime.pre_switchover_us, downtime.transfer_us), ((LATER - NOW).as_micros() as u64, 2));
+        assert_eq!(downtime.total_us, downtime.pre_switchover_us + 10 + 20 + 30 + 9);
+        assert!(downtime.predicted_us < 50_000, "{downtime:?}");
+    }
+}
+
+#[test]
+fn whatever_ends_the_wait_lets_the_guest_go_on() {
+    let ends = [
+        Input::Cancel,
+        Input::GuestEnded("it powered off".into()),
+        Input::Lost(Channel::Main, "cut".into()),
+        Input::Lost(Channel::Urgent, "cut".into()),
+        Input::Frame(Frame::Abort("nobody wants it".into())),
+        Input::Frame(Frame::Prepared),
+        Input::Failed("something".into()),
+    ];
+    for end in ends {
+        let mut source = waiting(Mode::Auto);
+        source.handle(end.clone(), LATER);
+        assert_eq!(done(&mut source, LATER), ["Resume", "Abort"], "{end:?}");
+        assert!(!source.may_be_waited_for());
+    }
+}
+
+#[test]
+fn a_guest_that_was_about_to_go_on_goes_on_when_the_migration_ends_at_that_moment() {
+    // Too much was dirtied until it stood still: another pass.
+    let mut source = stopped(Source::new(Config { downtime_limit: Duration::ZERO, ..config(Mode::Precopy) }), 1000);
+    source.handle(Input::Cancel, NOW);
+    assert_eq!(done(&mut source, NOW), ["Resume", "Abort"]);
+}
+
+#[test]
+fn a_guest_that_was_slowed_down_is_not_when_the_migration_ends_as_it_stops() {
+    let mut source = Source::new(config(Mode::Precopy));
+    source.set_throttle(50);
+    let mut source = stopped(source, 60);
+    source.handle(Input::Cancel, NOW);
+    assert_eq!(done(&mut source, NOW), ["Throttle(0)", "Resume", "Abort"]);
+}
+
+#[test]
+fn a_destination_that_never_confirms_the_end_is_a_lost_link() {
+    let mut source = stopped(Source::new(config(Mode::Postcopy)), 60);
+    done(&mut source, NOW);
+    source.handle(Input::Frame(Frame::Ready { load_us: 5, warnings: Vec::new() }), NOW);
+    assert_eq!(done(&mut source, NOW).last().map(String::as_str), Some("End"));
+    assert_eq!(source.poll(NOW + END_TIMEOUT - NOW), Poll::Wait(Some(NOW + END_TIMEOUT)));
+    let Poll::Act(Action::Disconnect(text)) = source.poll(NOW + END_TIMEOUT) else { panic!("it is waited for") };
+    assert!(text.contains("did not confirm what it was sent in time") && source.is_paused(), "{text}");
+}
