@@ -77,7 +77,7 @@ pub struct Config {
     pub ram_pages: u64,
     /// What RAM is made of.
     pub host_page: HostPage,
-    /// Connections for pages: 1 to [`MAX_PAGE_CHANNELS`](super::wire::MAX_PAGE_CHANNELS).
+    /// Connections for pages: 1 to [`MAX_PAGE_CHANNELS`].
     pub page_channels: u8,
     /// Random number of this migration.
     pub session: u128,
