@@ -10,6 +10,7 @@ use super::options::{ReceiveOptions, RunOptions};
 use super::serial::SerialTarget;
 use super::size::Memory;
 use super::{bandwidth, disk, duration, size};
+use crate::memory::dirty_tracker::TrackerChoice;
 use crate::migrate::report::Mode;
 use crate::qmp::parameters::MultifdCompression;
 use crate::vm::config::{DiskConfig, GuestConfig};
@@ -134,6 +135,9 @@ struct HostArguments {
     /// Control socket to listen on, for `ferry migrate` and others, and for QEMU's clients
     #[arg(long, value_name = "SOCKET")]
     qmp: Option<PathBuf>,
+    /// How KVM tells which pages the guest changes while it is moved away from here
+    #[arg(long, value_enum, default_value = "auto")]
+    dirty_tracking: DirtyTrackingArgument,
 }
 
 #[derive(Debug, Args)]
@@ -223,6 +227,26 @@ pub(super) enum ModeArgument {
     Postcopy,
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DirtyTrackingArgument {
+    /// The log where KVM has manual protect, otherwise the ring
+    Auto,
+    /// KVM's dirty log
+    Log,
+    /// KVM's dirty rings
+    Ring,
+}
+
+impl From<DirtyTrackingArgument> for TrackerChoice {
+    fn from(argument: DirtyTrackingArgument) -> Self {
+        match argument {
+            DirtyTrackingArgument::Auto => TrackerChoice::Auto,
+            DirtyTrackingArgument::Log => TrackerChoice::Log,
+            DirtyTrackingArgument::Ring => TrackerChoice::Ring,
+        }
+    }
+}
+
 impl From<ModeArgument> for Mode {
     fn from(mode: ModeArgument) -> Self {
         match mode {
@@ -276,7 +300,7 @@ impl RunArguments {
             cmdline,
             disks,
         };
-        RunOptions { config, serial: host.serial, qmp: host.qmp }
+        RunOptions { config, serial: host.serial, qmp: host.qmp, tracker: host.dirty_tracking.into() }
     }
 }
 
@@ -284,7 +308,8 @@ impl ReceiveArguments {
     /// The options, or the end of the process with a usage error where an id is mapped twice.
     pub fn into_options(self) -> ReceiveOptions {
         refuse_duplicates(self.disks.iter().map(|(id, _)| id.as_str()));
-        ReceiveOptions { listen: self.listen, disks: self.disks, serial: self.host.serial, qmp: self.host.qmp }
+        let HostArguments { serial, qmp, dirty_tracking } = self.host;
+        ReceiveOptions { listen: self.listen, disks: self.disks, serial, qmp, tracker: dirty_tracking.into() }
     }
 }
 

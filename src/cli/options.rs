@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::serial::SerialTarget;
+use crate::memory::dirty_tracker::TrackerChoice;
 use crate::vm::config::GuestConfig;
 
 /// `ferry run`.
@@ -14,6 +15,8 @@ pub struct RunOptions {
     pub serial: SerialTarget,
     /// Control socket to listen on.
     pub qmp: Option<PathBuf>,
+    /// How the guest's dirty pages can be tracked when it moves on.
+    pub tracker: TrackerChoice,
 }
 
 /// `ferry receive`.
@@ -27,4 +30,6 @@ pub struct ReceiveOptions {
     pub serial: SerialTarget,
     /// Control socket to listen on.
     pub qmp: Option<PathBuf>,
+    /// How the guest's dirty pages can be tracked when it moves on.
+    pub tracker: TrackerChoice,
 }

@@ -1,6 +1,8 @@
 //! Guest RAM: the mapping, its pages as the migration counts them, and the ways its changes and its missing pages are seen.
 
 pub mod dirty_log;
+pub mod dirty_ring;
+pub mod dirty_tracker;
 pub mod hugetlb;
 mod page;
 mod page_set;

@@ -8,6 +8,7 @@ use super::state::StateError;
 use crate::boot::BootError;
 use crate::device::DeviceError;
 use crate::device::bus::Overlap;
+use crate::memory::dirty_tracker::TrackerError;
 
 /// Why a virtual machine could not be built, moved on or saved.
 #[derive(Debug, Error)]
@@ -77,6 +78,9 @@ pub enum VmError {
     /// The kernel or something with it cannot be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The machine cannot be built for the dirty tracking that was asked for.
+    #[error(transparent)]
+    Tracking(#[from] TrackerError),
     /// A device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),

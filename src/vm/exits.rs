@@ -1,13 +1,15 @@
 //! What the guest did to leave KVM_RUN, and what is done about it.
 
 use kvm_bindings::{
-    KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
-    KVM_INTERNAL_ERROR_SIMUL_EX, KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
+    KVM_EXIT_DIRTY_RING_FULL, KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_INTERNAL_ERROR_SIMUL_EX, KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON,
+    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::events::VmEvent;
 use crate::device::bus::Bus;
+use crate::memory::dirty_tracker::Tracking;
 
 /// The two address spaces a vCPU reaches devices by.
 #[derive(Default)]
@@ -30,8 +32,8 @@ pub enum Outcome {
     Stuck(String),
 }
 
-/// Enters the guest once and carries out what it asks of devices.
-pub fn run_once(vcpu: &mut VcpuFd, buses: &Buses) -> Outcome {
+/// Enters the guest once and carries out what it asks of devices, and what KVM asks of `tracking`.
+pub fn run_once(vcpu: &mut VcpuFd, buses: &Buses, tracking: &Tracking) -> Outcome {
     let run: *const kvm_run = vcpu.get_kvm_run();
     match vcpu.run() {
         Ok(VcpuExit::IoOut(port, data)) => {
@@ -54,6 +56,7 @@ pub fn run_once(vcpu: &mut VcpuFd, buses: &Buses) -> Outcome {
             buses.mmio.write(address, data);
             Outcome::Handled
         }
+        Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => make_room(tracking),
         Ok(VcpuExit::Intr) => Outcome::Interrupted,
         Ok(VcpuExit::Shutdown) => Outcome::Stuck("triple fault: the guest has no handler for an exception".into()),
         Ok(VcpuExit::InternalError) => Outcome::Stuck(internal_error(vcpu)),
@@ -75,6 +78,14 @@ pub fn run_once(vcpu: &mut VcpuFd, buses: &Buses) -> Outcome {
             libc::EFAULT => Outcome::Stuck("KVM could not reach guest memory: the host has no page for it, or lost the one it had".into()),
             _ => Outcome::Stuck(format!("KVM_RUN failed: {error}")),
         },
+    }
+}
+
+/// Empties a dirty ring that keeps its vCPU out of the guest. Nothing of the guest's is in flight then.
+fn make_room(tracking: &Tracking) -> Outcome {
+    match tracking {
+        Tracking::Ring(rings) => rings.collect().map_or_else(|error| Outcome::Stuck(error.to_string()), |()| Outcome::Handled),
+        Tracking::Log(_) => Outcome::Stuck("KVM says that a dirty ring is full, but this machine has none".into()),
     }
 }
 

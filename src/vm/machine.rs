@@ -27,6 +27,7 @@ use crate::device::cmos::Cmos;
 use crate::device::power::{AcpiPower, I8042};
 use crate::device::serial::SerialPort;
 use crate::memory::GuestRam;
+use crate::memory::dirty_tracker::{TrackerChoice, Tracking};
 
 /// How long the vCPUs may take to stop. They stop within microseconds, unless one waits in a device for the outside world.
 const PAUSE_LIMIT: Duration = Duration::from_secs(10);
@@ -78,6 +79,7 @@ struct Machine {
     host_tsc_khz: u32,
     /// Rate of the guest's TSC: the host's, unless the guest came from elsewhere.
     tsc_khz: u32,
+    tracking: Tracking,
     fd: Arc<VmFd>,
     // After the descriptor: KVM maps this memory into the guest.
     ram: GuestRam,
@@ -96,6 +98,11 @@ impl<S> Vm<S> {
     /// KVM's descriptor of the machine.
     pub fn fd(&self) -> &Arc<VmFd> {
         &self.machine.fd
+    }
+
+    /// How its dirty pages can be tracked.
+    pub fn tracking(&self) -> &Tracking {
+        &self.machine.tracking
     }
 
     /// The guest's RAM.
@@ -159,8 +166,8 @@ impl<S> Vm<S> {
 
 impl Vm<Built> {
     /// Builds the machine over `ram`: interrupt controllers and timer in the kernel, memory slots, legacy devices, vCPUs with their threads
-    /// parked. What the guest does to end itself is sent to `events`.
-    pub fn build(config: &GuestConfig, ram: GuestRam, events: Sender<VmEvent>) -> Result<Self, VmError> {
+    /// parked. Its dirty pages can be tracked as `tracker` says. What the guest does to end itself is sent to `events`.
+    pub fn build(config: &GuestConfig, ram: GuestRam, tracker: TrackerChoice, events: Sender<VmEvent>) -> Result<Self, VmError> {
         let kvm = Kvm::new().map_err(VmError::Open)?;
         let max = kvm.get_max_vcpus();
         if config.cpus == 0 || usize::from(config.cpus) > max {
@@ -182,6 +189,7 @@ impl Vm<Built> {
             // SAFETY: the region is the slot's own part of RAM, which `Machine` keeps mapped for longer than the descriptor.
             unsafe { fd.set_user_memory_region(region) }.map_err(VmError::kvm("KVM_SET_USER_MEMORY_REGION"))?;
         }
+        let tracking = Tracking::new(tracker, &fd, &ram)?;
         let events = EventSink::new(events);
         let serial = Arc::new(SerialPort::new(irqfd(&fd, layout::COM1_GSI)?));
         let power_button = irqfd(&fd, layout::GED_GSI)?;
@@ -205,7 +213,8 @@ impl Vm<Built> {
                 msrs = msr::indices(&kvm, &vcpu)?;
                 host_tsc_khz = vcpu.get_tsc_khz().map_err(VmError::kvm("KVM_GET_TSC_KHZ"))?;
             }
-            vcpus.push(VcpuThread::spawn(index, vcpu, events.clone(), throttle.clone())?);
+            tracking.add_vcpu(&vcpu)?;
+            vcpus.push(VcpuThread::spawn(index, vcpu, events.clone(), throttle.clone(), tracking.clone())?);
         }
         let xsave_size = save_vcpu::xsave_size(&fd)?;
         let machine = Machine {
@@ -224,6 +233,7 @@ impl Vm<Built> {
             xsave_size,
             host_tsc_khz,
             tsc_khz: host_tsc_khz,
+            tracking,
             fd,
             ram,
         };

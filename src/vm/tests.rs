@@ -11,6 +11,7 @@ use proptest::test_runner::TestRunner;
 
 use super::*;
 use crate::memory::GuestRam;
+use crate::memory::dirty_tracker::TrackerChoice;
 use crate::vm::config::GuestConfig;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -53,7 +54,7 @@ fn build(kernel: PathBuf, cmdline: &str, cpus: u16, ram: GuestRam) -> (Vm<Built>
         disks: Vec::new(),
     };
     let (sender, events) = unbounded();
-    let vm = Vm::build(&config, ram, sender).unwrap();
+    let vm = Vm::build(&config, ram, TrackerChoice::Auto, sender).unwrap();
     let console = Console::default();
     vm.serial().set_output(Box::new(console.clone()));
     (vm, console, events)
@@ -409,7 +410,7 @@ fn impossible_machines_are_refused() {
     let mut config = build(PathBuf::new(), "", 1, ram()).0.config().clone();
     for cpus in [0, u16::MAX] {
         config.cpus = cpus;
-        assert!(matches!(Vm::build(&config, ram(), unbounded().0), Err(VmError::CpuCount { .. })));
+        assert!(matches!(Vm::build(&config, ram(), TrackerChoice::Auto, unbounded().0), Err(VmError::CpuCount { .. })));
     }
 }
 #[test]

@@ -14,6 +14,7 @@ use super::events::{EventSink, VmEvent};
 use super::exits::{Buses, Outcome, run_once};
 use super::kick::{Kickable, kick};
 use super::throttle::Throttle;
+use crate::memory::dirty_tracker::Tracking;
 
 /// How often a thread that is to end is kicked.
 const KICK_INTERVAL: Duration = Duration::from_millis(1);
@@ -58,14 +59,15 @@ impl<T> Pending<T> {
 }
 
 impl VcpuThread {
-    /// Starts the thread of vCPU `index`, which will tell `events` how the guest ended and stands still when `throttle` says so.
-    pub fn spawn(index: u16, mut vcpu: VcpuFd, events: EventSink, throttle: Arc<Throttle>) -> Result<Self, VmError> {
+    /// Starts the thread of vCPU `index`, which will tell `events` how the guest ended, stands still when `throttle` says so, and keeps
+    /// its dirty ring in `tracking` from staying full.
+    pub fn spawn(index: u16, mut vcpu: VcpuFd, events: EventSink, throttle: Arc<Throttle>, tracking: Tracking) -> Result<Self, VmError> {
         let (commands, inbox) = unbounded();
         let (ready, started) = bounded(1);
         let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || match Kickable::new(&mut vcpu) {
             Ok(kickable) => {
                 let _ = ready.send(Ok(gettid()));
-                serve(index, &mut vcpu, &inbox, &events, &throttle);
+                serve(index, &mut vcpu, &inbox, &events, &throttle, &tracking);
                 drop(kickable);
             }
             Err(error) => {
@@ -143,7 +145,7 @@ impl Drop for VcpuThread {
 }
 
 /// The thread's life: parked until told to run, running until told to pause.
-fn serve(index: u16, vcpu: &mut VcpuFd, inbox: &Receiver<Command>, events: &EventSink, throttle: &Throttle) {
+fn serve(index: u16, vcpu: &mut VcpuFd, inbox: &Receiver<Command>, events: &EventSink, throttle: &Throttle, tracking: &Tracking) {
     let mut running: Option<Arc<Buses>> = None;
     let mut stuck = false;
     loop {
@@ -162,7 +164,7 @@ fn serve(index: u16, vcpu: &mut VcpuFd, inbox: &Receiver<Command>, events: &Even
             }
             Ok(Command::Pause(answer)) => {
                 if let Some(buses) = running.take() {
-                    match finish_access(vcpu, &buses) {
+                    match finish_access(vcpu, &buses, tracking) {
                         Outcome::Handled | Outcome::Interrupted => {}
                         Outcome::Ended(event) => events.send(event),
                         Outcome::Stuck(reason) => {
@@ -177,7 +179,7 @@ fn serve(index: u16, vcpu: &mut VcpuFd, inbox: &Receiver<Command>, events: &Even
             Err(TryRecvError::Disconnected) => return,
             Err(TryRecvError::Empty) => {
                 let Some(buses) = &running else { continue };
-                match run_once(vcpu, buses) {
+                match run_once(vcpu, buses, tracking) {
                     Outcome::Handled => {}
                     // Before the next look at the commands, so that a kick from here on is kept.
                     Outcome::Interrupted => vcpu.set_kvm_immediate_exit(0),
@@ -213,10 +215,10 @@ fn look(vcpu: &mut VcpuFd, inbox: &Receiver<Command>, wait: Duration) -> Result<
 /// Completes the port or memory access that the last exit left half done: the registers are right only after KVM_RUN was entered again
 /// (KVM API, KVM_RUN). With `immediate_exit` set it finishes the access and runs no guest code. An access of several parts exits once for
 /// each, so this goes on until KVM has nothing left to do.
-fn finish_access(vcpu: &mut VcpuFd, buses: &Buses) -> Outcome {
+fn finish_access(vcpu: &mut VcpuFd, buses: &Buses, tracking: &Tracking) -> Outcome {
     vcpu.set_kvm_immediate_exit(1);
     let outcome = loop {
-        match run_once(vcpu, buses) {
+        match run_once(vcpu, buses, tracking) {
             Outcome::Handled => {}
             outcome => break outcome,
         }

@@ -13,6 +13,7 @@ use crate::device::serial::SerialPort;
 use crate::device::virtio::blk::VirtioBlk;
 use crate::device::virtio::mmio::VirtioMmio;
 use crate::memory::GuestRam;
+use crate::memory::dirty_tracker::TrackerChoice;
 use crate::vm::config::GuestConfig;
 use crate::vm::{Built, Vm, VmError, VmEvent, layout};
 
@@ -23,6 +24,7 @@ const INPUT_TICK: Duration = Duration::from_millis(200);
 pub(super) struct Machine {
     console: Arc<Console>,
     serial: Mutex<Option<Arc<SerialPort>>>,
+    tracker: TrackerChoice,
     events: Sender<VmEvent>,
 }
 
@@ -51,18 +53,19 @@ impl Write for SharedOutput {
 }
 
 impl Machine {
-    /// Machines whose serial port writes to `console` and which report to `events`.
-    pub fn new(console: Output, events: Sender<VmEvent>) -> Self {
+    /// Machines whose serial port writes to `console`, whose dirty pages can be tracked as `tracker` says, and which report to `events`.
+    pub fn new(console: Output, tracker: TrackerChoice, events: Sender<VmEvent>) -> Self {
         Machine {
             console: Arc::new(Console { output: Mutex::new(console), closed: AtomicBool::new(false) }),
             serial: Mutex::default(),
+            tracker,
             events,
         }
     }
 
     /// Builds a machine over `ram` with its disks and its console.
     pub fn build(&self, config: &GuestConfig, ram: GuestRam, disks: &[Arc<Disk>]) -> Result<Vm<Built>, VmmError> {
-        let mut vm = Vm::<Built>::build(config, ram, self.events.clone())?;
+        let mut vm = Vm::<Built>::build(config, ram, self.tracker, self.events.clone())?;
         for (slot, disk) in disks.iter().enumerate() {
             let attach = |reason: String| VmmError::Attach { id: disk.config().id.clone(), reason };
             let (address, gsi) = layout::virtio_slot(slot).ok_or(VmError::Slot(slot))?;

@@ -27,6 +27,7 @@ use thiserror::Error;
 use crate::block::disk::{Disk, DiskError};
 use crate::cli::console::{Console, ConsoleError};
 use crate::cli::options::{ReceiveOptions, RunOptions};
+use crate::memory::dirty_tracker::TrackerChoice;
 use crate::memory::ram::RamError;
 use crate::migrate::driver::destination::DestinationMigration;
 use crate::migrate::transport::{Address, AddressError, Listener, TransportError};
@@ -128,7 +129,7 @@ pub fn run(options: RunOptions) -> Result<(), VmmError> {
     // First of all: every thread started later inherits the blocked signals.
     let signals = Signals::block().map_err(VmmError::Signals)?;
     let console = Console::open(&options.serial)?;
-    let (vmm, mut main) = Main::new(console, incoming::Incoming::default(), signals)?;
+    let (vmm, mut main) = Main::new(console, options.tracker, incoming::Incoming::default(), signals)?;
     let config = options.config;
     let disks = config.disks.iter().cloned().map(Disk::open).collect::<Result<Vec<_>, _>>()?;
     for disk in &disks {
@@ -151,7 +152,7 @@ pub fn receive(options: ReceiveOptions) -> Result<(), VmmError> {
     let signals = Signals::block().map_err(VmmError::Signals)?;
     let console = Console::open(&options.serial)?;
     let listener = Listener::bind(&options.listen.parse::<Address>()?)?;
-    let (vmm, mut main) = Main::new(console, incoming::Incoming::expecting(options.disks), signals)?;
+    let (vmm, mut main) = Main::new(console, options.tracker, incoming::Incoming::expecting(options.disks), signals)?;
     main.listen(&vmm, options.qmp.as_deref())?;
     eprintln!("ferry: waiting for a guest at {}\r", listener.address());
     let migration = DestinationMigration::start(listener, Arc::new(vmm.clone())).map_err(VmmError::NotReceived)?;
@@ -176,12 +177,12 @@ struct Main {
 }
 
 impl Main {
-    fn new(console: Console, incoming: incoming::Incoming, signals: Signals) -> Result<(Arc<Vmm>, Self), VmmError> {
+    fn new(console: Console, tracker: TrackerChoice, incoming: incoming::Incoming, signals: Signals) -> Result<(Arc<Vmm>, Self), VmmError> {
         let (sender, messages) = unbounded();
         let (vm_sender, vm_events) = unbounded();
         let vmm = Arc::new(Vmm {
             guest: Mutex::new(Guest::None),
-            machine: Machine::new(console.output()?, vm_sender),
+            machine: Machine::new(console.output()?, tracker, vm_sender),
             disks: Mutex::default(),
             events: Events::default(),
             messages: sender,

@@ -67,9 +67,9 @@ impl Vmm {
         }
         let disks = lock(&self.disks).clone();
         let guest = lock(&self.guest);
-        let (setup, ram, fd) = match &*guest {
-            Guest::Running(vm) => (setup(vm), vm.ram().clone(), vm.fd().clone()),
-            Guest::Paused(vm) => (setup(vm), vm.ram().clone(), vm.fd().clone()),
+        let (setup, ram, tracking) = match &*guest {
+            Guest::Running(vm) => (setup(vm), vm.ram().clone(), vm.tracking().clone()),
+            Guest::Paused(vm) => (setup(vm), vm.ram().clone(), vm.tracking().clone()),
             other => return Err(QmpError::generic(other.why_not("be moved"))),
         };
         drop(guest);
@@ -90,7 +90,7 @@ impl Vmm {
         };
         outgoing.last = None;
         outgoing.pass = 0;
-        let migration = SourceMigration::start(request, setup, ram, fd, disks, self.clone()).map_err(QmpError::generic)?;
+        let migration = SourceMigration::start(request, setup, ram, tracking, disks, self.clone()).map_err(QmpError::generic)?;
         outgoing.active = true;
         outgoing.migration = Some(Arc::new(migration));
         Ok(())

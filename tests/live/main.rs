@@ -33,6 +33,7 @@ mod before_commit;
 mod bitmaps;
 mod control;
 mod convergence;
+mod dirty_tracking;
 mod ends;
 mod faults;
 mod hugetlb;

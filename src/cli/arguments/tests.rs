@@ -24,12 +24,13 @@ fn run_becomes_a_guest_configuration() {
 
 #[test]
 fn receive_maps_disks_by_id() {
-    let Subcommand::Receive(arguments) = parse("ferry receive --listen tcp:[::1]:4444 --disk id=a,path=/x").unwrap() else {
+    let Subcommand::Receive(arguments) = parse("ferry receive --listen tcp:[::1]:4444 --disk id=a,path=/x --dirty-tracking ring").unwrap()
+    else {
         panic!("not receive")
     };
     let options = arguments.into_options();
     assert_eq!(options.disks, [("a".to_string(), PathBuf::from("/x"))]);
-    assert_eq!(options.listen, "tcp:[::1]:4444");
+    assert_eq!((options.listen.as_str(), options.tracker), ("tcp:[::1]:4444", TrackerChoice::Ring));
 }
 
 #[test]
@@ -42,6 +43,7 @@ fn wrong_usage_has_exit_status_2() {
         "ferry run --kernel k --memory much",
         "ferry run --kernel k --disk path=x",
         "ferry run --kernel k --serial tty",
+        "ferry run --kernel k --dirty-tracking bitmap",
         "ferry receive --listen 4444",
         "ferry receive --listen tcp:host:99999",
         "ferry migrate --qmp q",

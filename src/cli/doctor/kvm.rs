@@ -17,7 +17,7 @@ const EXTENSIONS: [(&str, u32, &str, bool); 9] = [
     ("ioeventfd", bindings::KVM_CAP_IOEVENTFD, NEWER_KERNEL, true),
     ("immediate exit", bindings::KVM_CAP_IMMEDIATE_EXIT, "use Linux 4.13 or newer", true),
     ("dirty log with manual protect", bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, "use Linux 5.1 or newer", true),
-    ("dirty ring", bindings::KVM_CAP_DIRTY_LOG_RING, "Linux 5.11 has it; Ferry uses the dirty log", false),
+    ("dirty ring", bindings::KVM_CAP_DIRTY_LOG_RING, "--dirty-tracking ring needs Linux 5.11; the dirty log does as well", false),
     ("XSAVE2", bindings::KVM_CAP_XSAVE2, "use Linux 5.17 or newer", true),
     ("TSC frequency can be read", bindings::KVM_CAP_GET_TSC_KHZ, "use a host whose KVM knows its TSC's frequency", true),
     ("TSC scaling", bindings::KVM_CAP_TSC_CONTROL, "move guests between hosts of the same TSC frequency only", false),

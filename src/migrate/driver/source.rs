@@ -17,11 +17,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, bounded};
-use kvm_ioctls::VmFd;
 
 use super::owner::{MachineSetup, PageTransfer, SourceOwner, SourceRequest};
 use super::saved;
 use crate::block::disk::Disk;
+use crate::memory::dirty_tracker::Tracking;
 use crate::memory::{GuestRam, thp};
 use crate::migrate::pace::Pace;
 use crate::migrate::policy::Throttling;
@@ -95,13 +95,13 @@ fn input_of(event: &VmEvent) -> Input {
 }
 
 impl SourceMigration {
-    /// Begins to move the guest with `ram`, `vm` and `disks`; everything slow, connecting included, happens on the migration's thread.
-    /// The guest itself is asked of `owner` when it is to stand still. An error means that nothing was begun.
+    /// Begins to move the guest with `ram`, whose changes `tracking` sees, and `disks`; everything slow, connecting included, happens on
+    /// the migration's thread. The guest itself is asked of `owner` when it is to stand still. An error means that nothing was begun.
     pub fn start(
         request: SourceRequest,
         setup: MachineSetup,
         ram: GuestRam,
-        vm: Arc<VmFd>,
+        tracking: Tracking,
         disks: Vec<Arc<Disk>>,
         owner: Arc<dyn SourceOwner>,
     ) -> Result<SourceMigration, String> {
@@ -136,7 +136,7 @@ impl SourceMigration {
             postcopy_pace: Mutex::new(Pace::new(request.max_postcopy_bandwidth)),
             pages: request.pages,
         });
-        let guest = guest::SourceGuest::new(owner.clone(), vm, ram.clone(), disks);
+        let guest = guest::SourceGuest::new(owner.clone(), tracking, ram.clone(), disks);
         let migration = run::Migration::new(shared.clone(), owner, ram.clone(), guest, woken);
         let engine = shared.clone();
         let run = move || {

@@ -3,13 +3,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use kvm_ioctls::VmFd;
-
 use super::super::owner::{SourceOwner, StoppedGuest};
 use super::super::saved;
 use crate::block::dirty_bitmap::{CHUNK_WORDS, OutgoingBitmap};
 use crate::block::disk::Disk;
-use crate::memory::dirty_log::DirtyLog;
+use crate::memory::dirty_tracker::{DirtyTracker, Tracking};
 use crate::memory::{GuestRam, PageRun, PageSet};
 use crate::migrate::source::Stopped;
 use crate::migrate::wire::{BitmapInfo, Frame};
@@ -32,10 +30,10 @@ impl From<String> for StopError {
 /// What the migration holds of the guest.
 pub struct SourceGuest {
     owner: Arc<dyn SourceOwner>,
-    vm: Arc<VmFd>,
+    tracking: Tracking,
     ram: GuestRam,
     disks: Vec<Arc<Disk>>,
-    log: Option<DirtyLog>,
+    tracker: Option<DirtyTracker>,
     /// Between stop and resume, or stop and commit.
     stopped: Option<StoppedGuest>,
     /// From the stop on, in the order of the package.
@@ -44,22 +42,22 @@ pub struct SourceGuest {
 }
 
 impl SourceGuest {
-    pub fn new(owner: Arc<dyn SourceOwner>, vm: Arc<VmFd>, ram: GuestRam, disks: Vec<Arc<Disk>>) -> Self {
-        SourceGuest { owner, vm, ram, disks, log: None, stopped: None, bitmaps: Vec::new(), moved: None }
+    pub fn new(owner: Arc<dyn SourceOwner>, tracking: Tracking, ram: GuestRam, disks: Vec<Arc<Disk>>) -> Self {
+        SourceGuest { owner, tracking, ram, disks, tracker: None, stopped: None, bitmaps: Vec::new(), moved: None }
     }
 
     /// Begins to track dirty pages; returns those that hold anything.
     pub fn start_tracking(&mut self) -> Result<PageSet, String> {
         let mut populated = PageSet::empty(self.ram.pages());
-        self.log = Some(DirtyLog::start(self.vm.clone(), self.ram.clone(), &mut populated).map_err(|error| error.to_string())?);
+        self.tracker = Some(self.tracking.start(&self.ram, &mut populated).map_err(|error| error.to_string())?);
         Ok(populated)
     }
 
     /// The pages dirtied since the last harvest.
     pub fn harvest(&mut self) -> Result<PageSet, String> {
         let mut dirty = PageSet::empty(self.ram.pages());
-        let log = self.log.as_mut().ok_or("dirty pages are not tracked")?;
-        log.harvest(&mut dirty).map_err(|error| error.to_string())?;
+        let tracker = self.tracker.as_mut().ok_or("dirty pages are not tracked")?;
+        tracker.harvest(&mut dirty).map_err(|error| error.to_string())?;
         Ok(dirty)
     }
 
@@ -75,8 +73,8 @@ impl SourceGuest {
 
     /// Clears the dirty bits of `pages` within `range`: before any of them is read.
     pub fn clear(&mut self, pages: &PageSet, range: PageRun) -> Result<(), String> {
-        let log = self.log.as_mut().ok_or("dirty pages are not tracked")?;
-        log.clear(pages, range).map_err(|error| error.to_string())
+        let tracker = self.tracker.as_mut().ok_or("dirty pages are not tracked")?;
+        tracker.clear(pages, range).map_err(|error| error.to_string())
     }
 
     /// Takes the guest over and saves it. After an error it may or may not be in hand; [`SourceGuest::resume`] is right for both.
@@ -89,8 +87,8 @@ impl SourceGuest {
         let begin = Instant::now();
         let guest = self.stopped.insert(self.owner.take().map_err(|reason| format!("the guest cannot be paused: {reason}"))?);
         let stopped = Instant::now();
-        if !Arc::ptr_eq(guest.vm.fd(), &self.vm) {
-            // Its writes are in another machine's dirty log.
+        if !Arc::ptr_eq(guest.vm.fd(), self.tracking.vm()) {
+            // Another machine has tracked its writes.
             return Err(StopError::Failed("the guest has restarted in the meantime; try again".into()));
         }
         let state = guest.vm.save().map_err(|error| match error {
@@ -182,9 +180,9 @@ impl SourceGuest {
     /// Ends the tracking; returns the guest if it was given up.
     pub fn end(self) -> Option<Vm<Moved>> {
         // A guest that has moved has no use for it, and switching it off takes time.
-        if let (Some(log), None) = (self.log, &self.moved) {
-            // A guest whose log stays on runs slower, no more.
-            let _ = log.stop();
+        if let (Some(tracker), None) = (self.tracker, &self.moved) {
+            // A guest that stays tracked runs slower, no more.
+            let _ = tracker.stop();
         }
         self.moved
     }

@@ -5,6 +5,7 @@ use std::io::Write;
 use crossbeam_channel::{Sender, unbounded};
 use tempfile::NamedTempFile;
 
+use crate::memory::dirty_tracker::TrackerChoice;
 use crate::memory::{GuestRam, PAGE_SIZE, PageNumber, PageRun};
 use crate::vm::config::{DiskConfig, GuestConfig};
 use crate::vm::{Built, Running, Vm, VmEvent};
@@ -115,7 +116,7 @@ pub fn start_with(workload: Workload, disks: Vec<DiskConfig>, events: Sender<VmE
     for page in STILL..RAM / PAGE_SIZE as u64 {
         write(&ram, page, if page % 5 == 0 { 0 } else { page << 32 | 7 });
     }
-    let mut vm = Vm::build(&config, ram, events).unwrap_or_else(|error| panic!("{error}"));
+    let mut vm = Vm::build(&config, ram, TrackerChoice::Auto, events).unwrap_or_else(|error| panic!("{error}"));
     vm.load_kernel().unwrap();
     (vm.start().unwrap_or_else(|error| panic!("{error}")), config)
 }
@@ -132,7 +133,7 @@ pub fn restart(workload: Workload, vm: Vm<Running>) -> Vm<Running> {
 }
 
 pub fn build(config: &GuestConfig, ram: GuestRam) -> Vm<Built> {
-    Vm::build(config, ram, unbounded().0).unwrap_or_else(|error| panic!("{error}"))
+    Vm::build(config, ram, TrackerChoice::Auto, unbounded().0).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Puts an instruction that no processor has where the guest comes by each round, and it has no handler.

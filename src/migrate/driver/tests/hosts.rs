@@ -69,13 +69,13 @@ impl SourceHost {
     }
 
     pub fn migrate(self: &Arc<Self>, request: SourceRequest) -> SourceMigration {
-        let (fd, facts) = match self.guest.lock().unwrap().as_ref().unwrap() {
-            Guest::Running(vm) => (vm.fd().clone(), MachineFacts::of(vm)),
-            Guest::Paused(vm) => (vm.fd().clone(), MachineFacts::of(vm)),
+        let (tracking, facts) = match self.guest.lock().unwrap().as_ref().unwrap() {
+            Guest::Running(vm) => (vm.tracking().clone(), MachineFacts::of(vm)),
+            Guest::Paused(vm) => (vm.tracking().clone(), MachineFacts::of(vm)),
         };
         let disk_sizes = self.disks.iter().map(|disk| disk.size()).collect();
         let setup = MachineSetup { config: self.config.clone(), facts, disk_sizes };
-        SourceMigration::start(request, setup, self.ram.clone(), fd, self.disks.clone(), self.clone()).unwrap()
+        SourceMigration::start(request, setup, self.ram.clone(), tracking, self.disks.clone(), self.clone()).unwrap()
     }
 
     pub fn wait_for(&self, wanted: Status) {
