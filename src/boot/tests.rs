@@ -10,6 +10,7 @@ fn config(kernel: &Path, cmdline: &str) -> GuestConfig {
         cpus: 2,
         memory: 0,
         lock_memory: false,
+        hugepages: false,
         kernel: kernel.into(),
         initrd: None,
         cmdline: cmdline.into(),

@@ -92,8 +92,11 @@ pub(super) struct RunArguments {
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
     cpus: u16,
-    /// RAM: 512M, 1G; a multiple of 2M. With lock=on never swapped, once all of it is on the host
-    #[arg(long, value_name = "SIZE[,lock=on]", default_value = "512M", value_parser = size::parse_memory)]
+    /// RAM: 512M, 1G; a multiple of 2M
+    ///
+    /// With lock=on it is never swapped, once all of it is on the host. With hugepages=2M it is made of huge pages that the administrator has
+    /// set aside (hugetlb), here and wherever the guest moves.
+    #[arg(long, value_name = "SIZE[,lock=on][,hugepages=2M]", default_value = "512M", value_parser = size::parse_memory)]
     memory: Memory,
     /// Raw disk image or block device; may be given several times. A comma in the path is written as two
     #[arg(long = "disk", value_name = "path=P,id=ID[,readonly=on]", value_parser = disk::parse_disk)]
@@ -286,7 +289,17 @@ impl RunArguments {
     pub fn into_options(self) -> RunOptions {
         refuse_duplicates(self.disks.iter().map(|disk| disk.id.as_str()));
         let RunArguments { kernel, initrd, cmdline, cpus, memory, disks, host, name } = self;
-        let config = GuestConfig { name, cpus, memory: memory.size, lock_memory: memory.lock, kernel, initrd, cmdline, disks };
+        let config = GuestConfig {
+            name,
+            cpus,
+            memory: memory.size,
+            lock_memory: memory.lock,
+            hugepages: memory.hugepages,
+            kernel,
+            initrd,
+            cmdline,
+            disks,
+        };
         RunOptions { config, serial: host.serial, qmp: host.qmp, tracker: host.dirty_tracking.into() }
     }
 }

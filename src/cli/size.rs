@@ -25,20 +25,30 @@ pub(super) struct Memory {
     pub size: u64,
     /// Whether it is held in the host's memory.
     pub lock: bool,
+    /// Whether it is made of hugetlb pages.
+    pub hugepages: bool,
 }
 
 /// Reads the size of a guest's RAM, which comes in huge pages, and what is to be done about it.
 pub(super) fn parse_memory(text: &str) -> Result<Memory, String> {
-    let (size, options) = text.split_once(',').unwrap_or((text, "lock=off"));
-    let lock = match options {
-        "lock=on" => true,
-        "lock=off" => false,
-        _ => return Err(format!("memory is SIZE[,lock=on|off], without '{options}'")),
-    };
-    match parse(size)? {
-        size if size > 0 && size.is_multiple_of(GRANULE) => Ok(Memory { size, lock }),
-        _ => Err("guest memory is a multiple of 2M".into()),
+    let mut parts = text.split(',');
+    let size = parse(parts.next().unwrap_or_default())?;
+    if size == 0 || !size.is_multiple_of(GRANULE) {
+        return Err("guest memory is a multiple of 2M".into());
     }
+    let (mut lock, mut hugepages) = (None, None);
+    for option in parts {
+        let before = match option {
+            "lock=on" => lock.replace(true),
+            "lock=off" => lock.replace(false),
+            "hugepages=2M" => hugepages.replace(true),
+            _ => return Err(format!("memory is SIZE[,lock=on|off][,hugepages=2M], without '{option}'")),
+        };
+        if before.is_some() {
+            return Err(format!("'{option}': each option of memory is given once"));
+        }
+    }
+    Ok(Memory { size, lock: lock.unwrap_or(false), hugepages: hugepages.unwrap_or(false) })
 }
 
 fn explain() -> String {
@@ -55,12 +65,18 @@ mod tests {
     fn suffixes_and_nonsense() {
         assert_eq!(parse("4096"), Ok(4096));
         assert_eq!(parse("3k"), Ok(3072));
-        assert_eq!(parse_memory("512M"), Ok(Memory { size: 512 << 20, lock: false }));
-        assert_eq!(parse_memory("2M,lock=on"), Ok(Memory { size: 2 << 20, lock: true }));
+        let memory = |size, lock, hugepages| Ok(Memory { size, lock, hugepages });
+        assert_eq!(parse_memory("512M"), memory(512 << 20, false, false));
+        assert_eq!(parse_memory("2M,lock=on"), memory(2 << 20, true, false));
+        assert_eq!(parse_memory("1G,hugepages=2M"), memory(1 << 30, false, true));
+        assert_eq!(parse_memory("1G,hugepages=2M,lock=on"), memory(1 << 30, true, true));
+        assert_eq!(parse_memory("1G,lock=off,hugepages=2M"), memory(1 << 30, false, true));
         for bad in ["", "M", "-1M", "1.5G", "1 G", "1GiB", "0x10", "17000000T", "99999999999999999999"] {
             assert!(parse(bad).is_err(), "{bad}");
         }
-        for bad in ["0", "1M", "3M", "2M,", "2M,lock", "2M,lock=yes", "lock=on", "2M,lock=on,lock=on"] {
+        let bad =
+            ["", "0", "1M", "3M", "2M,", "2M,lock", "2M,lock=yes", "lock=on", "2M,lock=on,lock=on", "2M,hugepages=1G", "2M,hugepages"];
+        for bad in bad {
             assert!(parse_memory(bad).is_err(), "{bad}");
         }
     }

@@ -1,4 +1,5 @@
-//! Guest RAM: one anonymous mapping, shown to the guest below and above the 32-bit hole.
+//! Guest RAM: one anonymous mapping, shown to the guest below and above the 32-bit hole. It is made of the host's ordinary pages, of
+//! which the kernel makes transparent huge ones where it can, or of hugetlb pages, which were set aside for such use.
 
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
@@ -9,7 +10,8 @@ use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 
-use super::{PAGE_SIZE, PageNumber, PageRun, PageSet};
+use super::hugetlb::{Shortage, map_hugetlb};
+use super::{HostPage, PAGE_SIZE, PageNumber, PageRun, PageSet};
 
 /// Guest memory as virtio-queue and the loaders take it; its bitmap collects what devices write.
 pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
@@ -35,6 +37,9 @@ pub enum RamError {
         /// What the kernel said.
         source: rustix::io::Errno,
     },
+    /// The kernel has too few hugetlb pages.
+    #[error(transparent)]
+    Hugetlb(#[from] Shortage),
     /// RAM cannot be held in memory.
     #[error(
         "cannot lock {size} bytes of guest memory: {source}; raise the limit of locked memory (ulimit -l), run as root, or use lock=off"
@@ -78,6 +83,7 @@ struct Inner {
 struct Mapping {
     base: NonNull<u8>,
     size: usize,
+    host_page: HostPage,
 }
 
 // SAFETY: the mapping is plain memory shared with a running guest; every access to it goes through raw pointers or vm-memory's volatile
@@ -105,11 +111,14 @@ impl Mapping {
             munmap(base.byte_add(length), padded - head - length).map_err(error)?;
             // Only a hint: kernels without transparent huge pages refuse it.
             let _ = madvise(base, length, Advice::LinuxHugepage);
-            // A core dump of the monitor must not carry the guest's memory.
-            let _ = madvise(base, length, Advice::LinuxDontDump);
             let base = NonNull::new(base.cast()).ok_or(RamError::Size(size))?;
-            Ok(Mapping { base, size: length })
+            Ok(Mapping { base, size: length, host_page: HostPage::SMALL })
         }
+    }
+
+    fn hugetlb(size: u64) -> Result<Self, RamError> {
+        let length = usize::try_from(size).map_err(|_| RamError::Size(size))?;
+        Ok(Mapping { base: map_hugetlb(length)?, size: length, host_page: HostPage::HUGE })
     }
 }
 
@@ -129,12 +138,23 @@ impl std::fmt::Debug for GuestRam {
 }
 
 impl GuestRam {
-    /// Maps `size` bytes of zeroed RAM, at guest address 0 up to [`HOLE_START`] and from [`HOLE_END`] on.
+    /// Maps `size` bytes of zeroed RAM, at guest address 0 up to [`HOLE_START`] and from [`HOLE_END`] on. Nothing is populated.
     pub fn allocate(size: u64) -> Result<Self, RamError> {
+        Self::lay_out(size, Mapping::new)
+    }
+
+    /// The same of hugetlb pages, all of which are reserved at once, so that a touch never fails for want of one.
+    pub fn allocate_hugetlb(size: u64) -> Result<Self, RamError> {
+        Self::lay_out(size, Mapping::hugetlb)
+    }
+
+    fn lay_out(size: u64, map: impl FnOnce(u64) -> Result<Mapping, RamError>) -> Result<Self, RamError> {
         if size == 0 || !size.is_multiple_of(GRANULE) {
             return Err(RamError::Size(size));
         }
-        let mapping = Mapping::new(size)?;
+        let mapping = map(size)?;
+        // SAFETY: only advice, for a mapping of our own. A core dump of the monitor must not carry the guest's memory.
+        let _ = unsafe { rustix::mm::madvise(mapping.base.as_ptr().cast(), mapping.size, rustix::mm::Advice::LinuxDontDump) };
         let low = size.min(HOLE_START);
         let mut slots = vec![RamSlot { slot: 0, start: GuestAddress(0), run: PageRun::new(0, low / PAGE_SIZE as u64) }];
         if size > low {
@@ -175,6 +195,11 @@ impl GuestRam {
     /// Size in pages.
     pub fn pages(&self) -> u64 {
         self.size() / PAGE_SIZE as u64
+    }
+
+    /// Size of the host's pages that RAM is made of.
+    pub fn host_page(&self) -> HostPage {
+        self.inner.mapping.host_page
     }
 
     /// Host address of the first byte of RAM; the pages follow one another from here, holes left out.

@@ -1,8 +1,10 @@
 //! Missing pages of guest RAM: userfaultfd reports who touches them, and they are placed whole (kernel document
-//! admin-guide/mm/userfaultfd, UFFDIO_COPY(2const), UFFDIO_ZEROPAGE(2const)).
+//! admin-guide/mm/userfaultfd, UFFDIO_COPY(2const), UFFDIO_ZEROPAGE(2const)). Of hugetlb memory only whole huge pages are missing, placed and
+//! discarded.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd};
+use std::ptr::NonNull;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -12,7 +14,7 @@ use thiserror::Error;
 use userfaultfd::{Event, FeatureFlags, IoctlFlags, Uffd, UffdBuilder};
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
-use super::{GuestRam, PAGE_SIZE, PageNumber, PageRun};
+use super::{GuestRam, HostPage, PAGE_SIZE, PageNumber, PageRun, thp};
 
 /// Names the thread that faults; every kernel since Linux 4.14 does, and faults inside the kernel need a later one.
 const FEATURES: FeatureFlags = FeatureFlags::THREAD_ID;
@@ -75,8 +77,8 @@ pub enum UffdError {
     /// Faults cannot be read.
     #[error("cannot read page faults: {0}")]
     Read(io::Error),
-    /// A run reaches beyond RAM, or differs in length from its contents.
-    #[error("{0} cannot be placed: beyond guest memory, or with contents of another length")]
+    /// A run reaches beyond RAM, is not made of whole host pages, or differs in length from its contents.
+    #[error("{0} cannot be placed: beyond guest memory, with a part of a huge page, or with contents of another length")]
     BadRun(PageRun),
     /// A page could not be placed.
     #[error("cannot place {run}: {source}")]
@@ -91,7 +93,7 @@ pub enum UffdError {
 /// A touch of a missing page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// The page.
+    /// The page; of a host page the first.
     pub page: PageNumber,
     /// The thread that waits for it, if the kernel says so. One of the kernel's own where it takes a vCPU's fault for it.
     pub thread: Option<Pid>,
@@ -133,17 +135,17 @@ impl Userfaultfd {
         let error = |source| UffdError::Range { what: "register", source };
         let (start, length) = (ram.base().as_ptr().cast(), ram.size() as usize);
         // A huge page that appeared after a discard would populate the discarded pages with zeros, so none may from here on.
-        // SAFETY: the advice changes no contents, and the range is the mapping.
-        match unsafe { madvise(start, length, Advice::LinuxNoHugepage) } {
-            // A kernel without transparent huge pages makes none.
-            Ok(()) | Err(Errno::INVAL) => {}
-            Err(errno) => return Err(error(errno.into())),
-        }
+        thp::forbid(&ram).map_err(|errno| error(errno.into()))?;
+        let (zeros, zeropage) = match ram.host_page() {
+            HostPage::SMALL => (Vec::new(), IoctlFlags::ZEROPAGE),
+            // The kernel has no zero page of this size. Untouched, the zeros take no memory.
+            host_page => (vec![0; PAGE_SIZE * host_page.pages() as usize], IoctlFlags::empty()),
+        };
         let ioctls = self.0.register(start, length).map_err(|e| error(system_error(e)))?;
-        if !ioctls.contains(IoctlFlags::COPY | IoctlFlags::ZEROPAGE | IoctlFlags::WAKE) {
+        if !ioctls.contains(IoctlFlags::COPY | IoctlFlags::WAKE | zeropage) {
             return Err(error(io::Error::from(io::ErrorKind::Unsupported)));
         }
-        Ok(MissingPages { uffd: self.0, ram })
+        Ok(MissingPages { uffd: self.0, ram, zeros })
     }
 }
 
@@ -153,6 +155,8 @@ impl Userfaultfd {
 pub struct MissingPages {
     uffd: Uffd,
     ram: GuestRam,
+    /// A host page of zeros for memory that has no zero page, else nothing.
+    zeros: Vec<u8>,
 }
 
 impl MissingPages {
@@ -163,6 +167,7 @@ impl MissingPages {
             match self.uffd.read_event() {
                 Ok(Some(Event::Pagefault { addr, thread_id, .. })) => {
                     if let Some(page) = self.ram.page_at_host_address(addr as usize) {
+                        let page = self.ram.host_page().around(PageRun::single(page)).first;
                         return Ok(Some(Fault { page, thread: Pid::from_raw(thread_id.as_raw()) }));
                     }
                 }
@@ -188,17 +193,20 @@ impl MissingPages {
             return Err(UffdError::BadRun(run));
         }
         self.fill(run, |dst, offset, len| {
-            let src = bytes.get(offset..).unwrap_or_default().as_ptr() as u64;
-            let mut argument = UffdioCopy { dst, src, len, mode: 0, copy: 0 };
-            // SAFETY: `bytes` holds `len` bytes from `offset` on (the lengths were compared above), and `dst` lies within guest RAM,
-            // to which nothing holds references. A page that has contents is left alone by the kernel.
-            let result = unsafe { ioctl_with_mut_ref(&self.uffd, UFFDIO_COPY, &mut argument) };
-            (result, argument.copy)
+            let bytes = bytes.get(offset..).unwrap_or_default();
+            debug_assert_eq!(bytes.len() as u64, len, "the lengths were compared above");
+            self.copy(dst, bytes)
         })
     }
 
-    /// Like [`place`](Self::place) with zeros, without reading any: the kernel's shared zero page is mapped.
+    /// Like [`place`](Self::place) with zeros. Without reading any, where the kernel has a zero page to map; of hugetlb memory it takes as
+    /// much as any other contents.
     pub fn place_zero(&self, run: PageRun) -> Result<u64, UffdError> {
+        if !self.zeros.is_empty() {
+            self.host_pages(run)?;
+            let count = self.ram.host_page().pages();
+            return (run.first.0..run.end()).step_by(count as usize).map(|first| self.place(PageRun::new(first, count), &self.zeros)).sum();
+        }
         self.fill(run, |start, _, len| {
             let mut argument = UffdioZeropage { start, len, mode: 0, zeropage: 0 };
             // SAFETY: as for UFFDIO_COPY.
@@ -207,9 +215,9 @@ impl MissingPages {
         })
     }
 
-    /// Wakes whoever waits for a page of `run`; who finds it still missing faults again.
+    /// Wakes whoever waits for a page of `run` (whole host pages); who finds it still missing faults again.
     pub fn wake(&self, run: PageRun) -> Result<(), UffdError> {
-        let start = self.ram.host_address(run).ok_or(UffdError::BadRun(run))?;
+        let start = self.host_pages(run)?;
         let woken = self.uffd.wake(start.as_ptr().cast(), run.bytes() as usize);
         woken.map_err(|error| UffdError::Range { what: "wake waiters of", source: system_error(error) })
     }
@@ -217,7 +225,7 @@ impl MissingPages {
     /// Throws the contents of `run` away: its pages are missing from now on, those that were never populated included. Only while the
     /// guest stands still.
     pub fn discard(&self, run: PageRun) -> Result<(), UffdError> {
-        let start = self.ram.host_address(run).ok_or(UffdError::BadRun(run))?;
+        let start = self.host_pages(run)?;
         // SAFETY: the range lies within guest RAM, to which nothing holds references.
         let discarded = unsafe { madvise(start.as_ptr().cast(), run.bytes() as usize, Advice::LinuxDontNeed) };
         discarded.map_err(|errno| UffdError::Range { what: "discard", source: errno.into() })
@@ -228,16 +236,29 @@ impl MissingPages {
         let (start, length) = (self.ram.base().as_ptr().cast(), self.ram.size() as usize);
         let gone = self.uffd.unregister(start, length);
         gone.map_err(|error| UffdError::Range { what: "unregister", source: system_error(error) })?;
-        // Only a hint: kernels without transparent huge pages refuse it.
-        // SAFETY: the advice changes no contents, and the range is the mapping.
-        let _ = unsafe { madvise(start, length, Advice::LinuxHugepage) };
+        thp::allow(&self.ram);
         Ok(())
+    }
+
+    /// Host address of `run`, which must be made of whole host pages.
+    fn host_pages(&self, run: PageRun) -> Result<NonNull<u8>, UffdError> {
+        self.ram.host_address(run).filter(|_| self.ram.host_page().divides(run)).ok_or(UffdError::BadRun(run))
+    }
+
+    /// UFFDIO_COPY of `bytes` to `dst`, a host address within guest RAM; the ioctl's result and the count it left.
+    fn copy(&self, dst: u64, bytes: &[u8]) -> (i32, i64) {
+        let mut argument = UffdioCopy { dst, src: bytes.as_ptr() as u64, len: bytes.len() as u64, mode: 0, copy: 0 };
+        // SAFETY: the kernel reads `bytes` and nothing else. It writes pages of guest RAM, to which nothing holds references, and leaves
+        // those alone that have contents; elsewhere it refuses to, because only guest RAM is registered.
+        let result = unsafe { ioctl_with_mut_ref(&self.uffd, UFFDIO_COPY, &mut argument) };
+        (result, argument.copy)
     }
 
     /// Fills the missing pages of `run` by `fill(host address, offset in the run, length)`, all in bytes, which returns the ioctl's
     /// result and the count it left in its argument. Returns how many pages it filled.
     fn fill(&self, run: PageRun, mut fill: impl FnMut(u64, usize, u64) -> (i32, i64)) -> Result<u64, UffdError> {
-        let start = self.ram.host_address(run).ok_or(UffdError::BadRun(run))?.as_ptr() as u64;
+        let start = self.host_pages(run)?.as_ptr() as u64;
+        let host_page = self.ram.host_page().pages();
         let mut done = 0;
         let mut present = 0;
         while done < run.count {
@@ -255,9 +276,9 @@ impl MissingPages {
                 Some(libc::EINTR) => {}
                 // Someone else placed this page, and may have done so between a waiter's fault and its sleep: only a wake helps it.
                 Some(libc::EEXIST) => {
-                    self.wake(PageRun::single(rest.first))?;
-                    present += 1;
-                    done += 1;
+                    self.wake(PageRun { first: rest.first, count: host_page })?;
+                    present += host_page;
+                    done += host_page;
                 }
                 _ => return Err(UffdError::Place { run: rest, source: error }),
             }

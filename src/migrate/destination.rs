@@ -32,8 +32,9 @@ use super::bitmaps::IncomingBitmaps;
 use super::blocktime::Blocktime;
 use super::pages::Incoming;
 use super::report::{Faults, Status};
-use super::wire::{Channel, Frame, Hello, Holding, MAX_BITMAP_WORDS, MAX_PAGE_CHANNELS, Package, Totals, VERSION};
-use crate::memory::PageSet;
+use super::wire::{Channel, Frame, Hello, Holding, MAX_BITMAP_WORDS, MAX_PAGE_CHANNELS, Package, Setup, Totals, VERSION};
+use crate::memory::thp::MAX_RANGES;
+use crate::memory::{HostPage, PageRun, PageSet};
 
 /// Longest guest RAM, in pages: what a 48-bit physical address space can hold.
 const MAX_RAM_PAGES: u64 = 1 << 36;
@@ -72,6 +73,8 @@ pub struct Destination {
     wanted_page_channels: u16,
     prepared: bool,
     ram_pages: u64,
+    /// What is missing, asked for and placed whole.
+    host_page: HostPage,
     /// Pages whose contents were written into RAM during precopy.
     written: PageSet,
     /// Pages that are in place.
@@ -114,11 +117,12 @@ impl Destination {
             wanted_page_channels: 0,
             prepared: false,
             ram_pages: 0,
+            host_page: HostPage::SMALL,
             written: PageSet::empty(0),
             received: Totals::default(),
             receiving: 0,
             ahead: None,
-            incoming: Incoming::new(PageSet::empty(0)),
+            incoming: Incoming::new(PageSet::empty(0), HostPage::SMALL),
             bitmaps: IncomingBitmaps::default(),
             postcopy: false,
             end_received: false,
@@ -329,9 +333,7 @@ impl Destination {
 
     fn on_frame(&mut self, frame: Frame) {
         let checked = match (frame, self.state) {
-            (Frame::Setup { ram_pages, postcopy, page_channels, machine }, State::Setup) => {
-                self.on_setup(ram_pages, postcopy, page_channels, machine)
-            }
+            (Frame::Setup(setup), State::Setup) => self.on_setup(setup),
             (Frame::PassEnd(totals), State::Receiving) if self.ahead.is_none() => {
                 self.ahead = Some(Ahead::PassEnd(totals));
                 return self.check_ahead();
@@ -374,16 +376,19 @@ impl Destination {
         }
     }
 
-    fn on_setup(&mut self, ram_pages: u64, postcopy: bool, page_channels: u8, machine: Vec<u8>) -> Result<(), String> {
-        if ram_pages == 0 || ram_pages > MAX_RAM_PAGES {
+    fn on_setup(&mut self, setup: Setup) -> Result<(), String> {
+        let Setup { ram_pages, host_page, page_channels, .. } = setup;
+        if ram_pages == 0 || ram_pages > MAX_RAM_PAGES || !host_page.divides(PageRun::new(0, ram_pages)) {
             return Err(format!("a guest of {ram_pages} pages of RAM cannot be received"));
         }
+        check_huge(&setup.huge, ram_pages)?;
         if !(1..=MAX_PAGE_CHANNELS).contains(&page_channels) {
             return Err(format!("pages cannot be received on {page_channels} connections, only on 1 to {MAX_PAGE_CHANNELS}"));
         }
         self.wanted_page_channels = !0 >> (16 - page_channels);
         self.ram_pages = ram_pages;
-        self.actions.push_back(Action::Prepare { ram_pages, postcopy, machine });
+        self.host_page = host_page;
+        self.actions.push_back(Action::Prepare(setup));
         self.enter(State::Preparing, None);
         Ok(())
     }
@@ -394,12 +399,12 @@ impl Destination {
         }
         let mut missing = PageSet::empty(self.ram_pages);
         for &run in &package.missing {
-            if !run.is_within(self.ram_pages) || missing.insert(run) != run.count {
+            if !run.is_within(self.ram_pages) || !self.host_page.divides(run) || missing.insert(run) != run.count {
                 return Err(format!("the list of missing pages is wrong at {run}"));
             }
         }
         self.postcopy = package.postcopy;
-        self.incoming = Incoming::new(missing);
+        self.incoming = Incoming::new(missing, self.host_page);
         self.bitmaps = IncomingBitmaps::new(&package.bitmaps);
         self.actions.push_back(Action::Load(Box::new(package)));
         self.enter(State::Loading, None);
@@ -468,6 +473,18 @@ impl Destination {
         self.actions.push_back(Action::End(outcome));
         self.enter(State::Ended, None);
     }
+}
+
+/// Checks the ranges that were huge at the source.
+fn check_huge(ranges: &[PageRun], ram_pages: u64) -> Result<(), String> {
+    let mut end = 0;
+    for range in ranges {
+        if range.first.0 < end || !range.is_within(ram_pages) || !HostPage::HUGE.divides(*range) {
+            return Err(format!("the list of huge pages is wrong at {range}"));
+        }
+        end = range.end();
+    }
+    if ranges.len() > MAX_RANGES { Err(format!("{} ranges of huge pages are too many", ranges.len())) } else { Ok(()) }
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::prefetch::{MAX_AHEAD, Prefetch};
 use super::wire::MAX_RUN;
-use crate::memory::{PageNumber, PageRun, PageSet};
+use crate::memory::{HostPage, PageNumber, PageRun, PageSet};
 
 /// Pages whose dirty bits are cleared by one call just before the first of them is sent: 16 MiB. Larger chunks make fewer calls; smaller
 /// ones leave less time in which a page is dirtied again before it is sent.
@@ -38,6 +38,14 @@ impl Outgoing {
     pub fn restart(&mut self, missing: PageSet) {
         self.unsent = missing;
         self.cursor = 0;
+    }
+
+    /// Before the switch to postcopy: a host page that is to go in part is to go whole, because it cannot be there in part.
+    pub fn widen(&mut self, host_page: HostPage) {
+        let runs: Vec<_> = self.unsent.runs().collect();
+        for run in runs {
+            self.unsent.insert(host_page.around(run));
+        }
     }
 
     /// The pages still to go.
@@ -105,15 +113,17 @@ pub enum FaultAnswer {
 pub struct Incoming {
     missing: PageSet,
     requested: PageSet,
+    /// Since when each page is waited for; of a host page the first.
     since: HashMap<PageNumber, Duration>,
+    host_page: HostPage,
     prefetch: Prefetch,
 }
 
 impl Incoming {
-    /// The pages in `missing` are still to come.
-    pub fn new(missing: PageSet) -> Self {
+    /// The pages in `missing`, whole host pages, are still to come.
+    pub fn new(missing: PageSet, host_page: HostPage) -> Self {
         let pages = missing.universe();
-        Incoming { requested: PageSet::empty(pages), missing, since: HashMap::new(), prefetch: Prefetch::new(pages) }
+        Incoming { requested: PageSet::empty(pages), missing, since: HashMap::new(), host_page, prefetch: Prefetch::new(pages) }
     }
 
     /// The pages that have not been placed.
@@ -123,17 +133,20 @@ impl Incoming {
 
     /// A thread of the guest or of a device touched `page` at `now` and waits.
     pub fn fault(&mut self, page: PageNumber, now: Duration) -> FaultAnswer {
-        let run = PageRun::single(page);
+        let run = self.host_page.around(PageRun::single(page));
         if !self.missing.contains(page) {
             return FaultAnswer::Zero(run);
         }
-        self.since.entry(page).or_insert(now);
+        self.since.entry(run.first).or_insert(now);
         if self.requested.insert(run) == 0 { FaultAnswer::Wait } else { FaultAnswer::Request(run) }
     }
 
     /// What to ask for in advance, after a fault on `page` that was answered by [`FaultAnswer::Request`] or [`FaultAnswer::Wait`], and after
-    /// the request for the page itself.
+    /// the request for the page itself. Nothing where host pages are huge: one of them is more than is ever asked for in advance.
     pub fn prefetch(&mut self, page: PageNumber) -> Vec<PageRun> {
+        if self.host_page != HostPage::SMALL {
+            return Vec::new();
+        }
         // What was requested and nobody waits for was asked for in advance.
         let under_way = self.requested.len().saturating_sub(self.since.len() as u64);
         let can_ask = |page| self.missing.contains(page) && !self.requested.contains(page);
@@ -170,7 +183,7 @@ impl Incoming {
         let all = PageRun::new(0, self.requested.universe());
         self.requested.remove(all);
         self.prefetch.forget_open();
-        let waiting: Vec<_> = self.waiting().into_iter().map(PageRun::single).collect();
+        let waiting: Vec<_> = self.waiting().into_iter().map(|page| self.host_page.around(PageRun::single(page))).collect();
         for run in &waiting {
             self.requested.insert(*run);
         }
@@ -193,6 +206,7 @@ impl Incoming {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::HUGE_PAGE;
 
     #[test]
     fn a_run_lies_in_the_chunk_that_was_cleared_for_it() {
@@ -233,7 +247,37 @@ mod tests {
     fn incoming(missing: PageRun) -> Incoming {
         let mut pages = PageSet::empty(4096);
         pages.insert(missing);
-        Incoming::new(pages)
+        Incoming::new(pages, HostPage::SMALL)
+    }
+
+    #[test]
+    fn of_huge_pages_whole_ones_are_asked_for_and_sent() {
+        let host_page = HostPage::HUGE;
+        let whole = |number: u64| PageRun::new(number * HUGE_PAGE, HUGE_PAGE);
+        let mut outgoing = Outgoing::new(4096);
+        let mut dirty = PageSet::empty(4096);
+        for run in [PageRun::new(5, 1), PageRun::new(9, 2), PageRun::new(1535, 2)] {
+            dirty.insert(run);
+        }
+        outgoing.begin_pass(&dirty);
+        outgoing.widen(host_page);
+        let missing = outgoing.unsent().clone();
+        assert_eq!(missing.runs().collect::<Vec<_>>(), [whole(0), PageRun::new(2 * HUGE_PAGE, 2 * HUGE_PAGE)]);
+        outgoing.take_requested(whole(2));
+        assert_eq!(outgoing.take_next(HUGE_PAGE), Some(vec![whole(3)]));
+        assert_eq!(outgoing.take_next(HUGE_PAGE), Some(vec![whole(0)]));
+        assert_eq!(outgoing.take_next(HUGE_PAGE), None);
+
+        let mut incoming = Incoming::new(missing, host_page);
+        let ms = Duration::from_millis;
+        assert_eq!(incoming.fault(PageNumber(HUGE_PAGE + 7), ms(1)), FaultAnswer::Zero(whole(1)));
+        assert_eq!(incoming.fault(PageNumber(7), ms(2)), FaultAnswer::Request(whole(0)));
+        assert_eq!(incoming.fault(PageNumber(300), ms(3)), FaultAnswer::Wait);
+        assert!(incoming.prefetch(PageNumber(300)).is_empty());
+        assert_eq!(incoming.waiting(), [PageNumber(0)]);
+        assert_eq!(incoming.renew(), [whole(0)]);
+        assert_eq!(incoming.placed(whole(0), ms(12)), [ms(10)]);
+        assert_eq!(incoming.missing().len(), 2 * HUGE_PAGE);
     }
 
     #[test]

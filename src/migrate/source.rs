@@ -46,8 +46,8 @@ use super::bitmaps::{BitmapStep, OutgoingBitmaps};
 use super::pages::Outgoing;
 use super::policy::{Fixed, Throttling};
 use super::report::{Downtime, Mode, Report, Status, microseconds};
-use super::wire::{Channel, Frame, Hello, MAX_PAGE_CHANNELS, MAX_RUN, Package, Totals, VERSION};
-use crate::memory::{PageRun, PageSet};
+use super::wire::{Channel, Frame, Hello, MAX_PAGE_CHANNELS, MAX_RUN, Package, Setup, Totals, VERSION};
+use crate::memory::{HostPage, PageRun, PageSet};
 
 /// How long the destination may take to answer a `Hello`.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -61,7 +61,7 @@ const ENDING_TIMEOUT: Duration = Duration::from_secs(5);
 /// 100 kB/s meanwhile: whether it does cannot be seen from here. Before END a destination that reads nothing blocks the sends, which have
 /// limits of their own.
 const END_TIMEOUT: Duration = Duration::from_secs(120);
-/// Postcopy's background runs are short, so that the link is soon free for an urgent page.
+/// Postcopy's background runs are short, so that the link is soon free for an urgent page; but a host page goes whole.
 const POSTCOPY_RUN: u64 = 64;
 /// Passes that are reported; of more, the last ones.
 const MAX_PASSES: usize = 100;
@@ -75,7 +75,9 @@ pub struct Config {
     pub downtime_limit: Duration,
     /// Size of the guest's RAM in pages.
     pub ram_pages: u64,
-    /// Connections for pages: 1 to [`MAX_PAGE_CHANNELS`](super::wire::MAX_PAGE_CHANNELS).
+    /// What RAM is made of.
+    pub host_page: HostPage,
+    /// Connections for pages: 1 to [`MAX_PAGE_CHANNELS`].
     pub page_channels: u8,
     /// Random number of this migration.
     pub session: u128,
@@ -116,6 +118,8 @@ pub struct Source {
     actions: VecDeque<Action>,
     deadline: Option<Duration>,
     outgoing: Outgoing,
+    /// Where RAM is mapped by transparent huge pages.
+    huge: Vec<PageRun>,
     /// How many [`Bulk::Pages`] the driver has that it has not reported as sent. Nothing that counts on them may follow before.
     in_flight: u32,
     bitmaps: OutgoingBitmaps,
@@ -167,6 +171,7 @@ impl Source {
         let report = Report { mode: config.mode, ..Report::default() };
         Source {
             outgoing: Outgoing::new(config.ram_pages),
+            huge: Vec::new(),
             in_flight: 0,
             config,
             state: State::Hello,
@@ -332,6 +337,7 @@ impl Source {
             (Input::Cancel, _) if self.is_committed() => {}
             (Input::Cancel, _) => self.fail(Failure::Cancelled, now),
             (Input::StartPostcopy, _) => self.postcopy_requested = self.config.mode != Mode::Precopy && self.dry_run.is_none(),
+            (Input::HugeRanges(ranges), _) => self.huge = ranges,
             (Input::PauseBeforeSwitchover(pause), _) => self.pause_before_switchover = pause,
             (Input::DowntimeLimit(limit), _) => self.config.downtime_limit = limit,
             (Input::SwitchoverBandwidth(bandwidth), _) => self.switchover_bandwidth = bandwidth,
@@ -349,7 +355,7 @@ impl Source {
         if !matches!(self.state, State::Switching | State::Committed | State::Ending) || !self.switch_postcopy {
             return Err(format!("the destination asked for {run}, but there is no postcopy"));
         }
-        if !run.is_within(self.config.ram_pages) || run.count > MAX_RUN {
+        if !run.is_within(self.config.ram_pages) || run.count > MAX_RUN || !self.config.host_page.divides(run) {
             return Err(format!("the destination asked for {run} of {} pages", self.config.ram_pages));
         }
         self.outgoing.take_requested(run);
@@ -375,10 +381,9 @@ impl Source {
             (Frame::Welcome { .. }, State::Hello) => {
                 self.fixed.round_trip = now.saturating_sub(self.asked_at);
                 self.actions.push_back(Action::OpenOthers);
-                let machine = std::mem::take(&mut self.config.machine);
-                let postcopy = self.config.mode != Mode::Precopy;
-                let Config { ram_pages, page_channels, .. } = self.config;
-                self.send(Frame::Setup { ram_pages, postcopy, page_channels, machine });
+                let Config { ram_pages, host_page, page_channels, mode, .. } = self.config;
+                let (huge, machine) = (std::mem::take(&mut self.huge), std::mem::take(&mut self.config.machine));
+                self.send(Frame::Setup(Setup { ram_pages, host_page, huge, postcopy: mode != Mode::Precopy, page_channels, machine }));
                 self.enter(State::Preparing, Some(now + ANSWER_TIMEOUT));
             }
             (Frame::Prepared, State::Preparing) => {
@@ -454,27 +459,30 @@ impl Source {
             predicted_us: self.report.downtime.predicted_us,
             ..Downtime::default()
         };
+        if self.switch_postcopy {
+            self.outgoing.widen(self.config.host_page);
+        }
         self.bitmaps = OutgoingBitmaps::new(&stopped.bitmaps);
         self.package = Some(stopped);
         self.begin_switchover(now);
     }
 
     fn next_to_send(&mut self) -> Option<Poll> {
-        let (max, clear) = match self.state {
-            State::Sending => (MAX_RUN, self.outgoing.take_chunk_to_clear()),
-            State::LastPass if !self.switch_postcopy => (MAX_RUN, None),
+        let (max, clear, unit) = match self.state {
+            State::Sending => (MAX_RUN, self.outgoing.take_chunk_to_clear(), HostPage::SMALL),
+            State::LastPass if !self.switch_postcopy => (MAX_RUN, None, HostPage::SMALL),
             State::Committed => match self.bitmaps.take_next() {
                 Some(BitmapStep::Words { index, first, count }) => return Some(Poll::Bulk(Bulk::Bitmap { index, first, count })),
                 // In its place between the words of two bitmaps, which is why it does not join the queue of actions.
                 Some(BitmapStep::Complete(index)) => return Some(Poll::Act(Action::Send(Frame::BitmapComplete(index)))),
-                None => (POSTCOPY_RUN, None),
+                None => (POSTCOPY_RUN.max(self.config.host_page.pages()), None, self.config.host_page),
             },
             _ => return None,
         };
         let runs = self.outgoing.take_next(max)?;
         let channel = Channel::of(runs.first()?.first, self.config.page_channels);
         self.in_flight += 1;
-        Some(Poll::Bulk(Bulk::Pages { channel, runs, clear }))
+        Some(Poll::Bulk(Bulk::Pages { channel, runs, clear, unit }))
     }
 
     fn all_sent(&mut self, now: Duration) {

@@ -23,7 +23,7 @@ use crate::memory::{PAGE_SIZE, PageNumber, PageRun};
 mod body;
 mod compressed;
 
-pub use body::{BitmapInfo, BitmapPlace, Holding, Package, Totals};
+pub use body::{BitmapInfo, BitmapPlace, Holding, Package, Setup, Totals};
 use compressed::COMPRESSED_PREFIX;
 pub use compressed::{Compressed, Method};
 
@@ -262,18 +262,9 @@ pub enum Frame {
     },
     /// S, D: the sender ends the migration before the commit; the text is for the person at the other side.
     Abort(String),
-    /// S: RAM size in pages, whether postcopy may come, how many connections for pages there will be, and the guest's configuration and
+    /// S: what RAM is like, whether postcopy may come, how many connections for pages there will be, and the guest's configuration and
     /// host facts, encoded by the machine.
-    Setup {
-        /// Size of the guest's RAM in pages.
-        ram_pages: u64,
-        /// Whether the destination must be able to do postcopy.
-        postcopy: bool,
-        /// Connections for pages: 1 to [`MAX_PAGE_CHANNELS`].
-        page_channels: u8,
-        /// The machine's configuration and needs.
-        machine: Vec<u8>,
-    },
+    Setup(Setup),
     /// D: host and disks were checked, RAM is there; pages may come. The machine is built meanwhile.
     Prepared,
     /// S, page and urgent connections: contents of a run of pages; they stand behind the header in place of a body.
@@ -344,7 +335,7 @@ impl Frame {
             Frame::Hello(_) => Kind::Hello,
             Frame::Welcome { .. } => Kind::Welcome,
             Frame::Abort(_) => Kind::Abort,
-            Frame::Setup { .. } => Kind::Setup,
+            Frame::Setup(_) => Kind::Setup,
             Frame::Prepared => Kind::Prepared,
             Frame::Pages(_) => Kind::Pages,
             Frame::Zero(_) => Kind::Zero,
@@ -382,9 +373,7 @@ impl Frame {
             }
             Frame::Welcome { version, program } => bytes = extend(bytes, kind, &(version, clipped(program, kind.max_length() - 16)))?,
             Frame::Abort(text) => bytes = extend(bytes, kind, &clipped(text, kind.max_length() - 16))?,
-            Frame::Setup { ram_pages, postcopy, page_channels, machine } => {
-                bytes = extend(bytes, kind, &(ram_pages, postcopy, page_channels, machine))?;
-            }
+            Frame::Setup(setup) => bytes = extend(bytes, kind, setup)?,
             Frame::Compressed(compressed) => {
                 page = compressed.run.first.0;
                 compressed.extend(&mut bytes);
@@ -428,10 +417,7 @@ impl Frame {
                 Frame::Welcome { version, program: printable(program) }
             }
             Kind::Abort => Frame::Abort(printable(whole(body, kind)?)),
-            Kind::Setup => {
-                let (ram_pages, postcopy, page_channels, machine) = whole(body, kind)?;
-                Frame::Setup { ram_pages, postcopy, page_channels, machine }
-            }
+            Kind::Setup => Frame::Setup(whole(body, kind)?),
             Kind::Compressed => Frame::Compressed(Compressed::decode(header.page, body).ok_or(WireError::Body { kind })?),
             Kind::Prepared => whole(body, kind).map(|()| Frame::Prepared)?,
             Kind::Pages => Frame::Pages(header.run()),

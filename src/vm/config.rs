@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::memory::GuestRam;
+use crate::memory::ram::RamError;
+
 /// A guest's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestConfig {
@@ -15,6 +18,8 @@ pub struct GuestConfig {
     pub memory: u64,
     /// Whether all of RAM is held in the host's memory, never swapped (`--memory SIZE,lock=on`); not while pages of it are still to come.
     pub lock_memory: bool,
+    /// Whether RAM is made of hugetlb pages of 2 MiB (`--memory SIZE,hugepages=2M`), at a destination, too.
+    pub hugepages: bool,
     /// bzImage or ELF, as a path on the host that booted the guest.
     pub kernel: PathBuf,
     /// Initial RAM disk, if any.
@@ -23,6 +28,13 @@ pub struct GuestConfig {
     pub cmdline: String,
     /// Disks in slot order.
     pub disks: Vec<DiskConfig>,
+}
+
+impl GuestConfig {
+    /// The guest's RAM, zeroed.
+    pub fn allocate_ram(&self) -> Result<GuestRam, RamError> {
+        if self.hugepages { GuestRam::allocate_hugetlb(self.memory) } else { GuestRam::allocate(self.memory) }
+    }
 }
 
 /// One virtio-blk disk.

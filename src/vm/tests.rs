@@ -47,6 +47,7 @@ fn build(kernel: PathBuf, cmdline: &str, cpus: u16, ram: GuestRam) -> (Vm<Built>
         cpus,
         memory: ram.size(),
         lock_memory: false,
+        hugepages: false,
         kernel,
         initrd: None,
         cmdline: cmdline.into(),

@@ -166,7 +166,7 @@ impl Vmm {
             return Err(format!("the guest has {} MiB of RAM, more than this host", setup.config.memory >> 20));
         }
         let disks = self.incoming.open_disks(&mut setup)?;
-        let ram = GuestRam::allocate(setup.config.memory).map_err(|error| error.to_string())?;
+        let ram = setup.config.allocate_ram().map_err(|error| error.to_string())?;
         if setup.config.lock_memory {
             ram.may_lock().map_err(|error| error.to_string())?;
         }

@@ -27,7 +27,6 @@ use thiserror::Error;
 use crate::block::disk::{Disk, DiskError};
 use crate::cli::console::{Console, ConsoleError};
 use crate::cli::options::{ReceiveOptions, RunOptions};
-use crate::memory::GuestRam;
 use crate::memory::dirty_tracker::TrackerChoice;
 use crate::memory::ram::RamError;
 use crate::migrate::driver::destination::DestinationMigration;
@@ -136,7 +135,7 @@ pub fn run(options: RunOptions) -> Result<(), VmmError> {
     for disk in &disks {
         disk.acquire()?;
     }
-    let ram = GuestRam::allocate(config.memory)?;
+    let ram = config.allocate_ram()?;
     if config.lock_memory {
         ram.lock()?;
     }

@@ -60,6 +60,7 @@ fn boot(mebibytes: u64, rate: &str, tracker: TrackerChoice) -> (Vm<Running>, Con
         cpus: 2,
         memory: mebibytes << 20,
         lock_memory: false,
+        hugepages: false,
         kernel: kernel.into(),
         initrd: None,
         cmdline: format!("cpus=2 fill=all rate={rate} order=random verify=0 heartbeat=0"),

@@ -4,12 +4,12 @@ use ferry::device::serial::SerialPort;
 use ferry::device::virtio::blk::VirtioBlk;
 use ferry::device::virtio::mmio::VirtioMmio;
 use ferry::device::{Device, DeviceState};
-use ferry::memory::{GuestRam, PageRun};
+use ferry::memory::{GuestRam, HostPage, PageRun};
 use ferry::migrate::compression::Compressor;
 use ferry::migrate::driver::owner::MachineSetup;
 use ferry::migrate::report::Faults;
 use ferry::migrate::source::Source;
-use ferry::migrate::wire::{BitmapInfo, BitmapPlace, Channel, Compressed, Frame, Holding, Method, Package, Totals, VERSION};
+use ferry::migrate::wire::{BitmapInfo, BitmapPlace, Channel, Compressed, Frame, Holding, Method, Package, Setup, Totals, VERSION};
 use ferry::vm::config::{DiskConfig, GuestConfig};
 use ferry::vm::facts::MachineFacts;
 use kvm_bindings::*;
@@ -44,12 +44,14 @@ fn bitmap(name: &str) -> BitmapInfo {
 
 /// All that a source says on its main connection, except for the pages in postcopy.
 fn from_source(postcopy: bool) -> Vec<Frame> {
+    let (host_page, huge) = (HostPage::SMALL, vec![PageRun::new(512, 512)]);
+    let setup = Setup { ram_pages: 1024, host_page, huge, postcopy, page_channels: 1, machine: vec![1, 2, 3] };
     let missing = if postcopy { vec![PageRun::new(2, 1), PageRun::new(40, 8)] } else { Vec::new() };
     let sent = Totals { normal: 4, zero: 3 };
     let bitmaps = vec![bitmap("a"), bitmap("b")];
     let mut frames = vec![
         Source::hello(7, 0, Channel::Main),
-        Frame::Setup { ram_pages: 64, postcopy, page_channels: 1, machine: vec![1, 2, 3] },
+        Frame::Setup(setup),
         Frame::Pages(PageRun::new(0, 4)),
         Frame::Zero(vec![PageRun::new(1, 1), PageRun::new(10, 2)]),
         Frame::PassEnd(sent),
@@ -205,6 +207,7 @@ fn setup() -> Vec<u8> {
         cpus: 2,
         memory: 512 << 20,
         lock_memory: false,
+        hugepages: false,
         kernel: "vmlinuz".into(),
         initrd: Some("initrd".into()),
         cmdline: "quiet".into(),

@@ -36,6 +36,8 @@ mod convergence;
 mod dirty_tracking;
 mod ends;
 mod faults;
+mod hugetlb;
+mod memory;
 mod moves;
 mod qemu_client;
 mod recovery;

@@ -41,6 +41,46 @@ pub fn wipe(ferry: &Ferry, bytes: u64) {
     assert!(ram.memory.write_at(&vec![0; 4 << 20], ram.base).unwrap() > 0);
 }
 
+/// How much of a process's guest RAM is in the host's memory, in bytes; of hugetlb memory nothing is counted here.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Resident {
+    /// All of it; the kernel's shared zero pages are none.
+    pub bytes: u64,
+    /// In transparent huge pages.
+    pub huge: u64,
+}
+
+impl Resident {
+    pub fn of(ferry: &Ferry) -> Self {
+        mappings(ferry.process.id())
+            .iter()
+            .fold(Resident::default(), |sum, (_, resident)| Resident { bytes: sum.bytes + resident.bytes, huge: sum.huge + resident.huge })
+    }
+}
+
+/// The mappings that guest RAM consists of: all of a process's memory that is kept out of core dumps (`dd` in proc(5)'s `smaps`).
+fn mappings(process: u32) -> Vec<((u64, u64), Resident)> {
+    let map = std::fs::read_to_string(format!("/proc/{process}/smaps")).unwrap();
+    let (mut range, mut resident) = ((0, 0), Resident::default());
+    let mut found = Vec::new();
+    for line in map.lines() {
+        let first = line.split_whitespace().next().unwrap_or_default();
+        let bytes = || line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024;
+        if let Some((start, end)) = first.split_once('-') {
+            range = (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap());
+        }
+        match first {
+            "Rss:" => resident.bytes = bytes(),
+            "AnonHugePages:" => resident.huge = bytes(),
+            "VmFlags:" if line.split_whitespace().any(|flag| flag == "dd") && line.contains(" rd wr ") && !line.contains(" sh ") => {
+                found.push((range, resident));
+            }
+            _ => {}
+        }
+    }
+    found
+}
+
 struct Ram {
     memory: File,
     /// Address of its first byte in the process.
@@ -48,23 +88,8 @@ struct Ram {
 }
 
 impl Ram {
-    /// Guest RAM is all of a process's memory that is kept out of core dumps (`dd` in proc(5)'s `smaps`).
     fn of(process: u32, bytes: u64) -> Self {
-        let map = std::fs::read_to_string(format!("/proc/{process}/smaps")).unwrap();
-        let mut range = (0, 0);
-        let mut found = Vec::new();
-        for line in map.lines() {
-            let first = line.split_whitespace().next().unwrap_or_default();
-            if let Some((start, end)) = first.split_once('-') {
-                range = (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap());
-            } else if first == "VmFlags:"
-                && line.split_whitespace().any(|flag| flag == "dd")
-                && line.contains(" rd wr ")
-                && !line.contains(" sh ")
-            {
-                found.push(range);
-            }
-        }
+        let found: Vec<_> = mappings(process).into_iter().map(|(range, _)| range).collect();
         let base = found.first().expect("no memory that is kept out of core dumps").0;
         assert!(found.windows(2).all(|pair| pair[0].1 == pair[1].0), "RAM has holes: {found:x?}");
         assert_eq!(found.last().unwrap().1 - base, bytes, "{found:x?}");

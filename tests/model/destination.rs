@@ -152,7 +152,7 @@ impl World {
                 let id = self.engines.frame_id(frame);
                 send(state, channel, |accepted| accepted == Accepted::Held(link), &[id]);
             }
-            Action::Prepare { .. } => host.task = Some(Task::Prepare),
+            Action::Prepare(_) => host.task = Some(Task::Prepare),
             Action::FinishBuilding => {}
             Action::Load(package) => {
                 host.task = Some(Task::Load);

@@ -8,7 +8,7 @@ use std::fmt::Debug;
 use std::hash::Hash;
 use std::time::Duration;
 
-use ferry::memory::{PageNumber, PageRun, PageSet};
+use ferry::memory::{HostPage, PageNumber, PageRun, PageSet};
 use ferry::migrate::destination::{self, Destination, Link, Placement};
 use ferry::migrate::pages::FaultAnswer;
 use ferry::migrate::report::Mode;
@@ -156,7 +156,15 @@ impl Engines {
     /// A source and a destination that have not begun.
     pub fn begin(&mut self, mode: Mode) -> (Id, Id) {
         let downtime_limit = Duration::from_millis(50);
-        let config = Config { mode, downtime_limit, ram_pages: PAGES, page_channels: 1, session: SESSION, machine: Vec::new() };
+        let config = Config {
+            mode,
+            downtime_limit,
+            ram_pages: PAGES,
+            host_page: HostPage::SMALL,
+            page_channels: 1,
+            session: SESSION,
+            machine: Vec::new(),
+        };
         let mut source = Source::new(config);
         // Who goes on at once has not waited.
         source.handle(source::Input::PauseBeforeSwitchover(true), Duration::ZERO);

@@ -1,15 +1,17 @@
 //! Guest RAM of the model: each page is the number of the last write to it. Version 0 is a page of zeros.
 
-use ferry::memory::{PageNumber, PageRun, PageSet};
+use ferry::memory::{HostPage, PageNumber, PageRun, PageSet};
 
 /// Pages in a huge page of the model.
-const HUGE: usize = 8;
+pub const HUGE: u64 = 8;
 
 /// Contents of a page.
 pub type Version = u32;
 
 /// One host's copy of RAM, with the kernel's dirty log under manual protection.
 pub struct Ram {
+    /// Populated and discarded whole.
+    host_page: HostPage,
     pages: Vec<Option<Version>>,
     log: PageSet,
     /// Pages of the log that were harvested and not cleared: a write to one of them is not seen, as its bit is set already.
@@ -19,8 +21,9 @@ pub struct Ram {
 
 impl Ram {
     /// RAM in which no page is populated.
-    pub fn new(pages: u64) -> Self {
+    pub fn new(pages: u64, host_page: HostPage) -> Self {
         Ram {
+            host_page,
             pages: vec![None; pages as usize],
             log: PageSet::empty(pages),
             reported: PageSet::empty(pages),
@@ -38,9 +41,10 @@ impl Ram {
     }
 
     pub fn write(&mut self, page: PageNumber, version: Version) {
+        let whole = self.populate(page, self.host_page);
         self.pages[page.0 as usize] = Some(version);
         self.log.insert(PageRun::single(page));
-        self.touched.insert(PageRun::single(page));
+        self.touched.insert(whole);
     }
 
     /// Places contents without a trace in the log, as userfaultfd does.
@@ -51,18 +55,32 @@ impl Ram {
 
     /// Writes into ordinary memory, as a receiver of precopy does: a transparent huge page comes into being, its other pages zero.
     pub fn fill(&mut self, page: PageNumber, version: Version) {
-        let first = page.0 as usize / HUGE * HUGE;
-        let end = (first + HUGE).min(self.pages.len());
-        for neighbour in &mut self.pages[first..end] {
-            neighbour.get_or_insert(0);
-        }
+        self.populate(page, HostPage::new(HUGE).unwrap());
         self.place(page, version);
     }
 
+    /// Fills what is missing of the host page of `page` with zeros.
+    fn populate(&mut self, page: PageNumber, host_page: HostPage) -> PageRun {
+        let whole = host_page.around(PageRun::single(page));
+        let end = (whole.end() as usize).min(self.pages.len());
+        for neighbour in &mut self.pages[whole.first.0 as usize..end] {
+            neighbour.get_or_insert(0);
+        }
+        whole
+    }
+
+    /// Nothing is there of `run`, which the kernel takes in whole host pages only.
     pub fn discard(&mut self, run: PageRun) {
+        assert!(self.host_page.divides(run), "{run} cannot be discarded");
         for page in run.pages() {
             self.pages[page.0 as usize] = None;
         }
+    }
+
+    /// Makes `page`, which holds something, zero.
+    pub fn empty(&mut self, page: PageNumber) {
+        let is_whole = self.host_page == HostPage::SMALL;
+        self.pages[page.0 as usize] = if is_whole { None } else { Some(0) };
     }
 
     /// Starts the log; returns the pages that have ever been touched.

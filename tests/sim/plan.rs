@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
+use ferry::memory::HostPage;
 use ferry::migrate::pages::CLEAR_CHUNK;
 use ferry::migrate::policy::Throttling;
 use ferry::migrate::report::Mode;
 use ferry::migrate::wire::{Kind, MAX_RUN};
+
+use crate::memory::HUGE;
 
 /// A generator of choices: the same seed, the same story (splitmix64).
 pub struct Choices(u64);
@@ -121,6 +124,8 @@ pub struct Plan {
     pub pages: u64,
     /// Connections for them.
     pub page_channels: u8,
+    /// What RAM is made of at both sides.
+    pub host_page: HostPage,
     /// Guest steps out of a hundred steps.
     pub guest_share: u64,
     pub downtime_limit: Duration,
@@ -151,6 +156,7 @@ impl Plan {
                 _ => 1 + choices.below(400),
             },
             page_channels: 1 + choices.below(3) as u8,
+            host_page: HostPage::SMALL,
             guest_share: [1, 5, 20][choices.below(3) as usize],
             downtime_limit: Duration::from_millis([4, 10, 300][choices.below(3) as usize]),
             faults: Vec::new(),
@@ -161,6 +167,10 @@ impl Plan {
             throttling: None,
             patience: 0,
         };
+        if choices.chance(30) {
+            plan.host_page = HostPage::new(HUGE).unwrap();
+            plan.pages = plan.pages.next_multiple_of(HUGE);
+        }
         if choices.chance(30) {
             plan.throttling = Some(Throttling { initial: 20, increment: 30, max: 99, tailslow: choices.chance(50) });
         }

@@ -71,7 +71,7 @@ pub struct World {
 impl World {
     pub fn new(seed: u64, plan: &Plan) -> Self {
         let mut choices = Choices::new(seed);
-        let mut ram = Ram::new(plan.pages);
+        let mut ram = Ram::new(plan.pages, plan.host_page);
         let mut truth = vec![0; plan.pages as usize];
         let mut next_version = 1;
         for page in 0..plan.pages {
@@ -86,7 +86,7 @@ impl World {
         let bits = (0..choices.below(50)).map(|_| choices.below(BITS)).collect();
         World {
             source: SourceHost::new(plan, ram),
-            destination: DestinationHost::new(plan.pages),
+            destination: DestinationHost::new(plan),
             plan: plan.clone(),
             plan_begins: if plan.from == From::Start { Some(0) } else { None },
             freeze: None,
@@ -111,7 +111,7 @@ impl World {
         self.connections.clear();
         self.source.retry(&self.plan);
         self.now = Duration::ZERO;
-        self.destination = DestinationHost::new(self.plan.pages);
+        self.destination = DestinationHost::new(&self.plan);
     }
 
     /// How often the two were joined again.

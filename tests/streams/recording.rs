@@ -8,7 +8,7 @@ use ferry::migrate::destination::{Action as DestinationAction, Destination, Inpu
 use ferry::migrate::driver::saved;
 use ferry::migrate::report::Mode;
 use ferry::migrate::source::{self, Bulk, Config, Outcome, Sent, Source, Stopped};
-use ferry::migrate::wire::{Channel, Frame, HEADER_SIZE, Header, Kind, Package, Totals};
+use ferry::migrate::wire::{Channel, Frame, HEADER_SIZE, Header, Kind, Package, Setup, Totals};
 
 const NOW: Duration = Duration::ZERO;
 
@@ -70,10 +70,10 @@ impl Recording {
     /// This Ferry's source understands the recorded destination.
     pub fn is_understood_by_the_source(&self) {
         let setup = self.connections[0][0].iter().find(|frame| frame.kind() == Kind::Setup);
-        let Some(Frame::Setup { ram_pages, page_channels, machine, .. }) = setup.cloned() else { panic!("no setup") };
+        let Some(Frame::Setup(Setup { ram_pages, host_page, page_channels, machine, .. })) = setup.cloned() else { panic!("no setup") };
         let mode = if self.package().postcopy { Mode::Postcopy } else { Mode::Precopy };
         let downtime_limit = Duration::from_secs(1);
-        let mut engine = Source::new(Config { mode, downtime_limit, ram_pages, page_channels, session: 1, machine });
+        let mut engine = Source::new(Config { mode, downtime_limit, ram_pages, host_page, page_channels, session: 1, machine });
         loop {
             let input = match engine.poll(NOW) {
                 source::Poll::Act(source::Action::Send(frame)) => self.answer(&frame).map(source::Input::Frame),
@@ -169,7 +169,7 @@ impl DestinationHost {
     fn acts(&mut self) {
         while let Poll::Act(action) = self.engine.poll(NOW) {
             match action {
-                DestinationAction::Prepare { ram_pages, machine, .. } => {
+                DestinationAction::Prepare(Setup { ram_pages, machine, .. }) => {
                     saved::decode_setup(&machine, ram_pages).unwrap();
                     self.engine.handle(Input::Prepared);
                 }

@@ -5,7 +5,7 @@ use kvm_ioctls::{Kvm, VcpuExit};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::memory::PageNumber;
+use crate::memory::{PageNumber, thp};
 
 /// Increments the first number of so many pages from an address on, and says so; in 64-bit mode and ring 3, which runs natively on every
 /// KVM: `l: in eax, 0x12; mov ecx, eax; in eax, 0x10; m: inc dword [rax]; add eax, 4096; dec ecx; jnz m; out 0x11, al; jmp l`.
@@ -48,8 +48,13 @@ impl Guest {
     /// A guest of two vCPUs.
     pub fn new(size: u64, means: Means) -> Self {
         let ram = GuestRam::allocate(size).unwrap();
-        // SAFETY: only advice: with pages of 4 KiB a written page is populated alone.
-        unsafe { rustix::mm::madvise(ram.base().as_ptr().cast(), ram.size() as usize, rustix::mm::Advice::LinuxNoHugepage).unwrap() };
+        // With pages of 4 KiB a written page is populated alone.
+        thp::forbid(&ram).unwrap();
+        Self::over(ram, means)
+    }
+
+    /// Such a guest in `ram`.
+    pub fn over(ram: GuestRam, means: Means) -> Self {
         ram.memory().write_slice(&WRITER, GuestAddress(PageNumber(CODE_PAGE).offset())).unwrap();
         // Present, writable, for ring 3, and both accessed and dirty, so that the processor has no reason to write to the tables.
         for level in 0..2 {

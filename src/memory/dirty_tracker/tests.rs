@@ -8,8 +8,9 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::test_guest::{Guest, MEANS, Means, SYSTEM, Writer, without_system};
 use super::*;
+use crate::memory::hugetlb::provision::Provision;
 use crate::memory::ram::{GRANULE, HOLE_END, HOLE_START};
-use crate::memory::{PAGE_SIZE, PageNumber};
+use crate::memory::{HUGE_PAGE, PAGE_SIZE, PageNumber};
 
 #[test]
 fn first_pass_is_what_the_guest_touched() {
@@ -177,5 +178,22 @@ fn no_write_is_ever_lost() {
         }
         assert!(found > PAGES, "{means:?}: nothing happened");
         assert!(means != Means::SmallRing || vcpus.iter().all(|vcpu| vcpu.full > 0), "the rings were never full");
+    }
+}
+
+/// What is populated at once is still tracked page by page.
+#[test]
+fn hugetlb_memory_is_tracked_in_small_pages() {
+    for means in MEANS {
+        let _provision = Provision::new(2);
+        let mut guest = Guest::over(GuestRam::allocate_hugetlb(2 * GRANULE).unwrap(), means);
+        guest.write(40);
+        let (mut tracker, first) = guest.start();
+        assert_eq!(first.runs().collect::<Vec<_>>(), [PageRun::new(0, HUGE_PAGE)], "{means:?}");
+        guest.clear_all(&mut tracker, &first);
+        guest.write(41);
+        guest.write(200);
+        assert_eq!(guest.harvest(&mut tracker), [41, 200], "{means:?}");
+        tracker.stop().unwrap();
     }
 }

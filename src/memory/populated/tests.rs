@@ -1,13 +1,12 @@
 use super::*;
+use crate::memory::hugetlb::provision::Provision;
 use crate::memory::ram::GRANULE;
-
-type Source = fn(&File, &GuestRam, &mut PageSet) -> io::Result<()>;
+use crate::memory::{HUGE_PAGE, thp};
 
 /// RAM of 4 KiB pages, so that a touched page is populated alone.
 fn ram_of_small_pages(granules: u64) -> GuestRam {
     let ram = GuestRam::allocate(granules * GRANULE).unwrap();
-    // SAFETY: the advice changes no contents, and the range is the mapping.
-    unsafe { rustix::mm::madvise(ram.base().as_ptr().cast(), ram.size() as usize, rustix::mm::Advice::LinuxNoHugepage).unwrap() };
+    thp::forbid(&ram).unwrap();
     ram
 }
 
@@ -16,21 +15,22 @@ fn write(ram: &GuestRam, page: u64) {
     unsafe { ram.host_address(PageRun::new(page, 1)).unwrap().write_volatile(1) }
 }
 
-fn runs(source: Source, ram: &GuestRam) -> Vec<PageRun> {
+/// What an older kernel would find.
+fn entries(ram: &GuestRam) -> Vec<PageRun> {
     let mut found = PageSet::empty(ram.pages());
-    source(&File::open("/proc/self/pagemap").unwrap(), ram, &mut found).unwrap();
+    Pagemap::open().unwrap().read_entries(ram, &mut found).unwrap();
     found.runs().collect()
 }
 
 #[test]
 fn written_pages_are_populated() {
     let ram = ram_of_small_pages(2);
-    assert!(runs(read_entries, &ram).is_empty());
+    assert!(entries(&ram).is_empty());
     for page in [0, 3, 4, 700, ram.pages() - 1] {
         write(&ram, page);
     }
     let written = [PageRun::new(0, 1), PageRun::new(3, 2), PageRun::new(700, 1), PageRun::new(ram.pages() - 1, 1)];
-    assert_eq!(runs(read_entries, &ram), written);
+    assert_eq!(entries(&ram), written);
     let mut found = PageSet::empty(ram.pages());
     assert_eq!(populated(&ram, &mut found), 5);
     assert_eq!(found.runs().collect::<Vec<_>>(), written);
@@ -53,11 +53,22 @@ fn pages_that_were_only_read_are_left_out() {
     // SAFETY: the page is mapped and nobody else uses it.
     let byte = unsafe { ram.host_address(PageRun::new(5, 1)).unwrap().read_volatile() };
     assert_eq!(byte, 0);
-    let pagemap = File::open("/proc/self/pagemap").unwrap();
     let mut found = PageSet::empty(ram.pages());
-    match scan(&pagemap, &ram, &mut found) {
+    match Pagemap::open().unwrap().scan(&ram, PAGE_IS_PRESENT, &mut found) {
         Ok(()) => assert_eq!(found.runs().collect::<Vec<_>>(), [PageRun::new(9, 1)]),
         // Linux before 6.7 has no such ioctl and cannot tell.
         Err(error) => assert_eq!(error.raw_os_error(), Some(libc::ENOTTY)),
     }
+}
+
+#[test]
+fn hugetlb_pages_are_populated_whole() {
+    let _provision = Provision::new(3);
+    let ram = GuestRam::allocate_hugetlb(3 * GRANULE).unwrap();
+    let mut found = PageSet::empty(ram.pages());
+    assert_eq!(populated(&ram, &mut found), 0);
+    write(&ram, HUGE_PAGE + 9);
+    assert_eq!(populated(&ram, &mut found), HUGE_PAGE);
+    assert_eq!(found.runs().collect::<Vec<_>>(), [PageRun::new(HUGE_PAGE, HUGE_PAGE)]);
+    assert_eq!(entries(&ram), [PageRun::new(HUGE_PAGE, HUGE_PAGE)]);
 }

@@ -5,7 +5,9 @@ use std::thread;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
+use crate::memory::hugetlb::provision::Provision;
 use crate::memory::ram::GRANULE;
+use crate::memory::{HUGE_PAGE, PageSet, populated};
 
 fn missing(granules: u64) -> (GuestRam, MissingPages, EventFd) {
     let ram = GuestRam::allocate(granules * GRANULE).unwrap();
@@ -180,4 +182,107 @@ fn the_system_call_gives_one_too() {
     let ram = GuestRam::allocate(GRANULE).unwrap();
     let pages = Userfaultfd::from_system_call().unwrap().register(ram).unwrap();
     assert_eq!(pages.place_zero(PageRun::new(0, 2)).unwrap(), 2);
+}
+
+fn missing_hugetlb(granules: u64) -> (Provision, GuestRam, MissingPages, EventFd) {
+    let provision = Provision::new(granules);
+    let ram = GuestRam::allocate_hugetlb(granules * GRANULE).unwrap();
+    let pages = Userfaultfd::open().unwrap().register(ram.clone()).unwrap();
+    (provision, ram, pages, EventFd::new(EFD_NONBLOCK).unwrap())
+}
+
+fn huge(number: u64) -> PageRun {
+    PageRun::new(number * HUGE_PAGE, HUGE_PAGE)
+}
+
+#[test]
+fn a_toucher_of_hugetlb_memory_waits_for_the_huge_page() {
+    let (_provision, ram, pages, event) = missing_hugetlb(2);
+    thread::scope(|scope| {
+        let toucher = scope.spawn(|| [read(&ram, 7), read(&ram, HUGE_PAGE + 300)]);
+        assert_eq!(pages.next_fault(stop(&event)).unwrap().map(|fault| fault.page), Some(PageNumber(0)));
+        assert_eq!(pages.place(huge(0), &contents(huge(0))).unwrap(), HUGE_PAGE);
+        assert_eq!(pages.next_fault(stop(&event)).unwrap().map(|fault| fault.page), Some(PageNumber(HUGE_PAGE)));
+        assert_eq!(pages.place_zero(huge(1)).unwrap(), HUGE_PAGE);
+        assert_eq!(toucher.join().unwrap(), [7 ^ 0x5a, 0]);
+    });
+    assert_eq!(read(&ram, 511), 511_u64 as u8 ^ 0x5a);
+}
+
+#[test]
+fn runs_of_huge_pages_skip_those_that_are_there() {
+    let (_provision, ram, pages, _event) = missing_hugetlb(6);
+    assert_eq!(pages.place_zero(PageRun::new(HUGE_PAGE, 2 * HUGE_PAGE)).unwrap(), 2 * HUGE_PAGE);
+    assert_eq!(pages.place(huge(4), &vec![1; GRANULE as usize]).unwrap(), HUGE_PAGE);
+    let all = PageRun::new(0, 5 * HUGE_PAGE);
+    assert_eq!(pages.place(all, &contents(all)).unwrap(), 2 * HUGE_PAGE);
+    assert_eq!((0..5).map(|number| read(&ram, number * HUGE_PAGE + 3)).collect::<Vec<_>>(), [0x59, 0, 0, 0x59, 1]);
+    assert_eq!(pages.place_zero(PageRun::new(0, 6 * HUGE_PAGE)).unwrap(), HUGE_PAGE);
+    assert_eq!(pages.place(all, &contents(all)).unwrap(), 0);
+}
+
+#[test]
+fn discarded_huge_pages_are_missing_again() {
+    let _provision = Provision::new(3);
+    let ram = GuestRam::allocate_hugetlb(3 * GRANULE).unwrap();
+    // Precopy.
+    // SAFETY: the range is mapped and nobody else uses it.
+    unsafe { ram.base().write_bytes(1, 3 * GRANULE as usize) };
+    let pages = Userfaultfd::open().unwrap().register(ram.clone()).unwrap();
+    pages.discard(huge(1)).unwrap();
+    let mut there = PageSet::empty(ram.pages());
+    populated::populated(&ram, &mut there);
+    assert_eq!(there.runs().collect::<Vec<_>>(), [huge(0), huge(2)]);
+    let all = PageRun::new(0, 3 * HUGE_PAGE);
+    assert_eq!(pages.place(all, &contents(all)).unwrap(), HUGE_PAGE);
+    assert_eq!((0..3).map(|number| read(&ram, number * HUGE_PAGE)).collect::<Vec<_>>(), [1, 0x5a, 1]);
+    pages.unregister().unwrap();
+}
+
+#[test]
+fn parts_of_huge_pages_are_refused() {
+    let (_provision, _ram, pages, _event) = missing_hugetlb(2);
+    for run in [PageRun::new(0, 1), PageRun::new(1, HUGE_PAGE), PageRun::new(0, HUGE_PAGE + 1), PageRun::new(0, 0), huge(2)] {
+        assert!(matches!(pages.place_zero(run), Err(UffdError::BadRun(_))), "{run}");
+        assert!(matches!(pages.place(run, &vec![0; run.bytes() as usize]), Err(UffdError::BadRun(_))), "{run}");
+        assert!(matches!(pages.discard(run), Err(UffdError::BadRun(_))), "{run}");
+        assert!(matches!(pages.wake(run), Err(UffdError::BadRun(_))), "{run}");
+    }
+}
+
+/// As for small pages: everybody gets everything, once.
+#[test]
+fn many_threads_race_for_the_same_huge_pages() {
+    let (_provision, ram, pages, event) = missing_hugetlb(8);
+    let placed = AtomicU64::new(0);
+    let place = |run: PageRun| placed.fetch_add(pages.place(run, &contents(run)).unwrap(), Ordering::Relaxed);
+    thread::scope(|scope| {
+        let server = scope.spawn(|| {
+            while let Some(Fault { page, .. }) = pages.next_fault(stop(&event)).unwrap() {
+                place(PageRun { first: page, count: HUGE_PAGE });
+            }
+        });
+        let background = scope.spawn(|| {
+            for pair in 0..4 {
+                place(PageRun::new(pair * 2 * HUGE_PAGE, 2 * HUGE_PAGE));
+            }
+        });
+        let touchers: Vec<_> = (0..4)
+            .map(|thread| {
+                let ram = &ram;
+                scope.spawn(move || {
+                    for index in (0..ram.pages()).step_by(37) {
+                        let page = index * (2 * thread + 1) % ram.pages();
+                        assert_eq!(read(ram, page), page as u8 ^ 0x5a);
+                    }
+                })
+            })
+            .collect();
+        background.join().unwrap();
+        touchers.into_iter().for_each(|thread| thread.join().unwrap());
+        event.write(1).unwrap();
+        server.join().unwrap();
+    });
+    assert_eq!(placed.into_inner(), ram.pages());
+    pages.unregister().unwrap();
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::Link;
 #[cfg(doc)]
 use super::{Destination, Input};
-use crate::migrate::wire::{Channel, Frame, Package};
+use crate::migrate::wire::{Channel, Frame, Package, Setup};
 
 /// What the driver is to do next.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,14 +22,7 @@ pub enum Action {
     /// Send on a connection.
     Send(Channel, Frame),
     /// Check host and disks, allocate RAM and begin to build the machine; answer with [`Input::Prepared`] or [`Input::Failed`].
-    Prepare {
-        /// RAM size in pages.
-        ram_pages: u64,
-        /// Whether userfaultfd must work.
-        postcopy: bool,
-        /// The machine's configuration and needs.
-        machine: Vec<u8>,
-    },
+    Prepare(Setup),
     /// Wait until the machine is built: what is to be acknowledged next allows the source to stop the guest.
     FinishBuilding,
     /// Discard every page in `package.missing`: of some an old version is in place, and of others a zero page, because a transparent
@@ -57,7 +50,7 @@ pub enum Action {
     Disconnect(String),
     /// Take up the main connection of this link. Ask again, on its urgent connection when that has come, for all that is waited for.
     Reconnect(Link),
-    /// All of the guest is here: end the watch over its memory.
+    /// All of the guest is here: end the watch over its memory, and make huge pages again where there were some.
     Complete,
     /// The migration is over for this side. Nothing follows.
     End(Outcome),

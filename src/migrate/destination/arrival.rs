@@ -22,6 +22,7 @@ impl Destination {
             Placement::Direct => {
                 self.written.insert(run);
             }
+            Placement::Fault if !self.host_page.divides(run) => return Err(format!("the source sent {run}, a part of a host page")),
             Placement::Fault if channel == Channel::Urgent => {}
             Placement::Fault => self.incoming.comes_anyway(run),
         }
@@ -37,6 +38,9 @@ impl Destination {
         };
         let placement = self.placement(channel, first)?;
         if placement == Placement::Fault {
+            if let Some(run) = runs.iter().find(|run| !self.host_page.divides(**run)) {
+                return Err(format!("the source sent zero {run}, a part of a host page"));
+            }
             runs.iter().for_each(|run| self.incoming.comes_anyway(*run));
             return Ok((placement, runs.to_vec()));
         }

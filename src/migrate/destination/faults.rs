@@ -50,7 +50,7 @@ impl Destination {
 
     /// Tells, after a fault on `page` that was not answered by [`FaultAnswer::Zero`], which `thread` it is that waits.
     pub fn blocked(&mut self, thread: Pid, page: PageNumber, now: Duration) {
-        self.blocktime.begin(thread, page, now);
+        self.blocktime.begin(thread, self.host_page.around(PageRun::single(page)).first, now);
     }
 
     /// What to ask for in advance because of that fault, once its own page has been asked for. It may be left out.

@@ -1,20 +1,26 @@
 //! What tests/sim does not look at: how much is missing when a loss is told.
 
 use super::*;
-use crate::memory::{PageNumber, PageRun};
+use crate::memory::PageNumber;
+use crate::migrate::pages::FaultAnswer;
 
 const NOW: Duration = Duration::ZERO;
 
+fn setup(ram_pages: u64, host_page: HostPage) -> Setup {
+    Setup { ram_pages, host_page, huge: Vec::new(), postcopy: true, page_channels: 1, machine: Vec::new() }
+}
+
 /// Takes pages of a guest of 16 pages.
 fn receiving() -> Destination {
+    set_up(setup(16, HostPage::SMALL))
+}
+
+fn set_up(setup: Setup) -> Destination {
     let mut destination = Destination::new();
     for channel in [Channel::Main, Channel::Urgent, Channel::Pages(0)] {
         destination.hello(&Hello { channel, session: 1, link: 0, program: "a test".into() }, NOW).unwrap();
     }
-    go_on(
-        &mut destination,
-        [frame(Frame::Setup { ram_pages: 16, postcopy: true, page_channels: 1, machine: Vec::new() }), Input::Prepared],
-    );
+    go_on(&mut destination, [frame(Frame::Setup(setup)), Input::Prepared]);
     destination
 }
 
@@ -145,6 +151,53 @@ fn pages_come_on_their_own_connections_and_each_of_those_is_one() {
         let hello = Hello { channel, session: 1, link: 0, program: "a test".into() };
         assert!(destination.hello(&hello, NOW).is_err(), "{channel:?}");
     }
+}
+
+/// Whether a destination in this state takes `frame` from the source.
+fn takes(mut destination: Destination, frame: Frame) -> bool {
+    destination.handle(self::frame(frame));
+    destination.status() != Status::Failed
+}
+
+#[test]
+fn the_list_of_huge_pages_is_checked() {
+    let huge = |first: u64, count: u64| PageRun::new(first * 512, count * 512);
+    let takes_list = |list: &[PageRun]| {
+        let setup = Setup { huge: list.to_vec(), ..setup(64 * 512, HostPage::SMALL) };
+        set_up(setup).status() != Status::Failed
+    };
+    assert!(takes_list(&[huge(0, 2), huge(2, 1), huge(63, 1)]));
+    let wrong = [PageRun::new(3, 512), PageRun::new(512, 5), huge(63, 2), huge(0, 0), PageRun::new(u64::MAX - 511, 512)];
+    assert!(wrong.into_iter().all(|run| !takes_list(&[run])));
+    assert!(!takes_list(&[huge(1, 1), huge(0, 1)]) && !takes_list(&[huge(0, 2), huge(1, 1)]));
+    let many: Vec<_> = (0..=MAX_RANGES as u64).map(|number| huge(2 * number, 1)).collect();
+    let setup = Setup { huge: many, ..setup(1 << 30, HostPage::SMALL) };
+    let mut destination = Destination::new();
+    destination.hello(&Hello { channel: Channel::Main, session: 1, link: 0, program: "a test".into() }, NOW).unwrap();
+    assert!(!takes(destination, Frame::Setup(setup)));
+}
+
+#[test]
+fn of_host_pages_whole_ones_are_missing_and_come() {
+    let host_page = HostPage::new(8).unwrap();
+    assert_eq!(set_up(setup(12, host_page)).status(), Status::Failed);
+    let package = |run| Package { sent: Totals::default(), postcopy: true, missing: vec![run], bitmaps: Vec::new(), machine: Vec::new() };
+    for part in [PageRun::new(0, 4), PageRun::new(4, 8), PageRun::new(8, 9)] {
+        assert!(!takes(set_up(setup(32, host_page)), Frame::Switchover(package(part))), "{part}");
+    }
+    let mut destination = set_up(setup(32, host_page));
+    destination.handle(frame(Frame::Switchover(package(PageRun::new(8, 16)))));
+    assert_eq!(destination.fault(PageNumber(11), NOW), FaultAnswer::Request(PageRun::new(8, 8)));
+    assert_eq!(destination.fault(PageNumber(31), NOW), FaultAnswer::Zero(PageRun::new(24, 8)));
+    let channel = Channel::Pages(0);
+    for part in [PageRun::new(8, 4), PageRun::new(12, 8)] {
+        assert!(destination.pages(channel, part).is_err() && destination.pages(Channel::Urgent, part).is_err(), "{part}");
+        assert!(destination.zero(channel, &[PageRun::new(16, 8), part]).is_err(), "{part}");
+    }
+    assert_eq!(destination.pages(channel, PageRun::new(8, 8)), Ok(Placement::Fault));
+    destination.placed(PageRun::new(8, 8), NOW);
+    assert!(destination.waiting().is_empty());
+    assert_eq!(destination.missing().len(), 8);
 }
 
 /// Polls at this second; until when to wait, if there is nothing to do.

@@ -12,7 +12,7 @@ mod guest;
 mod pages;
 mod session;
 
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -49,6 +49,8 @@ struct Shared {
     io: OnceLock<PageIo>,
     /// In postcopy.
     faults: OnceLock<FaultService>,
+    /// The process is about to end.
+    stopping: AtomicBool,
 }
 
 /// Connections on their way from those who accept them to those who use them.
@@ -121,6 +123,7 @@ impl DestinationMigration {
             connections: AtomicUsize::new(0),
             io: OnceLock::new(),
             faults: OnceLock::new(),
+            stopping: AtomicBool::new(false),
         });
         let migration = DestinationMigration { shared, listening: Mutex::default() };
         migration.listen(listener)?;
@@ -193,6 +196,7 @@ impl DestinationMigration {
 
     /// Waits for connections no more. For the end of the process: sockets in the file system are removed.
     pub fn close(&self) {
+        self.shared.stopping.store(true, Ordering::Relaxed);
         self.shared.close();
         for thread in self.listening.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             // A panic of the thread was printed when it happened.

@@ -7,7 +7,7 @@ use std::time::Instant;
 use rustix::mm::{Advice, madvise};
 use thiserror::Error;
 
-use crate::memory::{GuestRam, PAGE_SIZE, PageNumber, PageRun};
+use crate::memory::{GuestRam, HostPage, PAGE_SIZE, PageNumber, PageRun};
 use crate::migrate::transport::{LinkError, Reader, Writer};
 
 /// Why pages could not be moved.
@@ -80,25 +80,30 @@ impl PageIo {
         Ok(unsafe { libc::memcmp(start.as_ptr().cast(), start.as_ptr().add(WORD).cast(), PAGE_SIZE - WORD) } == 0)
     }
 
-    /// The first pages of `run` that are alike, zero or not: at most `max`, at least one. `None` when the run is empty.
-    pub fn next_span(&self, run: PageRun, max: u64) -> Result<Option<Span>, PageIoError> {
+    /// The first pages of `run` that are alike, zero or not: at most `max`, at least one `unit`, only all of which is zero. `None` when the
+    /// run is empty.
+    pub fn next_span(&self, run: PageRun, max: u64, unit: HostPage) -> Result<Option<Span>, PageIoError> {
         if run.count == 0 {
             return Ok(None);
         }
-        let is_zero = self.is_zero(run.first)?;
-        let most = run.count.min(max.max(1));
-        let mut count = 1;
-        while count < most && self.is_zero(PageNumber(run.first.0 + count))? == is_zero {
-            count += 1;
+        let unit = unit.pages();
+        let is_unit_zero = |first: u64| {
+            let mut pages = (first..first + unit.min(run.end() - first)).map(|page| self.is_zero(PageNumber(page)));
+            pages.try_fold(true, |zero, page| if zero { page } else { Ok(false) })
+        };
+        let is_zero = is_unit_zero(run.first.0)?;
+        let mut count = unit.min(run.count);
+        while count < run.count && count + unit <= max && is_unit_zero(run.first.0 + count)? == is_zero {
+            count += unit.min(run.count - count);
         }
         Ok(Some(Span { run: PageRun { first: run.first, count }, is_zero }))
     }
 
-    /// Splits `run` into spans of at most `max` pages, in order, looking at the pages as it goes.
-    pub fn split_zero(&self, run: PageRun, max: u64) -> impl Iterator<Item = Result<Span, PageIoError>> + '_ {
+    /// Splits `run` into spans of at most `max` pages, in order, looking at the pages as it goes. Each `unit` lies in one of them.
+    pub fn split_zero(&self, run: PageRun, max: u64, unit: HostPage) -> impl Iterator<Item = Result<Span, PageIoError>> + '_ {
         let mut rest = run;
         std::iter::from_fn(move || {
-            let span = self.next_span(rest, max).transpose()?;
+            let span = self.next_span(rest, max, unit).transpose()?;
             rest = match &span {
                 Ok(span) => PageRun::new(span.run.end(), rest.count - span.run.count),
                 Err(_) => PageRun::new(0, 0),
@@ -133,6 +138,11 @@ impl PageIo {
     /// Throws the contents of `run` away, so that it reads as zeros. Not once userfaultfd watches RAM: then its pages would be missing.
     pub fn discard(&self, run: PageRun) -> Result<(), PageIoError> {
         let start = self.ram.host_address(run).ok_or(PageIoError::Beyond(run))?;
+        if !self.ram.host_page().divides(run) {
+            // SAFETY: the range lies within guest RAM, to which nothing holds references.
+            unsafe { start.as_ptr().write_bytes(0, run.bytes() as usize) };
+            return Ok(());
+        }
         // SAFETY: the range lies within guest RAM, to which nothing holds references.
         let discarded = unsafe { madvise(start.as_ptr().cast(), run.bytes() as usize, Advice::LinuxDontNeed) };
         discarded.map_err(|errno| PageIoError::Discard { run, source: errno.into() })

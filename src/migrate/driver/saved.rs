@@ -73,7 +73,7 @@ mod tests {
         let disks = vec![DiskConfig { id: id.into(), path: "disk.img".into(), readonly: false }];
         let (name, kernel, initrd, cmdline) = ("guest".into(), "vmlinuz".into(), None, String::new());
         MachineSetup {
-            config: GuestConfig { name, cpus: 1, memory: 2 << 20, lock_memory: false, kernel, initrd, cmdline, disks },
+            config: GuestConfig { name, cpus: 1, memory: 2 << 20, lock_memory: false, hugepages: false, kernel, initrd, cmdline, disks },
             facts: MachineFacts { cpuid: Vec::new(), cpus: 1, tsc_khz: 1, msrs: Vec::new(), xsave_size: 4096 },
             disk_sizes: vec![512],
         }

@@ -21,8 +21,8 @@ use crossbeam_channel::{Sender, bounded};
 use super::owner::{MachineSetup, PageTransfer, SourceOwner, SourceRequest};
 use super::saved;
 use crate::block::disk::Disk;
-use crate::memory::GuestRam;
 use crate::memory::dirty_tracker::Tracking;
+use crate::memory::{GuestRam, thp};
 use crate::migrate::pace::Pace;
 use crate::migrate::policy::Throttling;
 use crate::migrate::report::{Mode, Progress};
@@ -112,6 +112,7 @@ impl SourceMigration {
             mode: request.mode,
             downtime_limit: request.downtime_limit,
             ram_pages: ram.pages(),
+            host_page: ram.host_page(),
             page_channels: request.pages.channels,
             session: u128::from_le_bytes(session),
             machine: saved::encode_setup(&setup)?,
@@ -136,8 +137,14 @@ impl SourceMigration {
             pages: request.pages,
         });
         let guest = guest::SourceGuest::new(owner.clone(), tracking, ram.clone(), disks);
-        let migration = run::Migration::new(shared.clone(), owner, ram, guest, woken);
-        std::thread::Builder::new().name("migration".into()).spawn(move || migration.run()).map_err(failed)?;
+        let migration = run::Migration::new(shared.clone(), owner, ram.clone(), guest, woken);
+        let engine = shared.clone();
+        let run = move || {
+            // Not in this call: it takes a walk over the page tables.
+            engine.handle(Input::HugeRanges(thp::huge_ranges(&ram)));
+            migration.run();
+        };
+        std::thread::Builder::new().name("migration".into()).spawn(run).map_err(failed)?;
         Ok(SourceMigration { shared })
     }
 

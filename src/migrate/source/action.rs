@@ -4,7 +4,7 @@ use std::time::Duration;
 
 #[cfg(doc)]
 use super::{Input, Source};
-use crate::memory::PageRun;
+use crate::memory::{HostPage, PageRun};
 use crate::migrate::report::Report;
 #[cfg(doc)]
 use crate::migrate::wire::MAX_RUN;
@@ -64,6 +64,8 @@ pub enum Bulk {
         runs: Vec<PageRun>,
         /// Pages about to be sent, whose dirty bits are cleared first.
         clear: Option<PageRun>,
+        /// So many neighbouring pages go alike, with contents, in one frame, or by name: in postcopy they are placed at once.
+        unit: HostPage,
     },
     /// Words of a bitmap, on the main connection.
     Bitmap {

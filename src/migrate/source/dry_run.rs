@@ -102,7 +102,7 @@ mod tests {
     use std::num::NonZeroU64;
 
     use super::*;
-    use crate::memory::PageRun;
+    use crate::memory::{HostPage, PageRun};
     use crate::migrate::wire::VERSION;
 
     const PAGES: u64 = 1 << 18;
@@ -129,7 +129,7 @@ mod tests {
                     };
                     let answer = match &action {
                         Action::Send(Frame::Hello(_)) => Some(Input::Frame(Frame::Welcome { version: VERSION, program: "a test".into() })),
-                        Action::Send(Frame::Setup { .. }) => Some(Input::Frame(Frame::Prepared)),
+                        Action::Send(Frame::Setup(_)) => Some(Input::Frame(Frame::Prepared)),
                         Action::Send(Frame::PassEnd(_)) => Some(Input::Frame(Frame::PassAck)),
                         Action::StartTracking => pages(0, PAGES / 2),
                         Action::Watch => pages(0, PAGES),
@@ -152,7 +152,15 @@ mod tests {
     #[test]
     fn a_dry_run_measures_and_moves_nothing() {
         let downtime_limit = Duration::from_millis(50);
-        let config = Config { mode: Mode::Auto, downtime_limit, ram_pages: PAGES, page_channels: 1, session: 1, machine: Vec::new() };
+        let config = Config {
+            mode: Mode::Auto,
+            downtime_limit,
+            ram_pages: PAGES,
+            host_page: HostPage::SMALL,
+            page_channels: 1,
+            session: 1,
+            machine: Vec::new(),
+        };
         let mut source = Source::dry_run(config);
         source.handle(Input::StartPostcopy, Duration::ZERO);
         source.handle(Input::PostcopyBandwidth(NonZeroU64::new(100_000_000)), Duration::ZERO);
@@ -176,6 +184,7 @@ mod tests {
             mode: Mode::Auto,
             downtime_limit: Duration::ZERO,
             ram_pages: PAGES,
+            host_page: HostPage::SMALL,
             page_channels: 1,
             session: 1,
             machine: Vec::new(),

@@ -5,8 +5,10 @@ use std::time::Duration;
 
 #[cfg(doc)]
 use super::Action;
-use crate::memory::PageSet;
+use crate::memory::{PageRun, PageSet};
 use crate::migrate::policy::Throttling;
+#[cfg(doc)]
+use crate::migrate::wire::Setup;
 use crate::migrate::wire::{BitmapInfo, Channel, Frame};
 
 /// What the driver tells the source.
@@ -43,6 +45,8 @@ pub enum Input {
     PauseBeforeSwitchover(bool),
     /// A person wants postcopy now.
     StartPostcopy,
+    /// Where the guest's RAM is mapped by transparent huge pages, before the migration begins; as in [`Setup::huge`].
+    HugeRanges(Vec<PageRun>),
     /// A person changed the limit.
     DowntimeLimit(Duration),
     /// A person says how many bytes a second to count on in the switch; `None`: what was measured.

@@ -41,7 +41,7 @@ impl Source {
     pub(super) fn on_holding(&mut self, holding: &Holding) -> Result<(), String> {
         let mut missing = PageSet::empty(self.config.ram_pages);
         for &run in &holding.missing {
-            if !run.is_within(self.config.ram_pages) || missing.insert(run) != run.count {
+            if !run.is_within(self.config.ram_pages) || !self.config.host_page.divides(run) || missing.insert(run) != run.count {
                 return Err(format!("the destination's list of missing pages is wrong at {run}"));
             }
         }

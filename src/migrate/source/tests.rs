@@ -8,7 +8,15 @@ const LATER: Duration = Duration::from_secs(3600);
 const PAGES: u64 = 4096;
 
 fn config(mode: Mode) -> Config {
-    Config { mode, downtime_limit: Duration::from_millis(50), ram_pages: PAGES, page_channels: 1, session: 1, machine: Vec::new() }
+    Config {
+        mode,
+        downtime_limit: Duration::from_millis(50),
+        ram_pages: PAGES,
+        host_page: HostPage::SMALL,
+        page_channels: 1,
+        session: 1,
+        machine: Vec::new(),
+    }
 }
 
 /// Does what the engine says until the guest has just been stopped, with so many pages dirtied until then.

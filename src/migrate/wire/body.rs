@@ -2,7 +2,25 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::memory::PageRun;
+use crate::memory::{HostPage, PageRun};
+
+/// What the destination must be ready for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Setup {
+    /// Size of the guest's RAM in pages.
+    pub ram_pages: u64,
+    /// What RAM is made of, at both sides. Of a missing host page nothing is there, and all of it comes at once.
+    pub host_page: HostPage,
+    /// Where RAM is mapped by transparent huge pages at the source: whole huge pages, ascending, at most
+    /// [`MAX_RANGES`](crate::memory::thp::MAX_RANGES) runs.
+    pub huge: Vec<PageRun>,
+    /// Whether the destination must be able to do postcopy.
+    pub postcopy: bool,
+    /// Connections for pages: 1 to [`MAX_PAGE_CHANNELS`](super::MAX_PAGE_CHANNELS).
+    pub page_channels: u8,
+    /// The machine's configuration and needs.
+    pub machine: Vec<u8>,
+}
 
 /// Pages sent since the beginning, for the destination to compare with what it received.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,7 +61,7 @@ pub struct Package {
     pub sent: Totals,
     /// Whether `missing` pages come after the commit. Without it nothing may be missing.
     pub postcopy: bool,
-    /// Runs of pages that the destination does not hold yet or holds in an old version, ascending.
+    /// Runs of pages that the destination does not hold yet or holds in an old version, ascending, in whole host pages.
     pub missing: Vec<PageRun>,
     /// Dirty bitmaps whose bits follow after the commit.
     pub bitmaps: Vec<BitmapInfo>,
@@ -65,7 +83,7 @@ pub struct BitmapPlace {
 pub struct Holding {
     /// Whether the commit has come. If not, the source says it again, or that it never gave the guest up.
     pub committed: bool,
-    /// Pages that have not come, ascending.
+    /// Pages that have not come, ascending, in whole host pages.
     pub missing: Vec<PageRun>,
     /// How far the bitmaps have come.
     pub bitmaps: BitmapPlace,

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::memory::HostPage;
 
 fn run() -> impl Strategy<Value = PageRun> {
     (any::<u64>(), any::<u64>()).prop_map(|(first, count)| PageRun::new(first, count))
@@ -19,6 +20,17 @@ fn frame() -> impl Strategy<Value = Frame> {
         .prop_map(|(disk, name, granularity, bits, enabled)| BitmapInfo { disk, name, granularity, bits, enabled });
     let package = (totals(), any::<bool>(), prop::collection::vec(run(), 0..20), prop::collection::vec(bitmap, 0..4), bytes())
         .prop_map(|(sent, postcopy, missing, bitmaps, machine)| Package { sent, postcopy, missing, bitmaps, machine });
+    let host_page = prop::sample::select(vec![HostPage::SMALL, HostPage::HUGE]);
+    let setup = (any::<u64>(), host_page, prop::collection::vec(run(), 0..20), any::<bool>(), any::<u8>(), bytes()).prop_map(
+        |(ram_pages, host_page, huge, postcopy, page_channels, machine)| Setup {
+            ram_pages,
+            host_page,
+            huge,
+            postcopy,
+            page_channels,
+            machine,
+        },
+    );
     prop_oneof![
         (channel, any::<u128>(), any::<u32>(), text()).prop_map(|(channel, session, link, program)| Frame::Hello(Hello {
             channel,
@@ -28,12 +40,7 @@ fn frame() -> impl Strategy<Value = Frame> {
         })),
         (any::<u16>(), text()).prop_map(|(version, program)| Frame::Welcome { version, program }),
         text().prop_map(Frame::Abort),
-        (any::<u64>(), any::<bool>(), any::<u8>(), bytes()).prop_map(|(ram_pages, postcopy, page_channels, machine)| Frame::Setup {
-            ram_pages,
-            postcopy,
-            page_channels,
-            machine
-        }),
+        setup.prop_map(Frame::Setup),
         (any::<u64>(), 1..=MAX_RUN, prop::sample::select(vec![Method::Lz4, Method::Zstd]), bytes()).prop_map(
             |(first, count, method, contents)| Frame::Compressed(Compressed { run: PageRun::new(first, count), method, contents })
         ),

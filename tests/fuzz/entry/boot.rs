@@ -14,8 +14,17 @@ pub fn run(data: &[u8]) {
     let (_initrd, initrd) = scratch::file(&[7; 5000]);
     let initrd = (choice & 2 != 0).then_some(initrd);
     let cmdline = "console=ttyS0".into();
-    let config =
-        GuestConfig { name: "guest".into(), cpus: 2, memory, lock_memory: false, kernel: path, initrd, cmdline, disks: Vec::new() };
+    let config = GuestConfig {
+        name: "guest".into(),
+        cpus: 2,
+        memory,
+        lock_memory: false,
+        hugepages: false,
+        kernel: path,
+        initrd,
+        cmdline,
+        disks: Vec::new(),
+    };
     let loaded = within(1 << 20, || ferry::boot::load(&config, &ram, &[0, 1]));
     if let Err(error) = loaded {
         assert!(!error.to_string().is_empty());

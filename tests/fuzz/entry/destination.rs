@@ -79,8 +79,8 @@ impl Host {
         assert!(!self.ended, "{action:?} after the end");
         match action {
             Action::Send(_, frame) => drop(frame.encode().expect("what is sent can be encoded")),
-            Action::Prepare { ram_pages, .. } if ram_pages <= HOST_PAGES => self.engine.handle(Input::Prepared),
-            Action::Prepare { .. } => self.engine.handle(Input::Failed("too large".into())),
+            Action::Prepare(setup) if setup.ram_pages <= HOST_PAGES => self.engine.handle(Input::Prepared),
+            Action::Prepare(_) => self.engine.handle(Input::Failed("too large".into())),
             Action::Load(package) => {
                 assert!(package.postcopy || package.missing.is_empty());
                 self.engine.handle(Input::Loaded { load_us: 1, warnings: Vec::new() });

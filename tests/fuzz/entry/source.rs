@@ -1,8 +1,8 @@
-//! The source's state machine with a hostile destination. The first byte chooses the mode; the driver does what it is told, step by step.
+//! The source's state machine with a hostile destination. The first byte chooses the mode and the host page; the driver does what it is told, step by step.
 
 use std::time::Duration;
 
-use ferry::memory::{PageRun, PageSet};
+use ferry::memory::{HostPage, PageRun, PageSet};
 use ferry::migrate::bitmaps::IncomingBitmaps;
 use ferry::migrate::report::Mode;
 use ferry::migrate::source::{Action, Bulk, Config, Input, Outcome, Poll, Sent, Source, Stopped};
@@ -17,7 +17,8 @@ pub fn run(data: &[u8]) {
     let Some((&choice, data)) = data.split_first() else { return };
     let mode = [Mode::Auto, Mode::Precopy, Mode::Postcopy][usize::from(choice % 3)];
     let downtime_limit = Duration::from_millis(50);
-    let config = Config { mode, downtime_limit, ram_pages: PAGES, page_channels: 2, session: 1, machine: vec![1; 10] };
+    let host_page = if choice < 128 { HostPage::SMALL } else { HostPage::HUGE };
+    let config = Config { mode, downtime_limit, ram_pages: PAGES, host_page, page_channels: 2, session: 1, machine: vec![1; 10] };
     let engine = Source::new(config);
     let (now, bitmaps) = (Duration::ZERO, IncomingBitmaps::default());
     let mut host = Host { engine, now, stopped: false, given_up: false, connected: false, ended: false, bitmaps, infos: Vec::new() };

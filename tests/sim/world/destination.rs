@@ -10,7 +10,7 @@ use ferry::migrate::wire::{Channel, Kind, Package};
 use super::placement::Placing;
 use super::{DISABLED, Right, World, brief, disabled_bits};
 use crate::memory::Ram;
-use crate::plan::Fault;
+use crate::plan::{Fault, Plan};
 
 pub(super) struct DestinationHost {
     pub(super) engine: Destination,
@@ -62,10 +62,10 @@ pub(super) struct BitmapCopy {
 
 impl DestinationHost {
     /// A host that waits for a guest.
-    pub(super) fn new(pages: u64) -> Self {
+    pub(super) fn new(plan: &Plan) -> Self {
         DestinationHost {
             engine: Destination::new(),
-            ram: Ram::new(pages),
+            ram: Ram::new(plan.pages, plan.host_page),
             right: Right::None,
             alive: true,
             whole: false,
@@ -135,7 +135,7 @@ impl World {
                     self.connections[main].to_source.send(frame, Vec::new());
                 }
             }
-            Action::Prepare { .. } => {
+            Action::Prepare(_) => {
                 let fails = self.fails(Fault::PrepareFails);
                 self.destination.engine.handle(if fails { Input::Failed("no such disk here".into()) } else { Input::Prepared });
             }

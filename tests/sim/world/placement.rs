@@ -45,11 +45,14 @@ impl World {
         };
         let Placing { placement, runs, .. } = &self.destination.placing[chosen];
         let (placement, runs) = (*placement, runs.clone());
+        if placement == Placement::Fault {
+            runs.iter().try_for_each(|run| self.check_whole_host_pages(*run))?;
+        }
         for (page, version) in runs.iter().flat_map(|run| run.pages()).zip(contents) {
             match placement {
                 Placement::Fault => self.place_from_source(page, version)?,
                 // It held something else before.
-                Placement::Direct if version == 0 => self.destination.ram.discard(PageRun::single(page)),
+                Placement::Direct if version == 0 => self.destination.ram.empty(page),
                 Placement::Direct => self.destination.ram.fill(page, version),
             }
         }
@@ -74,9 +77,17 @@ impl World {
             // Its owner is told; the next urgent connection makes up for it.
             FaultAnswer::Request(_) if destination.engine.is_paused() => {}
             FaultAnswer::Request(run) => self.request(run),
-            FaultAnswer::Zero(run) => run.pages().for_each(|page| self.place(page, 0)),
+            FaultAnswer::Zero(run) => {
+                self.check_whole_host_pages(run)?;
+                run.pages().for_each(|page| self.place(page, 0));
+            }
         }
         Ok(())
+    }
+
+    /// The kernel places nothing less.
+    fn check_whole_host_pages(&self, run: PageRun) -> Result<(), String> {
+        if self.plan.host_page.divides(run) { Ok(()) } else { Err(format!("{run} is to be placed, a part of a host page")) }
     }
 
     fn request(&mut self, run: PageRun) {

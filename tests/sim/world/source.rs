@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
-use ferry::memory::PageRun;
+use ferry::memory::{HostPage, PageNumber, PageRun};
 use ferry::migrate::source::{self, Bulk, Config, Sent, Source, Stopped};
 use ferry::migrate::wire::{BitmapInfo, Channel, Frame};
 
@@ -48,14 +48,15 @@ pub(super) struct SourceHost {
 /// A connection for pages and its thread.
 pub(super) struct PageSender {
     pub(super) connection: usize,
-    pub(super) batches: VecDeque<Vec<PageRun>>,
+    /// With how many pages go alike.
+    pub(super) batches: VecDeque<(Vec<PageRun>, HostPage)>,
 }
 
 impl SourceHost {
     /// A host that runs the guest in `ram` and begins to move it.
     pub(super) fn new(plan: &Plan, ram: Ram) -> Self {
-        let Plan { mode, downtime_limit, pages: ram_pages, page_channels, .. } = *plan;
-        let config = Config { mode, downtime_limit, ram_pages, page_channels, session: 42, machine: vec![1, 2, 3] };
+        let Plan { mode, downtime_limit, pages: ram_pages, host_page, page_channels, .. } = *plan;
+        let config = Config { mode, downtime_limit, ram_pages, host_page, page_channels, session: 42, machine: vec![1, 2, 3] };
         let mut engine = Source::new(config);
         engine.handle(source::Input::PauseBeforeSwitchover(plan.pause_before_switchover), Duration::ZERO);
         engine.handle(source::Input::Throttling(plan.throttling), Duration::ZERO);
@@ -82,7 +83,7 @@ impl SourceHost {
 
     /// Begins to move the guest once more.
     pub(super) fn retry(&mut self, plan: &Plan) {
-        let ram = std::mem::replace(&mut self.ram, Ram::new(0));
+        let ram = std::mem::replace(&mut self.ram, Ram::new(0, plan.host_page));
         *self = SourceHost::new(plan, ram);
     }
 }
@@ -201,7 +202,7 @@ impl World {
 
     fn source_sends(&mut self, bulk: Bulk) -> Result<(), String> {
         match bulk {
-            Bulk::Pages { channel, runs, clear } => {
+            Bulk::Pages { channel, runs, clear, unit } => {
                 if let Some(range) = clear {
                     let mut harvested = self.source.engine.unsent().clone();
                     runs.iter().for_each(|run| {
@@ -212,7 +213,7 @@ impl World {
                 let Channel::Pages(index) = channel else { return Err(format!("pages are to go on {channel:?}")) };
                 // A write between clearing and reading is read then and logged again.
                 if let Some(sender) = self.source.pages.get_mut(usize::from(index)) {
-                    sender.batches.push_back(runs);
+                    sender.batches.push_back((runs, unit));
                 }
             }
             Bulk::Bitmap { index: bitmap, first, count } => {
@@ -244,7 +245,7 @@ impl World {
         }
         let index = waiting[self.choices.below(waiting.len() as u64) as usize];
         let PageSender { connection, batches } = &mut self.source.pages[index];
-        let (connection, Some(runs)) = (*connection, batches.pop_front()) else { return };
+        let (connection, Some((runs, unit))) = (*connection, batches.pop_front()) else { return };
         let channel = Channel::Pages(index as u8);
         if self.source.engine.is_over() {
             return;
@@ -255,18 +256,18 @@ impl World {
             return self.source.inputs.push_back(source::Input::Lost(channel, "broken".into()));
         }
         let mut sent = Sent::default();
-        for page in runs.iter().flat_map(|run| run.pages()) {
-            sent.busy += Duration::from_micros(2);
-            let version = self.source.ram.read(page);
-            let single = PageRun::single(page);
-            if version == 0 {
-                pipe.send(Frame::Zero(vec![single]), Vec::new());
-                sent.zero += 1;
+        let firsts = runs.iter().flat_map(|run| (run.first.0..run.end()).step_by(unit.pages() as usize));
+        for run in firsts.map(|first| PageRun { first: PageNumber(first), count: unit.pages() }) {
+            sent.busy += Duration::from_micros(2 * run.count);
+            let contents: Vec<Version> = run.pages().map(|page| self.source.ram.read(page)).collect();
+            if contents.iter().all(|version| *version == 0) {
+                pipe.send(Frame::Zero(vec![run]), Vec::new());
+                sent.zero += run.count;
                 sent.bytes += 20;
             } else {
-                pipe.send(Frame::Pages(single), vec![version]);
-                sent.normal += 1;
-                sent.bytes += 4112;
+                pipe.send(Frame::Pages(run), contents);
+                sent.normal += run.count;
+                sent.bytes += 16 + run.bytes();
             }
         }
         self.source.engine.sent(channel, sent);

@@ -60,7 +60,7 @@ impl FaultService {
     pub fn unanswered(&self, shared: &Shared, page: PageNumber) {
         if shared.engine().status() == Status::Failed {
             // Fails only with the address space.
-            let _ = self.pages.place_zero(PageRun::single(page));
+            let _ = self.pages.place_zero(self.ram.host_page().around(PageRun::single(page)));
         } else if self.told().insert(page) {
             let address = self.ram.guest_address(page).map_or(0, |address| address.0);
             shared.owner.waits_for_lost_page(format!(

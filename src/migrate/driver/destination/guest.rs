@@ -10,10 +10,10 @@ use super::Shared;
 use super::bitmaps::IncomingBitmaps;
 use super::faults::FaultService;
 use crate::block::disk::Disk;
-use crate::memory::GuestRam;
 use crate::memory::uffd::Userfaultfd;
+use crate::memory::{GuestRam, HostPage, PAGE_SIZE, PageRun, thp};
 use crate::migrate::destination::Input;
-use crate::migrate::wire::Package;
+use crate::migrate::wire::{Package, Setup};
 use crate::vm::{Built, Vm};
 
 /// What the migration holds of the guest.
@@ -29,21 +29,29 @@ pub struct DestinationGuest {
 
 struct Prepared {
     ram: GuestRam,
+    /// Where it was mapped by transparent huge pages at the source.
+    huge: Vec<PageRun>,
     /// Proof that postcopy can be, if it may come.
     uffd: Option<Userfaultfd>,
 }
 
 impl DestinationGuest {
     /// Checks the setup and lets the owner prepare for it.
-    pub fn prepare(&mut self, shared: &Shared, ram_pages: u64, postcopy: bool, machine: &[u8]) -> Result<(), String> {
-        let setup = saved::decode_setup(machine, ram_pages)?;
+    pub fn prepare(&mut self, shared: &Shared, setup: Setup) -> Result<(), String> {
+        let Setup { ram_pages, host_page, huge, postcopy, machine, .. } = setup;
+        let setup = saved::decode_setup(&machine, ram_pages)?;
         let uffd = if postcopy { Some(Userfaultfd::open().map_err(|error| error.to_string())?) } else { None };
         let ram = shared.owner.prepare(setup)?;
         if ram.pages() != ram_pages {
             return Err(format!("{} pages of RAM were prepared for a guest of {ram_pages}", ram.pages()));
         }
+        if ram.host_page() != host_page {
+            return Err(format!("RAM is made of pages of {} KiB here and {} KiB at the source", kib(ram.host_page()), kib(host_page)));
+        }
+        // Before the first page comes.
+        thp::allow_only(&ram, &huge);
         shared.io.set(PageIo::new(ram.clone())).map_err(|_| "RAM was prepared already")?;
-        self.prepared = Some(Prepared { ram, uffd });
+        self.prepared = Some(Prepared { ram, huge, uffd });
         Ok(())
     }
 
@@ -78,8 +86,28 @@ impl DestinationGuest {
         Ok(Input::Loaded { load_us: begin.elapsed().as_micros() as u64, warnings })
     }
 
+    /// All of the guest is here, and nothing of its RAM is watched any more: huge pages may be anywhere, and are made again in the background
+    /// where they were and have been split, or have not come into being.
+    pub fn restore_huge_pages(&mut self, shared: &Arc<Shared>) {
+        let Some(Prepared { ram, huge, .. }) = self.prepared.take() else { return };
+        thp::allow(&ram);
+        let shared = shared.clone();
+        let rebuild = move || {
+            let rebuilt = thp::rebuild(&ram, &huge, &shared.stopping);
+            if rebuilt > 0 {
+                eprintln!("ferry: {rebuilt} huge pages of guest memory were made again\r");
+            }
+        };
+        // Without it the guest is only slower.
+        let _ = std::thread::Builder::new().name("huge-pages".into()).spawn(rebuild);
+    }
+
     /// Hands the guest to its owner, after the commit. An error is a guest that is here but does not run.
     pub fn run(&mut self, owner: &dyn DestinationOwner) -> Result<(), String> {
         owner.run(self.stopped.take().ok_or("the guest was not loaded")?)
     }
+}
+
+fn kib(host_page: HostPage) -> u64 {
+    host_page.pages() * PAGE_SIZE as u64 / 1024
 }

@@ -90,10 +90,7 @@ impl Session {
     fn act(&mut self, action: Action) {
         let done = match action {
             Action::Send(channel, frame) => self.send(channel, &frame),
-            Action::Prepare { ram_pages, postcopy, machine } => {
-                let prepared = self.guest.prepare(&self.shared, ram_pages, postcopy, &machine);
-                prepared.map(|()| Some(Input::Prepared)).map_err(Input::Failed)
-            }
+            Action::Prepare(setup) => self.guest.prepare(&self.shared, setup).map(|()| Some(Input::Prepared)).map_err(Input::Failed),
             Action::FinishBuilding => self.guest.finish_building(&*self.shared.owner).map(|()| None).map_err(Input::Failed),
             Action::Load(package) => self.guest.load(&self.shared, &package).map(Some).map_err(Input::Failed),
             Action::Run => Ok(Some(self.start())),
@@ -174,6 +171,7 @@ impl Session {
                 Err(error) => eprintln!("ferry: migration: {error}"),
             }
         }
+        self.guest.restore_huge_pages(&self.shared);
         self.shared.owner.ended(Outcome::Completed);
     }
 

@@ -4,6 +4,9 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::memory::PageSet;
+use crate::memory::hugetlb::provision::Provision;
+use crate::memory::populated::populated;
 use crate::memory::ram::GRANULE;
 use crate::migrate::transport::{Connection, Interrupt, Listener, connect};
 
@@ -43,13 +46,42 @@ fn runs_split_into_spans() {
     let io = ram(1);
     fill(&io, PageRun::new(2, 3), 7);
     fill(&io, PageRun::new(9, 1), 7);
-    let split =
-        |run, max| io.split_zero(run, max).map(|span| span.map(|s| (s.run.first.0, s.run.count, s.is_zero)).unwrap()).collect::<Vec<_>>();
+    let split = |run, max| {
+        io.split_zero(run, max, HostPage::SMALL)
+            .map(|span| span.map(|s| (s.run.first.0, s.run.count, s.is_zero)).unwrap())
+            .collect::<Vec<_>>()
+    };
     assert_eq!(split(PageRun::new(0, 10), 100), [(0, 2, true), (2, 3, false), (5, 4, true), (9, 1, false)]);
     assert_eq!(split(PageRun::new(3, 4), 1), [(3, 1, false), (4, 1, false), (5, 1, true), (6, 1, true)]);
     assert_eq!(split(PageRun::new(0, 0), 1), []);
-    let beyond: Vec<_> = io.split_zero(PageRun::new(io.ram.pages() - 1, 3), 10).collect();
+    let beyond: Vec<_> = io.split_zero(PageRun::new(io.ram.pages() - 1, 3), 10, HostPage::SMALL).collect();
     assert!(matches!(beyond[..], [Err(PageIoError::Beyond(_))]), "{beyond:?}");
+}
+
+#[test]
+fn units_are_zero_whole_or_not_at_all() {
+    let io = ram(1);
+    fill(&io, PageRun::new(9, 1), 7);
+    let unit = HostPage::new(8).unwrap();
+    let split = |run, max| {
+        io.split_zero(run, max, unit).map(|span| span.map(|s| (s.run.first.0, s.run.count, s.is_zero)).unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(split(PageRun::new(0, 32), 512), [(0, 8, true), (8, 8, false), (16, 16, true)]);
+    assert_eq!(split(PageRun::new(16, 24), 16), [(16, 16, true), (32, 8, true)]);
+}
+
+#[test]
+fn emptied_pages_of_hugetlb_memory_are_zero() {
+    let _provision = Provision::new(2);
+    let io = PageIo::new(GuestRam::allocate_hugetlb(2 * GRANULE).unwrap());
+    fill(&io, PageRun::new(0, 1024), 7);
+    io.discard(PageRun::new(3, 2)).unwrap();
+    io.discard(PageRun::new(512, 512)).unwrap();
+    let mut there = PageSet::empty(1024);
+    populated(&io.ram, &mut there);
+    assert_eq!(there.runs().collect::<Vec<_>>(), [PageRun::new(0, 512)], "a whole huge page is given back");
+    let split: Vec<_> = io.split_zero(PageRun::new(0, 1024), 1024, HostPage::SMALL).map(|span| span.unwrap().run.count).collect();
+    assert_eq!(split, [3, 2, 507, 512]);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use crossbeam_channel::{Receiver, Sender};
 use super::super::page_io::{PageIo, PageIoError, Piece};
 use super::Shared;
 use super::links::wire_bytes;
-use crate::memory::{PAGE_SIZE, PageRun};
+use crate::memory::{HostPage, PAGE_SIZE, PageRun};
 use crate::migrate::compression::{Compressor, Payoff};
 use crate::migrate::source::{Input, Sent};
 use crate::migrate::transport::Writer;
@@ -18,6 +18,8 @@ use crate::migrate::wire::{Channel, Compressed, Frame, HEADER_SIZE, Header, MAX_
 #[derive(Debug)]
 pub struct Batch {
     pub runs: Vec<PageRun>,
+    /// So many neighbouring pages go alike.
+    pub unit: HostPage,
     /// Until when, if there is a limit.
     pub deadline: Option<Instant>,
 }
@@ -75,7 +77,7 @@ impl PageSender {
     fn send(&mut self, batch: &Batch) -> Result<Sent, BulkError> {
         let begin = Instant::now();
         let compress = self.compressor.is_some() && self.payoff.is_to_compress();
-        let (frames, sent) = self.pack(&batch.runs, compress)?;
+        let (frames, sent) = self.pack(batch, compress)?;
         let looked = Instant::now();
         let pieces: Vec<Piece<'_>> =
             frames.iter().flat_map(|(bytes, run)| [Some(Piece::Bytes(bytes)), run.map(Piece::Pages)]).flatten().collect();
@@ -89,12 +91,12 @@ impl PageSender {
         Ok(Sent { busy, ..sent })
     }
 
-    /// Looks at the pages of `runs`: those that are zero go by name, all others with their contents, straight from guest RAM unless they are
+    /// Looks at the pages of `batch`: those that are zero go by name, all others with their contents, straight from guest RAM unless they are
     /// compressed.
-    fn pack(&mut self, runs: &[PageRun], compress: bool) -> Result<(Vec<Part>, Sent), BulkError> {
+    fn pack(&mut self, batch: &Batch, compress: bool) -> Result<(Vec<Part>, Sent), BulkError> {
         let (mut frames, mut zero, mut sent) = (Vec::new(), Vec::new(), Sent::default());
-        for run in runs {
-            for span in self.io.split_zero(*run, MAX_RUN) {
+        for run in &batch.runs {
+            for span in self.io.split_zero(*run, MAX_RUN, batch.unit) {
                 let span = span?;
                 if span.is_zero && self.shared.pages.zero_page_detection {
                     sent.zero += span.run.count;

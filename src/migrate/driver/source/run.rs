@@ -13,7 +13,7 @@ use super::Shared;
 use super::bulk::{Batch, PageSender};
 use super::guest::{SourceGuest, StopError};
 use super::links;
-use crate::memory::{GuestRam, PageRun, PageSet};
+use crate::memory::{GuestRam, HostPage, PageRun, PageSet};
 use crate::migrate::report::Status;
 use crate::migrate::source::{Action, Bulk, Input, Outcome, Poll, Source};
 use crate::migrate::transport::{Address, Closer, Connection, Interrupt, LinkError, Reader, Writer, connect};
@@ -93,7 +93,7 @@ impl Migration {
             match poll {
                 Poll::Act(Action::End(outcome)) => return self.end(*outcome),
                 Poll::Act(action) => self.act(action),
-                Poll::Bulk(Bulk::Pages { channel, runs, clear }) => self.send_pages(channel, runs, clear),
+                Poll::Bulk(Bulk::Pages { channel, runs, clear, unit }) => self.send_pages(channel, runs, clear, unit),
                 Poll::Bulk(Bulk::Bitmap { index, first, count }) => {
                     let frame = self.guest.bitmap_words(index, first, count);
                     if let Some(bytes) = self.send(&frame) {
@@ -341,7 +341,7 @@ impl Migration {
         }
     }
 
-    fn send_pages(&mut self, channel: Channel, runs: Vec<PageRun>, clear: Option<PageRun>) {
+    fn send_pages(&mut self, channel: Channel, runs: Vec<PageRun>, clear: Option<PageRun>, unit: HostPage) {
         if self.shared.engine().may_throttle() {
             self.throttle();
             if !self.shared.engine().may_throttle() {
@@ -366,7 +366,7 @@ impl Migration {
             }
         }
         // After the bits were cleared: a write from here on shows in the next harvest.
-        self.hand_out(channel, Batch { runs, deadline: self.send_deadline() });
+        self.hand_out(channel, Batch { runs, unit, deadline: self.send_deadline() });
     }
 
     /// Gives `batch` to the thread of its connection as soon as that has room. If the migration ends or pauses before, it is dropped: a

@@ -106,6 +106,7 @@ pub fn start_with(workload: Workload, disks: Vec<DiskConfig>, events: Sender<VmE
         cpus: 1,
         memory: RAM,
         lock_memory: false,
+        hugepages: false,
         kernel: kernel.path().into(),
         initrd: None,
         cmdline: String::new(),

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use super::guest::{self, Workload};
 use super::hosts::{DestinationHost, LIMIT, SourceHost, request};
-use crate::memory::PageRun;
+use crate::memory::{HostPage, PageRun};
 use crate::migrate::driver::destination::DestinationMigration;
 use crate::migrate::report::Mode;
 use crate::migrate::transport::Address;
-use crate::migrate::wire::{Channel, Frame, Package, Totals};
+use crate::migrate::wire::{Channel, Frame, Package, Setup, Totals};
 use crate::migrate::{destination, source};
 
 const CALM: Workload = Workload { pages: 64, pause: 2000 };
@@ -92,8 +92,8 @@ fn strangers_do_not_keep_a_real_source_away() {
 fn story() -> Vec<Vec<u8>> {
     let package =
         Package { sent: Totals::default(), postcopy: true, missing: vec![PageRun::new(0, 5)], bitmaps: vec![], machine: vec![1; 50] };
-    let setup = Frame::Setup { ram_pages: 512, postcopy: true, page_channels: 1, machine: vec![0; 30] };
-    [setup, Frame::PassEnd(Totals::default()), Frame::Switchover(package), Frame::Commit, Frame::End]
+    let setup = Setup { ram_pages: 512, host_page: HostPage::SMALL, huge: vec![], postcopy: true, page_channels: 1, machine: vec![0; 30] };
+    [Frame::Setup(setup), Frame::PassEnd(Totals::default()), Frame::Switchover(package), Frame::Commit, Frame::End]
         .iter()
         .map(|frame| frame.encode().unwrap())
         .collect()

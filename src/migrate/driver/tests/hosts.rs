@@ -242,7 +242,7 @@ impl DestinationOwner for DestinationHost {
         if let Some(reason) = &self.refuse {
             return Err(reason.clone());
         }
-        let ram = GuestRam::allocate(setup.config.memory).map_err(|error| error.to_string())?;
+        let ram = setup.config.allocate_ram().map_err(|error| error.to_string())?;
         *self.built.lock().unwrap() = Some(guest::build(&setup.config, ram.clone()));
         Ok(ram)
     }
