@@ -35,6 +35,13 @@ impl Pace {
         begin.saturating_sub(now)
     }
 
+    /// Of what was counted `bytes` were not sent after all.
+    pub fn refund(&mut self, bytes: u64) {
+        if let Some(rate) = self.rate {
+            self.paid = self.paid.saturating_sub(time_for(bytes, rate));
+        }
+    }
+
     /// Changes the limit. What is owed stays owed, in bytes; without a limit it is forgiven.
     pub fn set_rate(&mut self, now: Duration, bytes_per_second: Option<NonZeroU64>) {
         self.paid = match (self.rate, bytes_per_second) {

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
+use super::ferry::wait_for_migration;
 use super::guest::Guest;
 use super::lab::{Hardware, Lab, Transport};
+use super::pagestorm_kernel;
 use super::proxy::Proxy;
 use super::recovery::wait_for_pause;
 
@@ -20,21 +22,27 @@ use recording::Recording;
 fn record(mode: &str, recovers: bool, name: &str) -> Recording {
     let lab = Lab::new();
     let disk = lab.disk(16 << 20);
-    // What does not compress takes its time.
-    let (pattern, limit) = if recovers { ("random", "100K") } else { ("compressible", "1G") };
-    let hardware = Hardware { memory: "16M", cpus: 2, disk: Some(&disk), ..Hardware::default() };
-    let mut here = lab.run(&hardware, &format!("fill=1M pattern={pattern} disk=on"));
+    // Little, so that the recording is small; or much that does not compress and is hardly touched, so that it takes its time.
+    let (cmdline, limit) = if recovers { ("fill=16M pattern=random rate=10", "64K") } else { ("fill=1M pattern=compressible", "1G") };
+    let hardware = Hardware { memory: "32M", cpus: 2, disk: Some(&disk), ..Hardware::default() };
+    // Its path rides along, and a recording is to be nobody's in particular.
+    let kernel = lab.path("kernel");
+    std::fs::copy(pagestorm_kernel::path(), &kernel).unwrap();
+    let mut here = lab.run_with(&kernel, &hardware, &format!("{cmdline} disk=on"), &[]);
     let mut guest = Guest::booting_at(&mut here);
     guest.beats(1);
     here.execute("block-dirty-bitmap-add", json!({ "node": "root", "name": "backup" })).unwrap();
     let mut there = lab.receive(Transport::Tcp);
     let link = Proxy::recording(&there.address);
     let options = ["--mode", mode, "--downtime", "1s", "--channels", "1", "--compression", "zstd", "--postcopy-bandwidth", limit];
+    let mut client = here.client();
     let moving = lab.migrate(&here, &link.address, &options);
     if recovers {
+        wait_for_migration(&mut client, "postcopy-active");
         guest.moved_to(&mut there);
-        here.execute("migrate-pause", json!({})).unwrap();
-        moving.end();
+        guest.beats(1);
+        here.ask("migrate-pause");
+        moving.fails(&["broken on purpose"]);
         wait_for_pause(&here);
         here.execute("migrate-set-parameters", json!({ "max-postcopy-bandwidth": 0 })).unwrap();
         lab.recover(&here, &link.address).succeeds();

@@ -66,17 +66,16 @@ impl Shared {
         self.engine().handle(input, self.now());
     }
 
-    /// Counts `bytes` as sent in the background; returns how long to wait before sending more.
-    fn pace(&self, committed: bool, bytes: u64) -> Duration {
+    /// The limit of what is sent in the background, before or after the commit.
+    fn pace(&self, committed: bool) -> MutexGuard<'_, Pace> {
         let pace = if committed { &self.postcopy_pace } else { &self.precopy_pace };
-        pace.lock().unwrap_or_else(PoisonError::into_inner).delay(self.now(), bytes)
+        pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How long one connection of several takes for `bytes` at the least, by the bandwidth limit that holds now.
     fn seconds_by_pace(&self, bytes: u64) -> f64 {
         let committed = self.engine().is_committed();
-        let pace = if committed { &self.postcopy_pace } else { &self.precopy_pace };
-        let rate = pace.lock().unwrap_or_else(PoisonError::into_inner).rate();
+        let rate = self.pace(committed).rate();
         rate.map_or(0.0, |rate| (bytes * u64::from(self.pages.channels)) as f64 / rate.get() as f64)
     }
 

@@ -28,6 +28,18 @@ fn the_rate_is_met() {
 }
 
 #[test]
+fn what_was_not_sent_costs_nothing() {
+    let mut pace = Pace::new(rate(MEGABYTE));
+    let now = Duration::from_secs(9);
+    pace.delay(now, 2 * MEGABYTE);
+    pace.refund(2 * MEGABYTE - 1000);
+    assert_eq!(pace.delay(now + BURST, 0), Duration::ZERO);
+    pace.delay(now + BURST, MEGABYTE);
+    pace.refund(MEGABYTE / 2);
+    assert_eq!(pace.delay(now + BURST, 0), Duration::from_millis(500) - BURST);
+}
+
+#[test]
 fn being_late_costs_no_bandwidth() {
     let mut pace = Pace::new(rate(125 * MEGABYTE));
     let took = run(&mut pace, Duration::ZERO, 1000, 125_000, Duration::from_micros(70));

@@ -20,7 +20,9 @@ pub struct Batch {
     pub runs: Vec<PageRun>,
     /// So many neighbouring pages go alike.
     pub unit: HostPage,
-    /// Until when, if there is a limit.
+    /// What was counted against a limit for it: against that of the time after the commit, or before, so many bytes.
+    pub charged: Option<(bool, u64)>,
+    /// Until when, if there is a time limit.
     pub deadline: Option<Instant>,
 }
 
@@ -64,7 +66,7 @@ impl PageSender {
                 continue;
             }
             match self.send(&batch) {
-                Ok(sent) => self.account(sent),
+                Ok(sent) => self.account(sent, batch.charged),
                 Err(error) => {
                     // Fails when the link is closed.
                     let _ = inputs.send(Input::Lost(self.channel, error.to_string()));
@@ -127,15 +129,11 @@ impl PageSender {
         Ok((frames, sent))
     }
 
-    fn account(&self, sent: Sent) {
-        let mut engine = self.shared.engine();
-        let was_last = engine.sent(self.channel, sent);
-        let pace = engine.may_throttle().then_some(engine.is_committed());
-        drop(engine);
-        if let Some(committed) = pace {
-            self.shared.pace(committed, sent.bytes);
+    fn account(&self, sent: Sent, charged: Option<(bool, u64)>) {
+        if let Some((committed, bytes)) = charged {
+            self.shared.pace(committed).refund(bytes.saturating_sub(sent.bytes));
         }
-        if was_last {
+        if self.shared.engine().sent(self.channel, sent) {
             self.shared.wake();
         }
     }

@@ -342,12 +342,17 @@ impl Migration {
     }
 
     fn send_pages(&mut self, channel: Channel, runs: Vec<PageRun>, clear: Option<PageRun>, unit: HostPage) {
+        let mut charged = None;
         if self.shared.engine().may_throttle() {
-            self.throttle();
+            let committed = self.throttle();
             if !self.shared.engine().may_throttle() {
                 // It has ended meanwhile.
                 return;
             }
+            // In full, and before it is sent: what waits for its turn must not make up for what waits behind it.
+            let bytes = runs.iter().map(|run| run.bytes()).sum();
+            self.shared.pace(committed).delay(self.shared.now(), bytes);
+            charged = Some((committed, bytes));
         }
         if let Some(range) = clear {
             let all = PageRun::new(0, self.to_clear.universe());
@@ -366,7 +371,7 @@ impl Migration {
             }
         }
         // After the bits were cleared: a write from here on shows in the next harvest.
-        self.hand_out(channel, Batch { runs, unit, deadline: self.send_deadline() });
+        self.hand_out(channel, Batch { runs, unit, charged, deadline: self.send_deadline() });
     }
 
     /// Gives `batch` to the thread of its connection as soon as that has room. If the migration ends or pauses before, it is dropped: a
@@ -404,12 +409,14 @@ impl Migration {
     }
 
     /// Waits until what was sent so far is paid for. Any input ends the wait: it may change what is to be done.
-    fn throttle(&mut self) {
+    /// Returns whose limit it is: that of the time after the commit, or before.
+    fn throttle(&mut self) -> bool {
         let committed = self.shared.engine().is_committed();
-        let delay = self.shared.pace(committed, 0);
+        let delay = self.shared.pace(committed).delay(self.shared.now(), 0);
         if !delay.is_zero() {
             self.wait(Some(Instant::now() + delay));
         }
+        committed
     }
 
     /// Whether the engine still counts on the connections.
