@@ -240,9 +240,13 @@ impl Source {
         self.config.downtime_limit
     }
 
-    /// Whether background pages may be slowed down to a bandwidth limit: never while the guest stands still.
+    /// Whether background pages may be slowed down to a bandwidth limit: never while the guest stands still, or a person waits for the
+    /// switch.
     pub fn may_throttle(&self) -> bool {
-        matches!(self.state, State::Sending | State::Committed)
+        match self.state {
+            State::Sending => !self.postcopy_requested,
+            state => state == State::Committed,
+        }
     }
 
     /// What to do next.

@@ -130,10 +130,12 @@ impl PageSender {
     }
 
     fn account(&self, sent: Sent, charged: Option<(bool, u64)>) {
-        if let Some((committed, bytes)) = charged {
-            self.shared.pace(committed).refund(bytes.saturating_sub(sent.bytes));
-        }
-        if self.shared.engine().sent(self.channel, sent) {
+        let refund = charged.map_or(0, |(committed, bytes)| {
+            let refund = bytes.saturating_sub(sent.bytes);
+            self.shared.pace(committed).refund(refund);
+            refund
+        });
+        if self.shared.engine().sent(self.channel, sent) || refund > 0 {
             self.shared.wake();
         }
     }

@@ -342,17 +342,15 @@ impl Migration {
     }
 
     fn send_pages(&mut self, channel: Channel, runs: Vec<PageRun>, clear: Option<PageRun>, unit: HostPage) {
-        let mut charged = None;
-        if self.shared.engine().may_throttle() {
-            let committed = self.throttle();
-            if !self.shared.engine().may_throttle() {
-                // It has ended meanwhile.
-                return;
-            }
-            // In full, and before it is sent: what waits for its turn must not make up for what waits behind it.
+        let charged = self.throttle().map(|committed| {
+            // In full, and before it is sent: batches that wait for their turn must not all go at once.
             let bytes = runs.iter().map(|run| run.bytes()).sum();
             self.shared.pace(committed).delay(self.shared.now(), bytes);
-            charged = Some((committed, bytes));
+            (committed, bytes)
+        });
+        if !self.is_linked() {
+            // It has ended meanwhile, or a recovery will make up for it.
+            return;
         }
         if let Some(range) = clear {
             let all = PageRun::new(0, self.to_clear.universe());
@@ -408,15 +406,23 @@ impl Migration {
         }
     }
 
-    /// Waits until what was sent so far is paid for. Any input ends the wait: it may change what is to be done.
-    /// Returns whose limit it is: that of the time after the commit, or before.
-    fn throttle(&mut self) -> bool {
-        let committed = self.shared.engine().is_committed();
-        let delay = self.shared.pace(committed).delay(self.shared.now(), 0);
-        if !delay.is_zero() {
+    /// Waits until what was sent so far is paid for. Returns whose limit that was: of the time after the commit, or before; nothing where
+    /// there is none.
+    fn throttle(&mut self) -> Option<bool> {
+        loop {
+            let engine = self.shared.engine();
+            let (throttled, committed) = (engine.may_throttle(), engine.is_committed());
+            drop(engine);
+            if !throttled {
+                return None;
+            }
+            let delay = self.shared.pace(committed).delay(self.shared.now(), 0);
+            if delay.is_zero() {
+                return Some(committed);
+            }
+            // Any input may change what is to be done, and what took less than it was charged for comes back.
             self.wait(Some(Instant::now() + delay));
         }
-        committed
     }
 
     /// Whether the engine still counts on the connections.
