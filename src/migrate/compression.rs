@@ -71,16 +71,32 @@ impl Decompressor {
 
 /// How much of the past counts when the next batch does.
 const MEMORY: f64 = 0.5;
-/// One batch in so many goes the way that pays less, to see whether it still does.
-const PROBE: u32 = 32;
+/// After so many batches the other way is tried again; after each time that it pays less, twice as many, up to a limit. A busy host makes
+/// either look bad for a moment.
+const PROBE: u32 = 4;
+const MAX_PROBE: u32 = 32;
+/// At first both ways take turns for so many batches: the first of each is no measure, because memory for it is being touched.
+const TURNS: u32 = 8;
 
 /// Which of two ways to send pages takes less time, by trying both: what a batch costs on its way through processor, link and destination
 /// shows in how long it took.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Payoff {
     batches: u32,
+    /// What pays, as things are.
+    compresses: bool,
+    /// Batches until the other way is tried, and how many that are each time.
+    probe_in: u32,
+    interval: u32,
     plain: Cost,
     compressed: Cost,
+}
+
+impl Default for Payoff {
+    fn default() -> Self {
+        let (plain, compressed) = (Cost::default(), Cost::default());
+        Payoff { batches: 0, compresses: true, probe_in: PROBE, interval: PROBE, plain, compressed }
+    }
 }
 
 /// Seconds and bytes of contents, the past fading.
@@ -96,7 +112,7 @@ impl Cost {
         self.bytes = self.bytes * MEMORY + bytes as f64;
     }
 
-    /// Seconds a byte; zero where nothing is known, so that it is tried.
+    /// Seconds a byte; zero where nothing is known.
     fn rate(self) -> f64 {
         if self.bytes > 0.0 { self.seconds / self.bytes } else { 0.0 }
     }
@@ -106,8 +122,20 @@ impl Payoff {
     /// Whether the next batch is to be compressed.
     pub fn is_to_compress(&mut self) -> bool {
         self.batches = self.batches.wrapping_add(1);
-        let pays = self.compressed.rate() <= self.plain.rate();
-        pays != self.batches.is_multiple_of(PROBE)
+        if self.batches <= TURNS {
+            return self.batches.is_multiple_of(2);
+        }
+        let compresses = self.compressed.rate() <= self.plain.rate();
+        if compresses != self.compresses {
+            (self.compresses, self.interval, self.probe_in) = (compresses, PROBE, PROBE);
+        }
+        self.probe_in -= 1;
+        if self.probe_in > 0 {
+            return compresses;
+        }
+        self.interval = (self.interval * 2).min(MAX_PROBE);
+        self.probe_in = self.interval;
+        !compresses
     }
 
     /// A batch of `bytes` of contents took `seconds`.
@@ -188,6 +216,26 @@ mod tests {
             let (best, worst) = (plain.min(compressed), plain.max(compressed));
             assert!(total <= best + (worst - best) / 25.0, "{link} {speed} {ratio}: {total} of {best}");
         }
+    }
+
+    #[test]
+    fn a_slow_beginning_is_forgotten() {
+        let mut payoff = Payoff::default();
+        let mut first = true;
+        let compressed = (0..40).filter(|_| {
+            let compress = payoff.is_to_compress();
+            // Twenty times as long as any other, which takes a fourth of what it takes without.
+            let seconds = if !compress {
+                0.02
+            } else if std::mem::take(&mut first) {
+                0.1
+            } else {
+                0.005
+            };
+            payoff.observe(compress, 1_000_000, seconds);
+            compress
+        });
+        assert!(compressed.count() > 30);
     }
 
     #[test]
