@@ -77,7 +77,9 @@ impl Destination {
 
     /// Deals with what was said ahead of the pages if they are in place now. Fewer are on their way still; more cannot be.
     pub(super) fn check_ahead(&mut self) {
+        // A reader may come to its end after the migration has come to its own.
         let (sent, received) = match &self.ahead {
+            _ if self.state != State::Receiving => return,
             None => return,
             Some(Ahead::PassEnd(sent)) => (*sent, self.received),
             Some(Ahead::Switchover(package)) => (package.sent, self.received),

@@ -242,3 +242,15 @@ fn a_source_that_says_nothing_after_ready_is_lost() {
     assert_eq!(waits(&mut destination, 160), None);
     assert!(destination.is_paused() && !destination.is_committed());
 }
+
+#[test]
+fn pages_that_are_in_place_after_the_end_change_nothing() {
+    let mut destination = receiving();
+    destination.pages(Channel::Pages(0), PageRun::new(0, 1)).unwrap();
+    let sent = Totals { normal: 1, zero: 0 };
+    let package = Package { sent, postcopy: true, missing: Vec::new(), bitmaps: Vec::new(), machine: Vec::new() };
+    let last = go_on(&mut destination, [frame(Frame::Switchover(package)), frame(Frame::Abort("cancelled".into()))]);
+    assert_eq!(last, Some(Action::End(Outcome::Abandoned("cancelled".into()))));
+    destination.received(sent);
+    assert_eq!((destination.poll(NOW), destination.status()), (Poll::Wait(None), Status::Failed));
+}
