@@ -19,7 +19,7 @@
 //!                                 +--------- lost again -------+------------------------+
 //! ```
 //!
-//! The commit point is in `Source::on_ready`: [`Action::GiveUp`] comes before the `Commit` frame is sent. Up to there every failure ends
+//! The commit point is in `switchover`, `Source::on_ready`: [`Action::GiveUp`] comes before the `Commit` frame is sent. Up to there every failure ends
 //! with the guest running here; from there on none does.
 
 mod account;
@@ -30,6 +30,7 @@ mod input;
 mod passes;
 mod pre_switchover;
 mod recovery;
+mod switchover;
 
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
@@ -45,7 +46,7 @@ pub use input::{Input, Stopped};
 use super::bitmaps::{BitmapStep, OutgoingBitmaps};
 use super::pages::Outgoing;
 use super::policy::{Fixed, Throttling};
-use super::report::{Downtime, Mode, Report, Status, microseconds};
+use super::report::{Mode, Report, Status};
 use super::wire::{Channel, Frame, Hello, MAX_PAGE_CHANNELS, MAX_RUN, Package, Setup, Totals, VERSION};
 use crate::memory::{HostPage, PageRun, PageSet};
 
@@ -428,49 +429,6 @@ impl Source {
         }
     }
 
-    /// The guest stands still. In the time between the decision and the pause it may have dirtied more than was expected: then `auto`
-    /// leaves the rest to postcopy, and `precopy` lets the guest go on rather than break the limit.
-    fn on_stopped(&mut self, stopped: Stopped, now: Duration) {
-        self.outgoing.begin_pass(&stopped.dirty);
-        if let Some(failure) = self.failure.take() {
-            self.actions.push_back(Action::Resume);
-            return self.fail_here(failure, now);
-        }
-        let left = self.unsent().len();
-        self.fixed.stop = Some(Duration::from_micros(stopped.stop_us + stopped.device_state_us));
-        self.fixed.harvest = Duration::from_micros(stopped.last_sync_us);
-        self.fixed.state_bytes = stopped.machine.len() as u64;
-        if !self.switch_postcopy && !self.history().fits(left, &self.goal()) {
-            let reason = format!("{left} pages were dirtied until the guest stood still, too many for the limit");
-            if self.config.mode == Mode::Auto {
-                self.switch_postcopy = true;
-                self.report.reason = format!("{reason}: postcopy");
-                self.report.downtime.predicted_us = microseconds(self.history().blackout(0, &self.goal()));
-            } else {
-                self.report.reason = format!("{reason}: another pass");
-                self.actions.push_back(Action::Resume);
-                return self.begin_pass(now);
-            }
-        }
-        // It stands still anyway, and wherever it goes on, it is to go on as it likes.
-        self.set_throttle(0);
-        // The driver does what it can, such as flushing disks, before it stops the guest.
-        self.stopped_at = now.saturating_sub(Duration::from_micros(stopped.stop_us + stopped.device_state_us + stopped.last_sync_us));
-        self.report.downtime = Downtime {
-            stop_us: stopped.stop_us,
-            device_state_us: stopped.device_state_us,
-            last_sync_us: stopped.last_sync_us,
-            predicted_us: self.report.downtime.predicted_us,
-            ..Downtime::default()
-        };
-        if self.switch_postcopy {
-            self.outgoing.widen(self.config.host_page);
-        }
-        self.bitmaps = OutgoingBitmaps::new(&stopped.bitmaps);
-        self.package = Some(stopped);
-        self.begin_switchover(now);
-    }
-
     fn next_to_send(&mut self) -> Option<Poll> {
         let (max, clear, unit) = match self.state {
             State::Sending => (MAX_RUN, self.outgoing.take_chunk_to_clear(), HostPage::SMALL),
@@ -516,18 +474,6 @@ impl Source {
             }
             _ => {}
         }
-    }
-
-    /// The commit point. The guest is given up here *before* the destination is told to run it: if anything breaks in between, nobody
-    /// runs it until the two meet again, but never do two.
-    fn on_ready(&mut self, load_us: u64, warnings: Vec<String>, now: Duration) {
-        self.report.warnings.extend(warnings);
-        self.report.downtime.load_us = load_us;
-        self.report.downtime.transfer_us = ((now - self.sent_package_at).as_micros() as u64).saturating_sub(load_us);
-        self.ready_at = now;
-        self.actions.push_back(Action::GiveUp);
-        self.send(Frame::Commit);
-        self.enter(State::Committed, None);
     }
 }
 

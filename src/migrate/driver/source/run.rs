@@ -276,7 +276,8 @@ impl Migration {
         let (reader, mut writer) = connection.split();
         let hello = Source::hello(self.shared.session, self.shared.engine().link(), channel);
         let greeted = frames::send(&mut writer, &hello, Some(Instant::now() + CONNECT_TIMEOUT));
-        greeted.map_err(|error| format!("{channel:?} connection to {}: {error}", self.address()))?;
+        let bytes = greeted.map_err(|error| format!("{channel:?} connection to {}: {error}", self.address()))?;
+        self.shared.engine().sent_frame(&hello, bytes);
         Ok((reader, writer))
     }
 
