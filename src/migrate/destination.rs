@@ -421,8 +421,8 @@ impl Destination {
         Ok(())
     }
 
-    /// Complete only when nothing is missing, every zero page and bitmap in the queue has been dealt with, and the source says that it
-    /// has sent all, unless it cannot say anything.
+    /// Complete only when nothing is missing, every bitmap in the queue has been dealt with, and the source says that it has sent all, unless
+    /// it cannot say anything.
     fn check_complete(&mut self) {
         let all_here = self.incoming.missing().is_empty() && self.bitmaps.all_complete() && self.actions.is_empty();
         if self.state == State::Running && all_here && (self.end_received || self.lost.is_some()) {

@@ -42,6 +42,10 @@ impl Outgoing {
 
     /// Before the switch to postcopy: a host page that is to go in part is to go whole, because it cannot be there in part.
     pub fn widen(&mut self, host_page: HostPage) {
+        if host_page == HostPage::SMALL {
+            // The guest stands still meanwhile.
+            return;
+        }
         let runs: Vec<_> = self.unsent.runs().collect();
         for run in runs {
             self.unsent.insert(host_page.around(run));

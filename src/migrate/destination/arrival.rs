@@ -32,10 +32,10 @@ impl Destination {
     /// The pages of `runs` are zero, the source says on `channel`. Returns which are to be made so: all by userfaultfd, or those that hold
     /// something else now. An error is the source's fault.
     pub fn zero(&mut self, channel: Channel, runs: &[PageRun]) -> Result<(Placement, Vec<PageRun>), String> {
-        let bad = runs.iter().find(|run| !run.is_within(self.ram_pages) || channel == Channel::Urgent);
-        let (Some(&first), None) = (runs.first(), bad) else {
-            return Err(format!("the source sent zero {runs:?} of {} pages on the {channel:?} connection", self.ram_pages));
-        };
+        if let Some(run) = runs.iter().find(|run| !run.is_within(self.ram_pages) || channel == Channel::Urgent) {
+            return Err(format!("the source sent zero {run} of {} on the {channel:?} connection", self.ram_pages));
+        }
+        let &first = runs.first().ok_or("the source sent an empty list of zero pages")?;
         let placement = self.placement(channel, first)?;
         if placement == Placement::Fault {
             if let Some(run) = runs.iter().find(|run| !self.host_page.divides(**run)) {

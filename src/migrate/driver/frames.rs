@@ -63,8 +63,8 @@ pub fn from_source(ram_pages: u64) -> impl Fn(Header) -> bool {
     }
 }
 
-/// Reads one frame for which `allowed` holds: of any other the body is not even read. Of a `Pages` frame only the header is read: the contents are the next bytes on the connection. Waits for the frame to
-/// begin until `deadline`, and then [`FRAME_TIMEOUT`] for its body.
+/// Reads one frame for which `allowed` holds: of any other the body is not even read. Of a `Pages` frame only the header is read: the
+/// contents are the next bytes on the connection. Waits for the frame to begin until `deadline`, and then [`FRAME_TIMEOUT`] for its body.
 pub fn read(reader: &mut Reader, allowed: impl Fn(Header) -> bool, deadline: Option<Instant>) -> Result<Frame, FrameError> {
     let mut header = [0; HEADER_SIZE];
     reader.read_exact(&mut header, deadline)?;

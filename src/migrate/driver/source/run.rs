@@ -289,7 +289,7 @@ impl Migration {
         Ok(connection.interrupted_by(closing))
     }
 
-    /// Closes the connections and ends their readers; nothing that they have reported is heard any more.
+    /// Closes the connections and ends their threads; nothing that they have reported is heard any more.
     fn disconnect(&mut self) {
         self.main = None;
         if let Some(closing) = self.closing.take() {
