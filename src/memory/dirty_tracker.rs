@@ -15,7 +15,6 @@ use thiserror::Error;
 use super::dirty_log::DirtyLog;
 use super::dirty_ring::{self, DirtyRings, RingTracker};
 use super::{GuestRam, PageRun, PageSet};
-use crate::vm::emulates_ring_0;
 
 const _: () = assert!(size_of::<kvm_userspace_memory_region>() == 32);
 
@@ -108,11 +107,11 @@ pub enum Tracking {
 }
 
 impl Tracking {
-    /// Prepares `vm`, which has no vCPU yet, for what `choice` asks; `ram` is what its memory slots show.
-    pub fn new(choice: TrackerChoice, vm: &Arc<VmFd>, ram: &GuestRam) -> Result<Self, TrackerError> {
+    /// Prepares `vm`, which has no vCPU yet, for what `choice` asks; `ram` is what its memory slots show. A KVM that emulates the guest's
+    /// kernel mode does much of it between two looks at its rings, and can overrun them.
+    pub fn new(choice: TrackerChoice, vm: &Arc<VmFd>, ram: &GuestRam, emulates_ring_0: bool) -> Result<Self, TrackerError> {
         let wanted = match choice {
-            // A KVM that emulates much of the guest between two looks at its rings can overrun them.
-            TrackerChoice::Auto => vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into()) <= 0 && !emulates_ring_0(),
+            TrackerChoice::Auto => vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into()) <= 0 && !emulates_ring_0,
             TrackerChoice::Log => false,
             TrackerChoice::Ring => true,
         };

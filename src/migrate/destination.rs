@@ -268,7 +268,7 @@ impl Destination {
         match (input, self.state) {
             (_, State::Ended) => {}
             // Of a link that was lost before.
-            (Input::Frame(link, ..) | Input::Lost(link, ..), _) if link != self.link || self.lost.is_some() => {}
+            (Input::Frame(link, ..) | Input::Nonsense(link, _) | Input::Lost(link, ..), _) if link != self.link || self.lost.is_some() => {}
             (Input::Frame(_, Channel::Main, frame), _) => self.on_frame(frame),
             (Input::Frame(_, channel, frame), _) => {
                 self.fail(&format!("the source sent {:?} on the {channel:?} connection", frame.kind()));
@@ -292,7 +292,7 @@ impl Destination {
             }
             (Input::Prepared | Input::Loaded { .. } | Input::Ran(_), _) => {}
             (Input::Warning(warning), _) => self.warnings.push(warning),
-            (Input::Failed(reason), _) => self.fail(&reason),
+            (Input::Nonsense(_, reason) | Input::Failed(reason), _) => self.fail(&reason),
             (Input::Lost(_, _, reason), _) => self.fail(&format!("the connection to the source was lost: {reason}")),
             // The source may have given the guest up just now: it says whether it has, or the link is lost and a person finds out.
             (Input::GiveUp(reason), State::Ready) if self.lost.is_none() => self.send(Channel::Main, Frame::Abort(reason)),

@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::config::GuestConfig;
 use super::events::{EventSink, VmEvent};
-use super::exits::Buses;
+use super::exits::{Buses, emulates_ring_0};
 use super::restore_vcpu::Limits;
 use super::state::{Abi, MachineState, StateError};
 use super::throttle::{Throttle, Throttler};
@@ -189,7 +189,7 @@ impl Vm<Built> {
             // SAFETY: the region is the slot's own part of RAM, which `Machine` keeps mapped for longer than the descriptor.
             unsafe { fd.set_user_memory_region(region) }.map_err(VmError::kvm("KVM_SET_USER_MEMORY_REGION"))?;
         }
-        let tracking = Tracking::new(tracker, &fd, &ram)?;
+        let tracking = Tracking::new(tracker, &fd, &ram, emulates_ring_0())?;
         let events = EventSink::new(events);
         let serial = Arc::new(SerialPort::new(irqfd(&fd, layout::COM1_GSI)?));
         let power_button = irqfd(&fd, layout::GED_GSI)?;

@@ -72,6 +72,24 @@ fn a_guest_in_hugetlb_memory_moves_in_every_mode() {
 }
 
 #[test]
+fn a_dry_run_gives_its_memory_back_before_it_ends() {
+    // There are as many as one source and one destination need.
+    let _provision = Provision::only(2 * 64);
+    let lab = Lab::new();
+    let mut here = lab.run(&HARDWARE, "fill=64M rate=2000");
+    let mut guest = Guest::booting_at(&mut here);
+    guest.beats(1);
+    let mut there = lab.receive(Transport::Tcp);
+    for _ in 0..3 {
+        lab.migrate(&here, &there.address, &["--dry-run"]).succeeds();
+    }
+    lab.migrate(&here, &there.address, &[]).succeeds();
+    here.ends_with(0);
+    guest.moved_to(&mut there);
+    guest.checks_every_page();
+}
+
+#[test]
 fn a_broken_link_costs_a_guest_in_hugetlb_memory_nothing() {
     let _provision = Provision::new(2 * 64);
     let lab = Lab::new();

@@ -68,8 +68,8 @@ impl Guest {
         let vm = Arc::new(Kvm::new().unwrap().create_vm().unwrap());
         switch(&vm, &ram, false).unwrap();
         let tracking = match means {
-            Means::Log => Tracking::new(TrackerChoice::Log, &vm, &ram).unwrap(),
-            Means::Ring => Tracking::new(TrackerChoice::Ring, &vm, &ram).unwrap(),
+            Means::Log => Tracking::new(TrackerChoice::Log, &vm, &ram, false).unwrap(),
+            Means::Ring => Tracking::new(TrackerChoice::Ring, &vm, &ram, false).unwrap(),
             Means::SmallRing => {
                 // KVM keeps entries for what comes between full and out of the guest, more of them on some processors.
                 let mut sizes = (8..16).map(|power| DirtyRings::enable(vm.clone(), ram.clone(), 1 << power));

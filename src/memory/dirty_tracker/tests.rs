@@ -102,7 +102,7 @@ fn a_second_tracker_starts_afresh() {
 fn the_log_is_the_choice_where_kvm_has_manual_protect() {
     let is_ring = |choice| {
         let vm = Arc::new(kvm_ioctls::Kvm::new().unwrap().create_vm().unwrap());
-        matches!(Tracking::new(choice, &vm, &GuestRam::allocate(GRANULE).unwrap()).unwrap(), Tracking::Ring(_))
+        matches!(Tracking::new(choice, &vm, &GuestRam::allocate(GRANULE).unwrap(), false).unwrap(), Tracking::Ring(_))
     };
     assert!(is_ring(TrackerChoice::Ring) && !is_ring(TrackerChoice::Log));
     let manual_protect = kvm_ioctls::Kvm::new().unwrap().check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into()) > 0;

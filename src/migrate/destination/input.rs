@@ -24,6 +24,8 @@ pub enum Input {
     },
     /// The vCPUs run: the answer to [`Action::Run`], with the time it took in microseconds.
     Ran(u64),
+    /// What came on a connection of this link makes no sense, for this reason.
+    Nonsense(Link, String),
     /// Something could not be done here, said so that the person at the source understands it.
     Failed(String),
     /// Something went wrong that does not harm the guest; the person at the source is told at the end.

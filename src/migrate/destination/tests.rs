@@ -94,6 +94,17 @@ fn a_loss_after_which_nothing_is_missing_completes() {
 }
 
 #[test]
+fn nonsense_on_a_link_that_was_replaced_does_not_break_the_new_one() {
+    let mut destination = running();
+    destination.handle(lost());
+    destination.hello(&Hello { channel: Channel::Main, session: 1, link: 1, program: "a test".into() }, NOW).unwrap();
+    go_on(&mut destination, [Input::Nonsense(Link(0), "late".into())]);
+    assert!(!destination.is_paused());
+    go_on(&mut destination, [Input::Nonsense(Link(1), "now".into())]);
+    assert!(destination.is_paused());
+}
+
+#[test]
 fn a_dry_run_ends_where_the_switch_would_come() {
     let mut destination = receiving();
     let last = go_on(&mut destination, [frame(Frame::PassEnd(Totals::default())), frame(Frame::Goodbye)]);

@@ -45,12 +45,14 @@ struct Shared {
     links: Mutex<Links>,
     /// Connections at a time, those that have not yet said what they are included.
     connections: AtomicUsize,
-    /// The guest's RAM, once it is there.
-    io: OnceLock<PageIo>,
+    /// The guest's RAM, from when it is there to the migration's end: who waits for the next one needs the memory.
+    io: Mutex<Option<PageIo>>,
     /// In postcopy.
     faults: OnceLock<FaultService>,
     /// The process is about to end.
     stopping: AtomicBool,
+    /// Makes huge pages again, after the migration.
+    rebuilding: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// Connections on their way from those who accept them to those who use them.
@@ -73,6 +75,10 @@ impl Shared {
 
     fn links(&self) -> MutexGuard<'_, Links> {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn io(&self) -> MutexGuard<'_, Option<PageIo>> {
+        self.io.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Tells the engine and wakes who does what follows.
@@ -121,9 +127,10 @@ impl DestinationMigration {
             closing: Interrupt::new().map_err(failed)?,
             links: Mutex::default(),
             connections: AtomicUsize::new(0),
-            io: OnceLock::new(),
+            io: Mutex::default(),
             faults: OnceLock::new(),
             stopping: AtomicBool::new(false),
+            rebuilding: Mutex::default(),
         });
         let migration = DestinationMigration { shared, listening: Mutex::default() };
         migration.listen(listener)?;
@@ -194,12 +201,15 @@ impl DestinationMigration {
         Ok(())
     }
 
-    /// Waits for connections no more. For the end of the process: sockets in the file system are removed.
+    /// Ends what goes on in the background. For the end of the process: sockets in the file system are removed.
     pub fn close(&self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
         self.shared.close();
+        // A thread's panic was printed when it happened.
         for thread in self.listening.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            // A panic of the thread was printed when it happened.
+            let _ = thread.join();
+        }
+        if let Some(thread) = self.shared.rebuilding.lock().unwrap_or_else(PoisonError::into_inner).take() {
             let _ = thread.join();
         }
     }

@@ -1,6 +1,6 @@
 //! The guest that comes: its RAM, its machine, its state.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use super::super::owner::{DestinationOwner, StoppedGuest};
@@ -50,7 +50,7 @@ impl DestinationGuest {
         }
         // Before the first page comes.
         thp::allow_only(&ram, &huge);
-        shared.io.set(PageIo::new(ram.clone())).map_err(|_| "RAM was prepared already")?;
+        *shared.io() = Some(PageIo::new(ram.clone()));
         self.prepared = Some(Prepared { ram, huge, uffd });
         Ok(())
     }
@@ -91,15 +91,16 @@ impl DestinationGuest {
     pub fn restore_huge_pages(&mut self, shared: &Arc<Shared>) {
         let Some(Prepared { ram, huge, .. }) = self.prepared.take() else { return };
         thp::allow(&ram);
-        let shared = shared.clone();
+        let its = shared.clone();
         let rebuild = move || {
-            let rebuilt = thp::rebuild(&ram, &huge, &shared.stopping);
+            let rebuilt = thp::rebuild(&ram, &huge, &its.stopping);
             if rebuilt > 0 {
                 eprintln!("ferry: {rebuilt} huge pages of guest memory were made again\r");
             }
         };
         // Without it the guest is only slower.
-        let _ = std::thread::Builder::new().name("huge-pages".into()).spawn(rebuild);
+        let thread = std::thread::Builder::new().name("huge-pages".into()).spawn(rebuild).ok();
+        *shared.rebuilding.lock().unwrap_or_else(PoisonError::into_inner) = thread;
     }
 
     /// Hands the guest to its owner, after the commit. An error is a guest that is here but does not run.

@@ -51,7 +51,7 @@ impl PageReader<'_> {
             Ok(Frame::Compressed(compressed)) => self.compressed(&compressed),
             Ok(frame) => Err(Input::Frame(self.link, self.channel, frame)),
             Err(error @ (FrameError::Wire(_) | FrameError::OutOfPlace { .. })) => {
-                Err(Input::Failed(format!("the source's stream makes no sense: {error}")))
+                Err(self.nonsense(format!("the source's stream makes no sense: {error}")))
             }
             Err(error) => Err(self.lost(error)),
         }
@@ -61,9 +61,13 @@ impl PageReader<'_> {
         Input::Lost(self.link, self.channel, error.to_string())
     }
 
+    fn nonsense(&self, reason: String) -> Input {
+        Input::Nonsense(self.link, reason)
+    }
+
     fn pages(&mut self, run: PageRun) -> Result<(), Input> {
         let deadline = Some(Instant::now() + FRAME_TIMEOUT);
-        let placement = self.shared.engine().pages(self.channel, run).map_err(Input::Failed)?;
+        let placement = self.shared.engine().pages(self.channel, run).map_err(|reason| self.nonsense(reason))?;
         if placement == Placement::Direct {
             let shared = self.shared;
             io(shared)?.receive(run, &mut self.reader, deadline).map_err(|error| self.lost(error))?;
@@ -78,11 +82,11 @@ impl PageReader<'_> {
 
     fn compressed(&mut self, compressed: &Compressed) -> Result<(), Input> {
         let run = compressed.run;
-        let placement = self.shared.engine().pages(self.channel, run).map_err(Input::Failed)?;
+        let placement = self.shared.engine().pages(self.channel, run).map_err(|reason| self.nonsense(reason))?;
         self.contents.resize(run.bytes() as usize, 0);
         self.decompressor
             .decompress(compressed.method, &compressed.contents, &mut self.contents)
-            .map_err(|error| Input::Failed(format!("{run} came, but {error}")))?;
+            .map_err(|error| self.nonsense(format!("{run} came, but {error}")))?;
         if placement == Placement::Fault {
             return self.place(run);
         }
@@ -91,7 +95,7 @@ impl PageReader<'_> {
     }
 
     fn zero(&mut self, runs: &[PageRun]) -> Result<(), Input> {
-        let (placement, to_do) = self.shared.engine().zero(self.channel, runs).map_err(Input::Failed)?;
+        let (placement, to_do) = self.shared.engine().zero(self.channel, runs).map_err(|reason| self.nonsense(reason))?;
         if placement == Placement::Direct {
             let ram = io(self.shared)?;
             to_do.iter().try_for_each(|run| ram.discard(*run)).map_err(failed)?;
@@ -123,8 +127,9 @@ impl PageReader<'_> {
     }
 }
 
-fn io(shared: &Shared) -> Result<&PageIo, Input> {
-    shared.io.get().ok_or_else(|| Input::Failed("pages came before there was RAM".into()))
+/// For one frame: nothing here keeps the RAM of a migration that is over.
+fn io(shared: &Shared) -> Result<PageIo, Input> {
+    shared.io().clone().ok_or_else(|| Input::Failed("pages came before there was RAM".into()))
 }
 
 fn failed(error: PageIoError) -> Input {

@@ -74,14 +74,15 @@ impl Session {
     fn read(&mut self) {
         let Some((reader, _)) = &mut self.main else { return };
         let deadline = Some(Instant::now() + FRAME_TIMEOUT);
-        let frame = match self.shared.io.get().map(PageIo::pages) {
+        let ram_pages = self.shared.io().as_ref().map(PageIo::pages);
+        let frame = match ram_pages {
             Some(ram_pages) => frames::read(reader, frames::from_source(ram_pages), deadline),
             None => frames::read(reader, frames::from_new_source, deadline),
         };
         match frame {
             Ok(frame) => self.handle(Input::Frame(self.link, Channel::Main, frame)),
             Err(error @ (frames::FrameError::Wire(_) | frames::FrameError::OutOfPlace { .. })) => {
-                self.handle(Input::Failed(format!("the source's stream makes no sense: {error}")))
+                self.handle(Input::Nonsense(self.link, format!("the source's stream makes no sense: {error}")))
             }
             Err(error) => self.handle(Input::Lost(self.link, Channel::Main, error.to_string())),
         }
@@ -189,6 +190,7 @@ impl Session {
         let Session { shared, main, guest, .. } = self;
         // Before the fault service ends: a guest that was loaded in vain may still wait for pages until it is dropped.
         drop(guest);
+        *shared.io() = None;
         if let (Outcome::Abandoned(_), Some(faults)) = (&outcome, shared.faults.get()) {
             faults.stop();
         }

@@ -37,8 +37,13 @@ pub enum BulkError {
     Wire(#[from] WireError),
 }
 
-/// Part of what goes out: bytes, and pages whose contents follow them straight from guest RAM.
-type Part = (Vec<u8>, Option<PageRun>);
+/// Part of what goes out.
+enum Part {
+    /// A header, and the pages whose contents follow it straight from guest RAM.
+    Pages([u8; HEADER_SIZE], PageRun),
+    /// A whole frame.
+    Frame(Vec<u8>),
+}
 
 /// One connection for pages.
 pub struct PageSender {
@@ -79,10 +84,15 @@ impl PageSender {
     fn send(&mut self, batch: &Batch) -> Result<Sent, BulkError> {
         let begin = Instant::now();
         let compress = self.compressor.is_some() && self.payoff.is_to_compress();
-        let (frames, sent) = self.pack(batch, compress)?;
+        let (parts, sent) = self.pack(batch, compress)?;
         let looked = Instant::now();
-        let pieces: Vec<Piece<'_>> =
-            frames.iter().flat_map(|(bytes, run)| [Some(Piece::Bytes(bytes)), run.map(Piece::Pages)]).flatten().collect();
+        let mut pieces = Vec::with_capacity(2 * parts.len());
+        for part in &parts {
+            match part {
+                Part::Pages(header, run) => pieces.extend([Piece::Bytes(header), Piece::Pages(*run)]),
+                Part::Frame(frame) => pieces.push(Piece::Bytes(frame)),
+            }
+        }
         self.io.send(&pieces, &mut self.writer, batch.deadline)?;
         // Time for compressing is part of what the pages cost; for looking at them it is not, as the link need not wait for that.
         let busy = (if compress { begin } else { looked }).elapsed().max(Duration::from_nanos(1));
@@ -96,7 +106,7 @@ impl PageSender {
     /// Looks at the pages of `batch`: those that are zero go by name, all others with their contents, straight from guest RAM unless they are
     /// compressed.
     fn pack(&mut self, batch: &Batch, compress: bool) -> Result<(Vec<Part>, Sent), BulkError> {
-        let (mut frames, mut zero, mut sent) = (Vec::new(), Vec::new(), Sent::default());
+        let (mut parts, mut zero, mut sent) = (Vec::new(), Vec::new(), Sent::default());
         for run in &batch.runs {
             for span in self.io.split_zero(*run, MAX_RUN, batch.unit) {
                 let span = span?;
@@ -112,11 +122,11 @@ impl PageSender {
                         sent.compressed += span.run.count;
                         sent.saved += wire_bytes(span.run).saturating_sub(frame.len() as u64);
                         sent.bytes += frame.len() as u64;
-                        frames.push((frame, None));
+                        parts.push(Part::Frame(frame));
                     }
                     None => {
                         sent.bytes += wire_bytes(span.run);
-                        frames.push((Header::pages(span.run).encode().to_vec(), Some(span.run)));
+                        parts.push(Part::Pages(Header::pages(span.run).encode(), span.run));
                     }
                 }
             }
@@ -124,9 +134,9 @@ impl PageSender {
         if !zero.is_empty() {
             let frame = Frame::Zero(zero).encode()?;
             sent.bytes += frame.len() as u64;
-            frames.push((frame, None));
+            parts.push(Part::Frame(frame));
         }
-        Ok((frames, sent))
+        Ok((parts, sent))
     }
 
     fn account(&self, sent: Sent, charged: Option<(bool, u64)>) {
