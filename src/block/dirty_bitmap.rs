@@ -12,7 +12,7 @@ mod bits;
 mod migration;
 
 use bits::Bits;
-pub use migration::{BitmapChunk, CHUNK_WORDS, IncomingBitmap, OutgoingBitmap};
+pub use migration::{BitmapRun, CHUNK_WORDS, IncomingBitmap, OutgoingBitmap, RunLimits};
 
 /// Longest name of a bitmap in bytes, as in QEMU (`BDRV_BITMAP_MAX_NAME_SIZE`).
 pub const MAX_NAME: usize = 1023;

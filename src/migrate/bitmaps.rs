@@ -1,18 +1,16 @@
 //! Accounting for dirty bitmaps on their way: which words are next, and whether all have come.
 
-use super::wire::{BitmapInfo, BitmapPlace, MAX_BITMAP_WORDS};
+use super::wire::{BitmapInfo, BitmapPlace};
 
 /// What the source sends next of its bitmaps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BitmapStep {
-    /// `count` words from `first` on.
+    /// Words from `first` on, as many as go together.
     Words {
         /// Index of the bitmap in the package.
         index: u32,
         /// First word.
         first: u64,
-        /// How many.
-        count: u64,
     },
     /// All words of this bitmap have been sent.
     Complete(u32),
@@ -51,17 +49,21 @@ impl OutgoingBitmaps {
         Ok(())
     }
 
-    /// Takes the next step; nothing when all bitmaps are complete.
-    pub fn take_next(&mut self) -> Option<BitmapStep> {
+    /// The next step; nothing when all bitmaps are complete. The words are to be [`sent`](Self::sent) before it is asked again.
+    pub fn next(&mut self) -> Option<BitmapStep> {
         let words = *self.words.get(self.index)?;
         let index = self.index as u32;
         if self.next == words {
             (self.index, self.next) = (self.index + 1, 0);
             return Some(BitmapStep::Complete(index));
         }
-        let (first, count) = (self.next, (words - self.next).min(MAX_BITMAP_WORDS));
-        self.next += count;
-        Some(BitmapStep::Words { index, first, count })
+        Some(BitmapStep::Words { index, first: self.next })
+    }
+
+    /// `count` words of the step have been sent.
+    pub fn sent(&mut self, count: u64) {
+        let words = self.words.get(self.index).copied().unwrap_or(0);
+        self.next = self.next.saturating_add(count).min(words);
     }
 }
 

@@ -32,7 +32,8 @@ use super::bitmaps::IncomingBitmaps;
 use super::blocktime::Blocktime;
 use super::pages::Incoming;
 use super::report::{Faults, Status};
-use super::wire::{Channel, Frame, Hello, Holding, MAX_BITMAP_WORDS, MAX_PAGE_CHANNELS, Package, Setup, Totals, VERSION};
+use super::wire::{self, Channel, Frame, Hello, Holding, MAX_PAGE_CHANNELS, OLDEST_VERSION, Package, Setup, Totals, VERSION};
+use crate::block::dirty_bitmap::BitmapRun;
 use crate::memory::thp::MAX_RANGES;
 use crate::memory::{HostPage, PageRun, PageSet};
 
@@ -85,6 +86,8 @@ pub struct Destination {
     ahead: Option<Ahead>,
     incoming: Incoming,
     bitmaps: IncomingBitmaps,
+    /// Of the protocol, once it is settled.
+    version: u16,
     postcopy: bool,
     end_received: bool,
     /// When the source was last heard of: it came, was told READY, or sent pages.
@@ -124,6 +127,7 @@ impl Destination {
             ahead: None,
             incoming: Incoming::new(PageSet::empty(0), HostPage::SMALL),
             bitmaps: IncomingBitmaps::default(),
+            version: OLDEST_VERSION,
             postcopy: false,
             end_received: false,
             heard_at: Duration::ZERO,
@@ -144,6 +148,7 @@ impl Destination {
             (Channel::Main, None) if hello.link > 0 => Err("the migration that this connection belongs to is not here".into()),
             (Channel::Main, None) => {
                 self.session = Some(hello.session);
+                self.version = hello.version;
                 self.welcome();
                 self.enter(State::Setup, Some(now + SETUP_TIMEOUT));
                 Ok(self.link)
@@ -205,7 +210,7 @@ impl Destination {
     }
 
     fn welcome(&mut self) {
-        self.send(Channel::Main, Frame::Welcome { version: VERSION, program: concat!("ferry ", env!("CARGO_PKG_VERSION")).into() });
+        self.send(Channel::Main, Frame::Welcome { version: self.version, program: concat!("ferry ", env!("CARGO_PKG_VERSION")).into() });
     }
 
     /// Where the migration stands, in QEMU's words.
@@ -347,7 +352,7 @@ impl Destination {
                 self.enter(State::Starting, None);
                 Ok(())
             }
-            (Frame::Bitmap { index, first, zero, words }, State::Running) => self.on_bitmap(index, first, zero, words),
+            (Frame::Bitmap { index, first, run }, State::Running) => self.on_bitmap(index, first, run),
             (Frame::BitmapComplete(index), State::Running) => {
                 self.bitmaps.complete(index).map(|()| self.actions.push_back(Action::CompleteBitmap(index)))
             }
@@ -411,13 +416,14 @@ impl Destination {
         Ok(())
     }
 
-    fn on_bitmap(&mut self, index: u32, first: u64, zero: u64, words: Vec<u64>) -> Result<(), String> {
-        let count = if words.is_empty() { zero } else { words.len() as u64 };
-        if count > MAX_BITMAP_WORDS {
-            return Err(format!("{count} words of a bitmap came in one frame"));
+    fn on_bitmap(&mut self, index: u32, first: u64, run: BitmapRun) -> Result<(), String> {
+        let limits = wire::run_limits(VERSION);
+        let most = if let BitmapRun::Words(_) = run { limits.words } else { limits.ones };
+        if run.count() > most {
+            return Err(format!("{} words of a bitmap came in one frame", run.count()));
         }
-        self.bitmaps.words(index, first, count)?;
-        self.actions.push_back(Action::LoadBitmap { index, first, count, words });
+        self.bitmaps.words(index, first, run.count())?;
+        self.actions.push_back(Action::LoadBitmap { index, first, run });
         Ok(())
     }
 

@@ -47,7 +47,7 @@ use super::bitmaps::{BitmapStep, OutgoingBitmaps};
 use super::pages::Outgoing;
 use super::policy::{Fixed, Throttling};
 use super::report::{Mode, Report, Status};
-use super::wire::{Channel, Frame, Hello, MAX_PAGE_CHANNELS, MAX_RUN, Package, Setup, Totals, VERSION};
+use super::wire::{self, Channel, Frame, Hello, MAX_PAGE_CHANNELS, MAX_RUN, OLDEST_VERSION, Package, Setup, Totals, VERSION};
 use crate::memory::{HostPage, PageRun, PageSet};
 
 /// How long the destination may take to answer a `Hello`.
@@ -124,6 +124,8 @@ pub struct Source {
     /// How many [`Bulk::Pages`] the driver has that it has not reported as sent. Nothing that counts on them may follow before.
     in_flight: u32,
     bitmaps: OutgoingBitmaps,
+    /// Of the protocol, once it is settled.
+    version: u16,
     package: Option<Stopped>,
     destination_built: bool,
     switch_postcopy: bool,
@@ -179,6 +181,7 @@ impl Source {
             actions: VecDeque::from([Action::Connect, Action::Send(hello)]),
             deadline: Some(HELLO_TIMEOUT),
             bitmaps: OutgoingBitmaps::default(),
+            version: OLDEST_VERSION,
             package: None,
             destination_built: false,
             switch_postcopy: false,
@@ -208,7 +211,7 @@ impl Source {
 
     /// The first frame on a connection of the migration `session`.
     pub fn hello(session: u128, link: u32, channel: Channel) -> Frame {
-        Frame::Hello(Hello { channel, session, link, program: concat!("ferry ", env!("CARGO_PKG_VERSION")).into() })
+        Frame::Hello(Hello { channel, session, link, program: concat!("ferry ", env!("CARGO_PKG_VERSION")).into(), version: VERSION })
     }
 
     /// The number of the link that stands, stood last, or is being opened.
@@ -379,11 +382,12 @@ impl Source {
 
     fn on_frame(&mut self, frame: Frame, now: Duration) {
         match (frame, self.state) {
-            (Frame::Welcome { version, program }, State::Hello | State::Reconnecting) if version != VERSION => {
+            (Frame::Welcome { version, program }, State::Hello | State::Reconnecting) if !(OLDEST_VERSION..=VERSION).contains(&version) => {
                 let reason = format!("the destination ({program}) answers in version {version} of the protocol, which was not offered");
                 self.fail(Failure::Failed(reason), now);
             }
-            (Frame::Welcome { .. }, State::Hello) => {
+            (Frame::Welcome { version, .. }, State::Hello) => {
+                self.version = version;
                 self.fixed.round_trip = now.saturating_sub(self.asked_at);
                 self.actions.push_back(Action::OpenOthers);
                 let Config { ram_pages, host_page, page_channels, mode, .. } = self.config;
@@ -433,8 +437,10 @@ impl Source {
         let (max, clear, unit) = match self.state {
             State::Sending => (MAX_RUN, self.outgoing.take_chunk_to_clear(), HostPage::SMALL),
             State::LastPass if !self.switch_postcopy => (MAX_RUN, None, HostPage::SMALL),
-            State::Committed => match self.bitmaps.take_next() {
-                Some(BitmapStep::Words { index, first, count }) => return Some(Poll::Bulk(Bulk::Bitmap { index, first, count })),
+            State::Committed => match self.bitmaps.next() {
+                Some(BitmapStep::Words { index, first }) => {
+                    return Some(Poll::Bulk(Bulk::Bitmap { index, first, limits: wire::run_limits(self.version) }));
+                }
                 // In its place between the words of two bitmaps, which is why it does not join the queue of actions.
                 Some(BitmapStep::Complete(index)) => return Some(Poll::Act(Action::Send(Frame::BitmapComplete(index)))),
                 None => (POSTCOPY_RUN.max(self.config.host_page.pages()), None, self.config.host_page),

@@ -18,12 +18,13 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::report::Faults;
+use crate::block::dirty_bitmap::{BitmapRun, RunLimits};
 use crate::memory::{PAGE_SIZE, PageNumber, PageRun};
 
 mod body;
 mod compressed;
 
-pub use body::{BitmapInfo, BitmapPlace, Holding, Package, Setup, Totals};
+pub use body::{BitmapFlags, BitmapInfo, BitmapPlace, Holding, Package, Setup, Totals};
 use compressed::COMPRESSED_PREFIX;
 pub use compressed::{Compressed, Method};
 
@@ -31,9 +32,14 @@ pub use compressed::{Compressed, Method};
 pub const HEADER_SIZE: usize = 16;
 /// First bytes of the first frame on every connection.
 pub const MAGIC: [u8; 8] = *b"FERRYMIG";
-/// The protocol this Ferry speaks. Raised when a frame changes its form or meaning; one that changes must still be read as it was in the
-/// last version (`tests/streams`). Devices' state has versions of its own.
-pub const VERSION: u16 = 1;
+/// The newest version of the protocol that this Ferry speaks. Raised when a frame changes its form or meaning; both sides then still speak
+/// the last released version with a peer that knows no newer one (`tests/streams`). Devices' state has versions of its own.
+///
+/// Version 2: dirty bitmaps can be persistent ([`BitmapInfo::persistent`]), and a frame can say of very many words of one that none or all
+/// of their bits are set ([`Frame::Bitmap`]).
+pub const VERSION: u16 = 2;
+/// The oldest version of the protocol that this Ferry speaks.
+pub const OLDEST_VERSION: u16 = 1;
 /// Longest run in one `Pages` frame, in pages: 2 MiB, a huge page, so that a reader's buffer is small.
 pub const MAX_RUN: u64 = 512;
 /// Most connections for pages that a migration may have.
@@ -42,6 +48,16 @@ pub const MAX_PAGE_CHANNELS: u8 = 16;
 pub const MAX_ZERO_RUNS: usize = 1024;
 /// Words of a dirty bitmap in one frame, at most: 8 KiB.
 pub const MAX_BITMAP_WORDS: u64 = 1024;
+/// Most words of a dirty bitmap that are alike and named in one frame: 8 MiB, which are set in about a millisecond.
+pub const MAX_ALIKE_BITMAP_WORDS: u64 = 1 << 20;
+/// How much of a dirty bitmap goes in one frame in `version` of the protocol.
+pub const fn run_limits(version: u16) -> RunLimits {
+    match version {
+        1 => RunLimits { zeroes: MAX_BITMAP_WORDS, ones: 0, words: MAX_BITMAP_WORDS },
+        _ => RunLimits { zeroes: MAX_ALIKE_BITMAP_WORDS, ones: MAX_ALIKE_BITMAP_WORDS, words: MAX_BITMAP_WORDS },
+    }
+}
+
 /// Longest text that one side shows to the other's user, in bytes.
 pub const MAX_TEXT: usize = 4096;
 
@@ -53,8 +69,8 @@ pub enum WireError {
     NotFerry,
     /// The peer speaks other versions of the protocol.
     #[error(
-        "the other end speaks versions {oldest} to {newest} of Ferry's migration protocol, and this one speaks version {VERSION}; use a \
-         version of Ferry that both have in common"
+        "the other end speaks versions {oldest} to {newest} of Ferry's migration protocol, and this one speaks {OLDEST_VERSION} to \
+         {VERSION}; use a version of Ferry that both have in common"
     )]
     Version {
         /// The oldest it speaks.
@@ -246,6 +262,9 @@ pub struct Hello {
     pub link: u32,
     /// Version of the program, for messages.
     pub program: String,
+    /// The newest version of the protocol that both sides know; to be sent, the newest that this side knows.
+    #[serde(skip)]
+    pub version: u16,
 }
 
 /// What one side says to the other. S: sent by the source, D: by the destination.
@@ -293,16 +312,15 @@ pub enum Frame {
     Running(u64),
     /// D, urgent connection: a guest waits for these pages.
     Request(PageRun),
-    /// S: words of a dirty bitmap from `first` on; where `words` is empty, `zero` words without a set bit.
+    /// S: words of a dirty bitmap from `first` on. As a number of words that are alike, and words: none where no bit is set, and one where
+    /// all are. In version 1 at most [`MAX_BITMAP_WORDS`], and never alike with all bits set.
     Bitmap {
         /// Index in [`Package::bitmaps`].
         index: u32,
         /// First word.
         first: u64,
-        /// So many words are zero, if `words` is empty.
-        zero: u64,
         /// The words.
-        words: Vec<u64>,
+        run: BitmapRun,
     },
     /// S: all words of the bitmap with this index have been sent.
     BitmapComplete(u32),
@@ -368,7 +386,7 @@ impl Frame {
                 bytes.extend(run.count.to_le_bytes());
             }
             Frame::Hello(hello) => {
-                let versions = MagicAndVersions(MAGIC, VERSION.to_le_bytes(), VERSION.to_le_bytes());
+                let versions = MagicAndVersions(MAGIC, OLDEST_VERSION.to_le_bytes(), VERSION.to_le_bytes());
                 bytes = extend(bytes, kind, &HelloBody(versions, hello.clone()))?;
             }
             Frame::Welcome { version, program } => bytes = extend(bytes, kind, &(version, clipped(program, kind.max_length() - 16)))?,
@@ -383,7 +401,14 @@ impl Frame {
             Frame::Switchover(package) => bytes = extend(bytes, kind, package)?,
             Frame::Ready { load_us, warnings } => bytes = extend(bytes, kind, &(load_us, warnings))?,
             Frame::Running(resume_us) => bytes = extend(bytes, kind, resume_us)?,
-            Frame::Bitmap { index, first, zero, words } => bytes = extend(bytes, kind, &(index, first, zero, words))?,
+            Frame::Bitmap { index, first, run } => {
+                let (alike, words) = match run {
+                    BitmapRun::Zeroes(count) => (*count, &[][..]),
+                    BitmapRun::Ones(count) => (*count, &[u64::MAX][..]),
+                    BitmapRun::Words(words) => (0, words.as_slice()),
+                };
+                bytes = extend(bytes, kind, &(index, first, alike, words))?;
+            }
             Frame::BitmapComplete(index) => bytes = extend(bytes, kind, index)?,
             Frame::Done { faults, warnings } => bytes = extend(bytes, kind, &(faults, warnings))?,
             Frame::Holding(holding) => bytes = extend(bytes, kind, holding)?,
@@ -407,10 +432,11 @@ impl Frame {
                 if magic != MAGIC {
                     return Err(WireError::NotFerry);
                 }
-                if !(oldest..=newest).contains(&VERSION) {
+                let version = newest.min(VERSION);
+                if version < oldest.max(OLDEST_VERSION) {
                     return Err(WireError::Version { oldest, newest });
                 }
-                Frame::Hello(whole(rest, kind)?)
+                Frame::Hello(Hello { version, ..whole(rest, kind)? })
             }
             Kind::Welcome => {
                 let (version, program) = whole(body, kind)?;
@@ -436,8 +462,14 @@ impl Frame {
                 Frame::Request(PageRun { first: PageNumber(header.page), count })
             }
             Kind::Bitmap => {
-                let (index, first, zero, words) = whole(body, kind)?;
-                Frame::Bitmap { index, first, zero, words }
+                let (index, first, alike, words): (_, _, _, Vec<u64>) = whole(body, kind)?;
+                let run = match (alike, words.as_slice()) {
+                    (1.., []) => BitmapRun::Zeroes(alike),
+                    (1.., [u64::MAX]) => BitmapRun::Ones(alike),
+                    (0, [_, ..]) => BitmapRun::Words(words),
+                    _ => return Err(WireError::Body { kind }),
+                };
+                Frame::Bitmap { index, first, run }
             }
             Kind::BitmapComplete => Frame::BitmapComplete(whole(body, kind)?),
             Kind::End => whole(body, kind).map(|()| Frame::End)?,

@@ -1,5 +1,6 @@
 //! Where the fuzzer begins: inputs made by Ferry's own encoders, so that they follow every change of a format.
 
+use ferry::block::dirty_bitmap::BitmapRun;
 use ferry::device::serial::SerialPort;
 use ferry::device::virtio::blk::VirtioBlk;
 use ferry::device::virtio::mmio::VirtioMmio;
@@ -9,7 +10,9 @@ use ferry::migrate::compression::Compressor;
 use ferry::migrate::driver::owner::MachineSetup;
 use ferry::migrate::report::Faults;
 use ferry::migrate::source::Source;
-use ferry::migrate::wire::{BitmapInfo, BitmapPlace, Channel, Compressed, Frame, Holding, Method, Package, Setup, Totals, VERSION};
+use ferry::migrate::wire::{
+    BitmapFlags, BitmapInfo, BitmapPlace, Channel, Compressed, Frame, Holding, Method, Package, Setup, Totals, VERSION,
+};
 use ferry::vm::config::{DiskConfig, GuestConfig};
 use ferry::vm::facts::MachineFacts;
 use kvm_bindings::*;
@@ -39,7 +42,13 @@ fn bytes(frame: &Frame) -> Vec<u8> {
 }
 
 fn bitmap(name: &str) -> BitmapInfo {
-    BitmapInfo { disk: "root".into(), name: name.into(), granularity: 65536, bits: 100, enabled: true }
+    BitmapInfo {
+        disk: "root".into(),
+        name: name.into(),
+        granularity: 65536,
+        bits: 128,
+        flags: BitmapFlags { enabled: true, persistent: true },
+    }
 }
 
 /// All that a source says on its main connection, except for the pages in postcopy.
@@ -57,9 +66,9 @@ fn from_source(postcopy: bool) -> Vec<Frame> {
         Frame::PassEnd(sent),
         Frame::Switchover(Package { sent, postcopy, missing, bitmaps, machine: vec![4, 5, 6] }),
         Frame::Commit,
-        Frame::Bitmap { index: 0, first: 0, zero: 0, words: vec![1, 2] },
+        Frame::Bitmap { index: 0, first: 0, run: BitmapRun::Words(vec![1, 2]) },
         Frame::BitmapComplete(0),
-        Frame::Bitmap { index: 1, first: 0, zero: 2, words: Vec::new() },
+        Frame::Bitmap { index: 1, first: 0, run: BitmapRun::Ones(2) },
         Frame::BitmapComplete(1),
     ];
     if postcopy {

@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use ferry::migrate::wire::{Channel, Frame, Hello};
+use ferry::migrate::wire::{Channel, Frame, Hello, VERSION};
 
 use super::guest::Guest;
 use super::lab::{Hardware, Lab, Transport};
@@ -28,7 +28,7 @@ fn is_closed(stream: &mut TcpStream) -> Vec<u8> {
 }
 
 fn hello(channel: Channel) -> Vec<u8> {
-    Frame::Hello(Hello { channel, session: 1, link: 0, program: "a test".into() }).encode().unwrap()
+    Frame::Hello(Hello { channel, session: 1, link: 0, program: "a test".into(), version: VERSION }).encode().unwrap()
 }
 
 #[test]

@@ -159,7 +159,7 @@ impl World {
                 host.pages = package.missing.iter().fold((1 << PAGES) - 1, |pages, run| pages & !bits(*run));
             }
             Action::Run => host.task = Some(Task::Run),
-            Action::LoadBitmap { count, .. } => host.bitmap_words += count,
+            Action::LoadBitmap { run, .. } => host.bitmap_words += run.count(),
             Action::CompleteBitmap(_) => host.bitmap_complete = true,
             // Nobody asks for it here.
             Action::AbandonBitmaps => {}

@@ -13,7 +13,7 @@ use ferry::migrate::destination::{self, Destination, Link, Placement};
 use ferry::migrate::pages::FaultAnswer;
 use ferry::migrate::report::Mode;
 use ferry::migrate::source::{self, Config, Sent, Source, Stopped};
-use ferry::migrate::wire::{BitmapInfo, Channel, Frame, Hello, Totals};
+use ferry::migrate::wire::{BitmapFlags, BitmapInfo, Channel, Frame, Hello, Totals, VERSION};
 
 /// Pages of the guest's RAM; the last one is zero.
 pub const PAGES: u64 = 2;
@@ -84,6 +84,8 @@ pub enum ToSource {
         normal: u64,
         zero: u64,
     },
+    /// The bitmap's only word.
+    SentBitmap,
     GiveUpFailed,
     ConnectFailed,
     Request(PageRun),
@@ -212,6 +214,10 @@ impl Engines {
                 engine.sent(PAGES_CHANNEL, Sent { normal, zero, ..Sent::default() });
                 None
             }
+            ToSource::SentBitmap => {
+                engine.sent_bitmap(1, 8);
+                None
+            }
             ToSource::Request(run) => engine.request(run).err().map(|reason| {
                 said = Said::Refused;
                 source::Input::Failed(reason)
@@ -249,7 +255,7 @@ impl Engines {
                 None
             }
             ToDestination::Hello(link, channel) => {
-                let hello = Hello { channel, session: SESSION, link, program: String::new() };
+                let hello = Hello { channel, session: SESSION, link, program: String::new(), version: VERSION };
                 answer = engine.hello(&hello, NOW).map_or(Answer::Refused, |link| Answer::Accepted(link.0));
                 None
             }
@@ -299,6 +305,12 @@ impl Engines {
 fn stopped() -> Stopped {
     let mut dirty = PageSet::empty(PAGES);
     dirty.insert(PageRun::new(0, 1));
-    let bitmap = BitmapInfo { disk: "root".into(), name: "backup".into(), granularity: 65536, bits: BITS, enabled: true };
+    let bitmap = BitmapInfo {
+        disk: "root".into(),
+        name: "backup".into(),
+        granularity: 65536,
+        bits: BITS,
+        flags: BitmapFlags { enabled: true, persistent: false },
+    };
     Stopped { machine: Vec::new(), dirty, bitmaps: vec![bitmap], stop_us: 1, device_state_us: 1, last_sync_us: 1 }
 }

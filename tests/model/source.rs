@@ -1,5 +1,6 @@
 //! The source's driver in the model: its main thread, its readers, and the person at the source.
 
+use ferry::block::dirty_bitmap::BitmapRun;
 use ferry::memory::PageRun;
 use ferry::migrate::source::{Action, Bulk, Outcome, Poll};
 use ferry::migrate::wire::{Channel, Frame};
@@ -72,9 +73,9 @@ impl World {
         match said {
             Said::Poll(Poll::Act(action)) => self.source_acts(state, action),
             Said::Poll(Poll::Bulk(Bulk::Pages { runs, .. })) => self.source_sends_pages(state, &runs),
-            Said::Poll(Poll::Bulk(Bulk::Bitmap { index, first, count })) => {
-                let words = vec![1; count as usize];
-                self.send_to_destination(state, Channel::Main, Frame::Bitmap { index, first, zero: 0, words });
+            Said::Poll(Poll::Bulk(Bulk::Bitmap { index, first, .. })) => {
+                self.send_to_destination(state, Channel::Main, Frame::Bitmap { index, first, run: BitmapRun::Words(vec![1]) });
+                self.tell_source(state, ToSource::SentBitmap);
             }
             Said::Poll(Poll::Wait(_)) | Said::Nothing | Said::Refused => {}
         }

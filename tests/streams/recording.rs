@@ -96,7 +96,10 @@ impl Recording {
                     engine.sent(channel, Sent::default());
                     None
                 }
-                source::Poll::Bulk(Bulk::Bitmap { .. }) => None,
+                source::Poll::Bulk(Bulk::Bitmap { index, first, .. }) => {
+                    engine.sent_bitmap(self.package().bitmaps[index as usize].words() - first, 0);
+                    None
+                }
                 source::Poll::Wait(_) => panic!("the source waits for something that was not recorded"),
             };
             input.into_iter().for_each(|input| engine.handle(input, NOW));

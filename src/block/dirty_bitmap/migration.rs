@@ -4,6 +4,7 @@
 //! makes the bitmap disabled and gives it a *successor* that records what the guest changes meanwhile; when all bits have come, the
 //! successor is merged in. Losing a bitmap costs a full backup, a wrong one costs data: a bitmap that does not complete is dropped.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bitvec::vec::BitVec;
@@ -14,19 +15,56 @@ use super::{BitmapError, DirtyBitmap, DirtyBitmaps, Granularity, Role, get, get_
 /// Words in a chunk, the unit in which bits travel: 1 KiB of bitmap.
 pub const CHUNK_WORDS: u64 = 128;
 
-/// A piece of a bitmap.
+/// Consecutive words of a bitmap. Bit 0 of the bitmap's word 0 is the beginning of the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BitmapChunk {
-    /// Index of the first word, a multiple of [`CHUNK_WORDS`].
-    pub first_word: u64,
-    /// The words, [`CHUNK_WORDS`] of them except at the bitmap's end; bit 0 of the bitmap's word 0 is the beginning of the disk.
-    pub words: Vec<u64>,
+pub enum BitmapRun {
+    /// So many words without a set bit.
+    Zeroes(u64),
+    /// So many words in which all bits are set.
+    Ones(u64),
+    /// The words.
+    Words(Vec<u64>),
 }
 
-impl BitmapChunk {
-    /// Whether nothing in it is dirty, so that it need not travel as words.
-    pub fn is_zero(&self) -> bool {
-        self.words.iter().all(|&word| word == 0)
+/// Most words that one [`BitmapRun`] may have: multiples of [`CHUNK_WORDS`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunLimits {
+    /// Of those without a set bit.
+    pub zeroes: u64,
+    /// Of those in which all are set.
+    pub ones: u64,
+    /// Of any others, and of all where the limit above is zero.
+    pub words: u64,
+}
+
+impl BitmapRun {
+    /// The first of `words` whose chunks are alike; `word` is what to find at an index. A bitmap of many MiB is mostly one or the other.
+    pub fn first_of(words: Range<u64>, limits: RunLimits, word: impl Fn(u64) -> u64) -> Self {
+        let chunk = |first: u64| first..(first + CHUNK_WORDS).min(words.end);
+        // What all words of a chunk are, if they may go as that.
+        let alike = |first| {
+            let is_all = |value| chunk(first).all(|index| word(index) == value);
+            [(0, limits.zeroes), (!0, limits.ones)].into_iter().find(|(value, limit)| *limit > 0 && is_all(*value))
+        };
+        let kind = alike(words.start);
+        let limit = kind.map_or(limits.words, |(_, limit)| limit);
+        let mut end = chunk(words.start).end;
+        while end < words.end && end - words.start + CHUNK_WORDS <= limit && alike(end) == kind {
+            end = chunk(end).end;
+        }
+        match kind {
+            Some((0, _)) => BitmapRun::Zeroes(end - words.start),
+            Some(_) => BitmapRun::Ones(end - words.start),
+            None => BitmapRun::Words((words.start..end).map(word).collect()),
+        }
+    }
+
+    /// How many words they are.
+    pub fn count(&self) -> u64 {
+        match self {
+            BitmapRun::Zeroes(count) | BitmapRun::Ones(count) => *count,
+            BitmapRun::Words(words) => words.len() as u64,
+        }
     }
 }
 
@@ -92,19 +130,17 @@ impl OutgoingBitmap {
         self.enabled
     }
 
-    /// How many chunks it has.
-    pub fn chunks(&self) -> u64 {
-        self.words.div_ceil(CHUNK_WORDS)
+    /// How many words it has.
+    pub fn words(&self) -> u64 {
+        self.words
     }
 
-    /// The chunk at `index`, counted in chunks; final once the guest is paused. Beyond the end it has no words.
-    pub fn chunk(&self, index: u64) -> BitmapChunk {
-        let first_word = index.saturating_mul(CHUNK_WORDS).min(self.words);
-        let end = (first_word + CHUNK_WORDS).min(self.words);
+    /// Its words from `first` on, as many as go together; final once the guest is paused. Beyond the end there are none.
+    pub fn run(&self, first: u64, limits: RunLimits) -> BitmapRun {
         let bitmaps = self.bitmaps.read();
         // The bitmap is there: nothing can remove it while it is outgoing.
-        let words = get(&bitmaps, &self.name).map(|bitmap| (first_word..end).map(|word| bitmap.bits.word(word)).collect());
-        BitmapChunk { first_word, words: words.unwrap_or_default() }
+        let bits = get(&bitmaps, &self.name).map(|bitmap| &bitmap.bits);
+        BitmapRun::first_of(first.min(self.words)..self.words, limits, |index| bits.as_ref().map_or(0, |bits| bits.word(index)))
     }
 }
 
@@ -127,21 +163,18 @@ impl IncomingBitmap {
         self.loaded.len() as u64
     }
 
-    /// Loads one or more chunks from word `first_word` on, which is a multiple of [`CHUNK_WORDS`]; only the last chunk may be shorter. Loading
-    /// a chunk again is harmless. The guest may run.
-    pub fn load_chunk(&mut self, first_word: u64, words: &[u64]) -> Result<(), BitmapError> {
-        self.note_loaded(first_word, words.len() as u64)?;
+    /// Loads words from `first` on, in whole chunks of [`CHUNK_WORDS`]; only the bitmap's last may be shorter. Loading a chunk again is
+    /// harmless. The guest may run.
+    pub fn load(&mut self, first: u64, run: &BitmapRun) -> Result<(), BitmapError> {
+        self.note_loaded(first, run.count())?;
         let bitmaps = self.bitmaps.read();
-        let bitmap = get(&bitmaps, &self.name)?;
-        for (index, &word) in (first_word..).zip(words) {
-            bitmap.bits.or_word(index, word);
+        let bits = &get(&bitmaps, &self.name)?.bits;
+        match run {
+            BitmapRun::Zeroes(_) => {}
+            BitmapRun::Ones(count) => (first..first + count).for_each(|index| bits.or_word(index, !0)),
+            BitmapRun::Words(words) => (first..).zip(words).for_each(|(index, word)| bits.or_word(index, *word)),
         }
         Ok(())
-    }
-
-    /// Like [`IncomingBitmap::load_chunk`] for `count` words that are all zero.
-    pub fn load_zeroes(&mut self, first_word: u64, count: u64) -> Result<(), BitmapError> {
-        self.note_loaded(first_word, count)
     }
 
     /// Merges the successor in, at one moment for the guest's writes, and makes the bitmap what it was at the source. An incomplete bitmap is

@@ -8,6 +8,9 @@ use proptest::prelude::*;
 
 use super::*;
 
+/// Everything that is alike goes together.
+const ALL: RunLimits = RunLimits { zeroes: u64::MAX, ones: u64::MAX, words: u64::MAX };
+
 fn granularity(bytes: u64) -> Granularity {
     Granularity::new(bytes).unwrap()
 }
@@ -92,11 +95,35 @@ fn a_migrating_bitmap_is_left_alone_and_goes_on_recording() {
     assert!(source.outgoing().is_empty());
     source.mark(8192, 1);
     assert!(source.info()[0].busy && source.info()[0].recording);
-    assert_eq!(outgoing[0].chunk(0).words[0], 4);
-    assert!(outgoing[0].chunk(1).words.is_empty());
+    assert_eq!(outgoing[0].run(0, ALL), BitmapRun::Words([vec![4], vec![0; outgoing[0].words() as usize - 1]].concat()));
     // The migration failed: the bitmap is as if nothing had been.
     drop(outgoing);
     source.clear("a").unwrap();
+}
+
+#[test]
+fn runs_are_of_chunks_that_are_alike() {
+    const CHUNK: usize = CHUNK_WORDS as usize;
+    let words = [vec![0; 2 * CHUNK], vec![!0; 3 * CHUNK], vec![!0; CHUNK - 1], vec![5; 2 * CHUNK + 3], vec![0; 7]].concat();
+    let runs = |limits| {
+        let mut first = 0;
+        std::iter::from_fn(|| {
+            let run =
+                (first < words.len()).then(|| BitmapRun::first_of(first as u64..words.len() as u64, limits, |index| words[index as usize]));
+            first += run.as_ref().map_or(0, |run| run.count() as usize);
+            run
+        })
+        .collect::<Vec<_>>()
+    };
+    let mixed = |range: Range<usize>| BitmapRun::Words(words[range].to_vec());
+    let tail = 5 * CHUNK;
+    assert_eq!(runs(ALL), [BitmapRun::Zeroes(256), BitmapRun::Ones(384), mixed(tail..words.len())]);
+    let small = RunLimits { zeroes: 128, ones: 256, words: 256 };
+    let zeroes = BitmapRun::Zeroes(128);
+    let ones = [BitmapRun::Ones(256), BitmapRun::Ones(128)];
+    assert_eq!(runs(small), [&[zeroes.clone(), zeroes], &ones[..], &[mixed(tail..tail + 256), mixed(tail + 256..words.len())]].concat());
+    let plain = RunLimits { zeroes: 256, ones: 0, words: 1024 };
+    assert_eq!(runs(plain).iter().map(BitmapRun::count).collect::<Vec<_>>(), [256, words.len() as u64 - 256]);
 }
 
 #[test]
@@ -108,16 +135,16 @@ fn an_incoming_bitmap_is_complete_or_gone() {
     // 4096 words in 32 chunks.
     assert_eq!(incoming.chunks(), 32);
     for (first, count) in [(1, 128), (0, 127), (4096, 128), (0, 0), (u64::MAX - 127, 128), (0, u64::MAX)] {
-        assert!(matches!(incoming.load_zeroes(first, count), Err(BitmapError::Chunk { .. })), "{first}+{count}");
+        assert!(matches!(incoming.load(first, &BitmapRun::Zeroes(count)), Err(BitmapError::Chunk { .. })), "{first}+{count}");
     }
-    incoming.load_chunk(128, &[1; 128]).unwrap();
-    incoming.load_zeroes(256, 4096 - 256).unwrap();
+    incoming.load(128, &BitmapRun::Words(vec![1; 128])).unwrap();
+    incoming.load(256, &BitmapRun::Ones(4096 - 256)).unwrap();
     assert_eq!(incoming.complete(), Err(BitmapError::Incomplete { name: "a".into(), missing: 1 }));
     assert!(target.info().is_empty());
     bitmap().abandon();
     assert!(target.info().is_empty());
     let mut incoming = bitmap();
-    incoming.load_zeroes(0, 4096).unwrap();
+    incoming.load(0, &BitmapRun::Zeroes(4096)).unwrap();
     incoming.complete().unwrap();
     assert!(target.info()[0].recording && !target.info()[0].busy);
     target.remove("a").unwrap();
@@ -130,7 +157,7 @@ fn a_disabled_bitmap_arrives_disabled() {
     assert!(!target.info()[0].recording);
     target.mark(0, 1);
     // 16 bits; the source sets more, which are not on the disk.
-    incoming.load_chunk(0, &[!0 << 4]).unwrap();
+    incoming.load(0, &BitmapRun::Words(vec![!0 << 4])).unwrap();
     incoming.complete().unwrap();
     target.mark(0, 1);
     assert_eq!(target.dirty_ranges("a").unwrap(), [4 * 65536..16 * 65536]);
@@ -147,7 +174,7 @@ fn nothing_is_lost_while_the_guest_writes_and_the_successor_is_merged() {
         std::thread::spawn(move || (0..words * 64).filter(|index| index % 3 == 0).for_each(|index| target.mark(index * 512, 512)))
     };
     for first in (0..words).step_by(CHUNK_WORDS as usize) {
-        incoming.load_zeroes(first, CHUNK_WORDS).unwrap();
+        incoming.load(first, &BitmapRun::Zeroes(CHUNK_WORDS)).unwrap();
     }
     incoming.complete().unwrap();
     writer.join().unwrap();
@@ -224,6 +251,7 @@ proptest! {
         before in prop::collection::vec((0u64..20_000_000, 0u64..100_000), 0..20),
         after in prop::collection::vec((0u64..20_000_000, 0u64..100_000), 0..20),
         complete_after in 0usize..20,
+        limits in prop::sample::select(vec![ALL, RunLimits { zeroes: 256, ones: 0, words: 256 }]),
     ) {
         let (source, target) = (DirtyBitmaps::new(size), DirtyBitmaps::new(size));
         let expected = DirtyBitmaps::new(size);
@@ -235,14 +263,12 @@ proptest! {
         let outgoing = source.outgoing();
         let outgoing = &outgoing[0];
         let mut incoming = Some(target.incoming(outgoing.name(), outgoing.granularity(), outgoing.enabled()).unwrap());
-        let mut chunks = (0..outgoing.chunks()).map(|index| outgoing.chunk(index));
-        let mut finish = |incoming: IncomingBitmap| {
-            let mut incoming = incoming;
-            for chunk in chunks.by_ref() {
-                match chunk.is_zero() {
-                    true => incoming.load_zeroes(chunk.first_word, chunk.words.len() as u64).unwrap(),
-                    false => incoming.load_chunk(chunk.first_word, &chunk.words).unwrap(),
-                }
+        let finish = |mut incoming: IncomingBitmap| {
+            let mut first = 0;
+            while first < outgoing.words() {
+                let run = outgoing.run(first, limits);
+                incoming.load(first, &run).unwrap();
+                first += run.count();
             }
             incoming.complete().unwrap();
         };

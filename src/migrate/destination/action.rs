@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::Link;
 #[cfg(doc)]
 use super::{Destination, Input};
+use crate::block::dirty_bitmap::BitmapRun;
 use crate::migrate::wire::{Channel, Frame, Package, Setup};
 
 /// What the driver is to do next.
@@ -37,10 +38,8 @@ pub enum Action {
         index: u32,
         /// First word.
         first: u64,
-        /// How many words.
-        count: u64,
         /// The words.
-        words: Vec<u64>,
+        run: BitmapRun,
     },
     /// Merge the successor of this bitmap back: all bits have come.
     CompleteBitmap(u32),

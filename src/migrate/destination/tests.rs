@@ -18,7 +18,7 @@ fn receiving() -> Destination {
 fn set_up(setup: Setup) -> Destination {
     let mut destination = Destination::new();
     for channel in [Channel::Main, Channel::Urgent, Channel::Pages(0)] {
-        destination.hello(&Hello { channel, session: 1, link: 0, program: "a test".into() }, NOW).unwrap();
+        destination.hello(&Hello { channel, session: 1, link: 0, program: "a test".into(), version: VERSION }, NOW).unwrap();
     }
     go_on(&mut destination, [frame(Frame::Setup(setup)), Input::Prepared]);
     destination
@@ -97,7 +97,7 @@ fn a_loss_after_which_nothing_is_missing_completes() {
 fn nonsense_on_a_link_that_was_replaced_does_not_break_the_new_one() {
     let mut destination = running();
     destination.handle(lost());
-    destination.hello(&Hello { channel: Channel::Main, session: 1, link: 1, program: "a test".into() }, NOW).unwrap();
+    destination.hello(&Hello { channel: Channel::Main, session: 1, link: 1, program: "a test".into(), version: VERSION }, NOW).unwrap();
     go_on(&mut destination, [Input::Nonsense(Link(0), "late".into())]);
     assert!(!destination.is_paused());
     go_on(&mut destination, [Input::Nonsense(Link(1), "now".into())]);
@@ -115,7 +115,7 @@ fn a_dry_run_ends_where_the_switch_would_come() {
 #[test]
 fn a_source_that_comes_back_too_late_does_not_disturb_who_waits_now() {
     let mut destination = Destination::new();
-    let hello = |session, link| Hello { channel: Channel::Main, session, link, program: "a test".into() };
+    let hello = |session, link| Hello { channel: Channel::Main, session, link, program: "a test".into(), version: VERSION };
     assert!(destination.hello(&hello(1, 1), NOW).unwrap_err().contains("is not here"));
     assert_eq!((destination.status(), destination.poll(NOW)), (Status::None, Poll::Wait(None)));
     destination.hello(&hello(2, 0), NOW).unwrap();
@@ -159,7 +159,7 @@ fn pages_come_on_their_own_connections_and_each_of_those_is_one() {
     assert!(destination.pages(Channel::Main, PageRun::new(0, 1)).is_err());
     assert!(destination.pages(Channel::Urgent, PageRun::new(0, 1)).is_err());
     for channel in [Channel::Pages(0), Channel::Pages(MAX_PAGE_CHANNELS), Channel::Pages(255)] {
-        let hello = Hello { channel, session: 1, link: 0, program: "a test".into() };
+        let hello = Hello { channel, session: 1, link: 0, program: "a test".into(), version: VERSION };
         assert!(destination.hello(&hello, NOW).is_err(), "{channel:?}");
     }
 }
@@ -184,7 +184,7 @@ fn the_list_of_huge_pages_is_checked() {
     let many: Vec<_> = (0..=MAX_RANGES as u64).map(|number| huge(2 * number, 1)).collect();
     let setup = Setup { huge: many, ..setup(1 << 30, HostPage::SMALL) };
     let mut destination = Destination::new();
-    destination.hello(&Hello { channel: Channel::Main, session: 1, link: 0, program: "a test".into() }, NOW).unwrap();
+    destination.hello(&Hello { channel: Channel::Main, session: 1, link: 0, program: "a test".into(), version: VERSION }, NOW).unwrap();
     assert!(!takes(destination, Frame::Setup(setup)));
 }
 
@@ -233,7 +233,7 @@ fn a_source_that_sends_none_of_the_pages_that_are_waited_for_is_lost() {
     assert!(destination.is_paused() && destination.lost().unwrap().contains("none of the pages"));
 
     // On a new link it has as much time again.
-    let hello = Hello { channel: Channel::Main, session: 1, link: 1, program: "a test".into() };
+    let hello = Hello { channel: Channel::Main, session: 1, link: 1, program: "a test".into(), version: VERSION };
     destination.hello(&hello, Duration::from_secs(5000)).unwrap();
     while let Poll::Act(_) = destination.poll(Duration::from_secs(5000)) {}
     assert_eq!(waits(&mut destination, 5029), Some(5030));

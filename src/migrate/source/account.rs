@@ -57,8 +57,9 @@ impl Source {
         self.in_flight == 0
     }
 
-    /// The driver has sent words of a bitmap.
-    pub fn sent_bitmap(&mut self, bytes: u64) {
+    /// The driver has sent so many words of a bitmap, from where it was told to.
+    pub fn sent_bitmap(&mut self, words: u64, bytes: u64) {
+        self.bitmaps.sent(words);
         self.report.bytes.bitmaps += bytes;
     }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 #[cfg(doc)]
 use super::{Input, Source};
+use crate::block::dirty_bitmap::RunLimits;
 use crate::memory::{HostPage, PageRun};
 use crate::migrate::report::Report;
 #[cfg(doc)]
@@ -73,8 +74,8 @@ pub enum Bulk {
         index: u32,
         /// First word.
         first: u64,
-        /// How many.
-        count: u64,
+        /// How many may go together, from there on.
+        limits: RunLimits,
     },
 }
 

@@ -42,8 +42,37 @@ pub struct BitmapInfo {
     pub granularity: u32,
     /// Number of bits.
     pub bits: u64,
-    /// Whether it records writes.
+    /// Whether it records writes, and whether it is to outlive the guest.
+    #[serde(with = "flags")]
+    pub flags: BitmapFlags,
+}
+
+/// What a dirty bitmap is like.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BitmapFlags {
+    /// It records writes.
     pub enabled: bool,
+    /// It outlives the guest. Not known in version 1.
+    pub persistent: bool,
+}
+
+/// Flags as a byte, whose first bit was all there was of it in version 1.
+mod flags {
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::ser::Serializer;
+
+    use super::BitmapFlags;
+
+    pub fn serialize<S: Serializer>(flags: &BitmapFlags, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u8(u8::from(flags.enabled) | u8::from(flags.persistent) << 1)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BitmapFlags, D::Error> {
+        match u8::deserialize(deserializer)? {
+            byte @ 0..4 => Ok(BitmapFlags { enabled: byte & 1 != 0, persistent: byte & 2 != 0 }),
+            _ => Err(D::Error::custom("unknown flags of a bitmap")),
+        }
+    }
 }
 
 impl BitmapInfo {

@@ -13,11 +13,19 @@ fn text() -> impl Strategy<Value = String> {
 
 fn frame() -> impl Strategy<Value = Frame> {
     let bytes = || prop::collection::vec(any::<u8>(), 0..300);
-    let words = || prop::collection::vec(any::<u64>(), 0..MAX_BITMAP_WORDS as usize);
     let totals = || (any::<u64>(), any::<u64>()).prop_map(|(normal, zero)| Totals { normal, zero });
     let channel = prop_oneof![Just(Channel::Main), Just(Channel::Urgent), any::<u8>().prop_map(Channel::Pages)];
-    let bitmap = (text(), text(), any::<u32>(), any::<u64>(), any::<bool>())
-        .prop_map(|(disk, name, granularity, bits, enabled)| BitmapInfo { disk, name, granularity, bits, enabled });
+    let flags = (any::<bool>(), any::<bool>()).prop_map(|(enabled, persistent)| BitmapFlags { enabled, persistent });
+    let bitmap = (text(), text(), any::<u32>(), any::<u64>(), flags).prop_map(|(disk, name, granularity, bits, flags)| BitmapInfo {
+        disk,
+        name,
+        granularity,
+        bits,
+        flags,
+    });
+    let words = prop::collection::vec(any::<u64>(), 1..MAX_BITMAP_WORDS as usize);
+    let bitmap_run =
+        prop_oneof![(1..u64::MAX).prop_map(BitmapRun::Zeroes), (1..u64::MAX).prop_map(BitmapRun::Ones), words.prop_map(BitmapRun::Words)];
     let package = (totals(), any::<bool>(), prop::collection::vec(run(), 0..20), prop::collection::vec(bitmap, 0..4), bytes())
         .prop_map(|(sent, postcopy, missing, bitmaps, machine)| Package { sent, postcopy, missing, bitmaps, machine });
     let host_page = prop::sample::select(vec![HostPage::SMALL, HostPage::HUGE]);
@@ -36,7 +44,8 @@ fn frame() -> impl Strategy<Value = Frame> {
             channel,
             session,
             link,
-            program
+            program,
+            version: VERSION
         })),
         (any::<u16>(), text()).prop_map(|(version, program)| Frame::Welcome { version, program }),
         text().prop_map(Frame::Abort),
@@ -51,12 +60,7 @@ fn frame() -> impl Strategy<Value = Frame> {
         (any::<u64>(), prop::collection::vec(text(), 0..4)).prop_map(|(load_us, warnings)| Frame::Ready { load_us, warnings }),
         any::<u64>().prop_map(Frame::Running),
         run().prop_map(Frame::Request),
-        (any::<u32>(), any::<u64>(), any::<u64>(), words()).prop_map(|(index, first, zero, words)| Frame::Bitmap {
-            index,
-            first,
-            zero,
-            words
-        }),
+        (any::<u32>(), any::<u64>(), bitmap_run).prop_map(|(index, first, run)| Frame::Bitmap { index, first, run }),
         any::<u32>().prop_map(Frame::BitmapComplete),
         prop::sample::select(vec![Frame::Prepared, Frame::PassAck, Frame::Commit, Frame::End, Frame::Goodbye]),
         (any::<u64>(), prop::collection::vec(text(), 0..4))
@@ -108,9 +112,10 @@ proptest! {
 
 #[test]
 fn strangers_and_other_versions_are_told_so() {
-    let hello = Frame::Hello(Hello { channel: Channel::Main, session: 1, link: 0, program: "ferry".into() }).encode().unwrap();
-    let (newer, older) = (WireError::Version { oldest: 2, newest: 1 }, WireError::Version { oldest: 1, newest: 0 });
-    for (at, byte, told) in [(0, b'X', WireError::NotFerry), (8, 2, newer), (10, 0, older)] {
+    let hello =
+        Frame::Hello(Hello { channel: Channel::Main, session: 1, link: 0, program: "ferry".into(), version: VERSION }).encode().unwrap();
+    let (newer, older) = (WireError::Version { oldest: 3, newest: 2 }, WireError::Version { oldest: 1, newest: 0 });
+    for (at, byte, told) in [(0, b'X', WireError::NotFerry), (8, 3, newer), (10, 0, older)] {
         let mut other = hello.clone();
         other[HEADER_SIZE + at] = byte;
         assert_eq!(decode(&other), Err(told), "byte {at}");
@@ -119,6 +124,9 @@ fn strangers_and_other_versions_are_told_so() {
     let mut both = hello.clone();
     both[HEADER_SIZE + 10] = 7;
     assert_eq!(decode(&both), decode(&hello));
+    // With one that knows only the last version, that is what both speak.
+    both[HEADER_SIZE + 10] = 1;
+    assert!(matches!(decode(&both), Ok(Frame::Hello(Hello { version: 1, .. }))));
     let http = *b"GET / HTTP/1.1\r\n";
     assert!(Header::decode(http).is_err());
 }

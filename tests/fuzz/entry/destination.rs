@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ferry::memory::PageNumber;
 use ferry::migrate::destination::{Action, Destination, Input, Link, Outcome, Placement, Poll};
-use ferry::migrate::wire::{Channel, Compressed, Frame, Hello, Totals};
+use ferry::migrate::wire::{Channel, Compressed, Frame, Totals};
 
 use super::allocation::{proportionate, within};
 use super::session::{Step, steps};
@@ -32,8 +32,8 @@ impl Host {
     fn live(&mut self, data: &[u8]) {
         for step in steps(data) {
             match step {
-                Step::Frame(channel, Frame::Hello(Hello { channel: said, session, link, program })) if channel == said => {
-                    if let (Ok(link), Channel::Main) = (self.engine.hello(&Hello { channel, session, link, program }, self.now), channel) {
+                Step::Frame(channel, Frame::Hello(hello)) if channel == hello.channel => {
+                    if let (Ok(link), Channel::Main) = (self.engine.hello(&hello, self.now), channel) {
                         self.link = link;
                     }
                 }

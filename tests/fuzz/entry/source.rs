@@ -6,7 +6,7 @@ use ferry::memory::{HostPage, PageRun, PageSet};
 use ferry::migrate::bitmaps::IncomingBitmaps;
 use ferry::migrate::report::Mode;
 use ferry::migrate::source::{Action, Bulk, Config, Input, Outcome, Poll, Sent, Source, Stopped};
-use ferry::migrate::wire::{BitmapInfo, BitmapPlace, Channel, Frame};
+use ferry::migrate::wire::{BitmapFlags, BitmapInfo, BitmapPlace, Channel, Frame};
 
 use super::allocation::{proportionate, within};
 use super::session::{Step, steps};
@@ -99,9 +99,10 @@ impl Host {
                     let count = runs.iter().map(|run| run.count).sum();
                     self.engine.sent(channel, sent(PageRun::new(0, count)));
                 }
-                Poll::Bulk(Bulk::Bitmap { index, first, count }) => {
+                Poll::Bulk(Bulk::Bitmap { index, first, limits }) => {
+                    let count = limits.words.min(self.infos[index as usize].words() - first);
                     self.bitmaps.words(index, first, count).expect("words in order");
-                    self.engine.sent_bitmap(count * 8);
+                    self.engine.sent_bitmap(count, count * 8);
                 }
                 Poll::Wait(_) => return,
             }
@@ -136,7 +137,13 @@ impl Host {
             Action::Harvest => self.engine.handle(Input::Harvested(some_pages()), self.now),
             Action::Stop => {
                 self.stopped = true;
-                let bitmap = |name: &str| BitmapInfo { disk: "root".into(), name: name.into(), granularity: 512, bits: 999, enabled: true };
+                let bitmap = |name: &str| BitmapInfo {
+                    disk: "root".into(),
+                    name: name.into(),
+                    granularity: 512,
+                    bits: 999,
+                    flags: BitmapFlags::default(),
+                };
                 let bitmaps = vec![bitmap("a"), bitmap("b")];
                 let stopped =
                     Stopped { machine: vec![2; 10], dirty: some_pages(), bitmaps, stop_us: 1, device_state_us: 1, last_sync_us: 1 };

@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
+use ferry::block::dirty_bitmap::BitmapRun;
 use ferry::memory::PageNumber;
 use ferry::migrate::destination::{self, Action, Destination, Input, Link};
 use ferry::migrate::wire::{Channel, Kind, Package};
@@ -150,9 +151,14 @@ impl World {
                 self.destination_greets();
                 self.destination.engine.handle(Input::Ran(5));
             }
-            Action::LoadBitmap { index, first, words, .. } => {
+            Action::LoadBitmap { index, first, run } => {
                 let bitmap = &mut self.destination.bitmap;
                 let loaded = if index == DISABLED { &mut bitmap.disabled } else { &mut bitmap.loaded };
+                let words = match run {
+                    BitmapRun::Zeroes(_) => Vec::new(),
+                    BitmapRun::Ones(count) => vec![!0; count as usize],
+                    BitmapRun::Words(words) => words,
+                };
                 for (word, bits) in (first..).zip(words) {
                     loaded.extend((0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| word * 64 + bit));
                 }

@@ -3,9 +3,10 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
+use ferry::block::dirty_bitmap::BitmapRun;
 use ferry::memory::{HostPage, PageNumber, PageRun};
 use ferry::migrate::source::{self, Bulk, Config, Sent, Source, Stopped};
-use ferry::migrate::wire::{BitmapInfo, Channel, Frame};
+use ferry::migrate::wire::{BitmapFlags, BitmapInfo, Channel, Frame};
 
 use super::{BITS, DISABLED, Right, World, brief, disabled_bits};
 use crate::memory::{Ram, Version};
@@ -192,7 +193,13 @@ impl World {
             return Ok(());
         }
         self.source.left = Some((self.truth.clone(), self.bits.clone()));
-        let info = |name: &str, enabled| BitmapInfo { disk: "root".into(), name: name.into(), granularity: 65536, bits: BITS, enabled };
+        let info = |name: &str, enabled| BitmapInfo {
+            disk: "root".into(),
+            name: name.into(),
+            granularity: 65536,
+            bits: BITS,
+            flags: BitmapFlags { enabled, persistent: false },
+        };
         let bitmaps = vec![info("last-week", false), info("backup", true)];
         let dirty = self.source.ram.harvest();
         let stopped = Stopped { machine: vec![7; 100], dirty, bitmaps, stop_us: 1, device_state_us: 1, last_sync_us: 1 };
@@ -216,22 +223,16 @@ impl World {
                     sender.batches.push_back((runs, unit));
                 }
             }
-            Bulk::Bitmap { index: bitmap, first, count } => {
+            Bulk::Bitmap { index: bitmap, first, limits } => {
                 let bits = match (&self.source.left, bitmap) {
                     (_, DISABLED) => disabled_bits(),
                     (Some((_, bits)), _) => bits.clone(),
                     (None, _) => return Err("bits are sent of a guest that runs".into()),
                 };
-                let words: Vec<u64> = (first..first + count)
-                    .map(|word| bits.range(word * 64..word * 64 + 64).fold(0, |bits, bit| bits | 1 << (bit % 64)))
-                    .collect();
-                let frame = if words.iter().all(|word| *word == 0) {
-                    Frame::Bitmap { index: bitmap, first, zero: count, words: Vec::new() }
-                } else {
-                    Frame::Bitmap { index: bitmap, first, zero: 0, words }
-                };
-                self.source.engine.sent_bitmap(100);
-                self.source_says(frame, Vec::new());
+                let word = |word| bits.range(word * 64..word * 64 + 64).fold(0, |bits, bit| bits | 1 << (bit % 64));
+                let run = BitmapRun::first_of(first..BITS.div_ceil(64), limits, word);
+                self.source.engine.sent_bitmap(run.count(), 100);
+                self.source_says(Frame::Bitmap { index: bitmap, first, run }, Vec::new());
             }
         }
         Ok(())

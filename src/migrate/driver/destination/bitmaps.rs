@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::block::dirty_bitmap::{Granularity, IncomingBitmap};
+use crate::block::dirty_bitmap::{BitmapRun, Granularity, IncomingBitmap};
 use crate::block::disk::Disk;
 use crate::migrate::wire::BitmapInfo;
 
@@ -19,12 +19,11 @@ impl IncomingBitmaps {
         (IncomingBitmaps(incoming.collect()), warnings)
     }
 
-    /// Loads words; where `words` is empty there is nothing to set in `count` words. An error is a warning: the bitmap was dropped.
-    pub fn load(&mut self, index: u32, first: u64, count: u64, words: &[u64]) -> Result<(), String> {
+    /// Loads words. An error is a warning: the bitmap was dropped.
+    pub fn load(&mut self, index: u32, first: u64, run: &BitmapRun) -> Result<(), String> {
         let Some(slot) = self.0.get_mut(index as usize) else { return Ok(()) };
         let Some(bitmap) = slot else { return Ok(()) };
-        let loaded = if words.is_empty() { bitmap.load_zeroes(first, count) } else { bitmap.load_chunk(first, words) };
-        let warning = loaded.map_err(|error| dropped(bitmap.name(), &error.to_string()));
+        let warning = bitmap.load(first, run).map_err(|error| dropped(bitmap.name(), &error.to_string()));
         if warning.is_err() {
             *slot = None;
         }
@@ -45,7 +44,7 @@ fn create(info: &BitmapInfo, disks: &[Arc<Disk>]) -> Result<IncomingBitmap, Stri
     if info.bits != disk.size().div_ceil(granularity.bytes()) {
         return Err(format!("it has {} bits, which do not fit disk {}", info.bits, info.disk));
     }
-    disk.bitmaps().incoming(&info.name, granularity, info.enabled).map_err(|error| error.to_string())
+    disk.bitmaps().incoming(&info.name, granularity, info.flags.enabled).map_err(|error| error.to_string())
 }
 
 fn dropped(name: &str, reason: &str) -> String {

@@ -11,7 +11,7 @@ use super::guest::DestinationGuest;
 use crate::migrate::destination::{Action, Input, Link, Outcome, Poll};
 use crate::migrate::report::Status;
 use crate::migrate::transport::{Awaited, Reader, Writer};
-use crate::migrate::wire::{Channel, Frame, MAX_BITMAP_WORDS};
+use crate::migrate::wire::{Channel, Frame};
 
 /// How long sending an answer may take: they are short, so only a source that reads nothing needs longer.
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
@@ -95,9 +95,7 @@ impl Session {
             Action::FinishBuilding => self.guest.finish_building(&*self.shared.owner).map(|()| None).map_err(Input::Failed),
             Action::Load(package) => self.guest.load(&self.shared, &package).map(Some).map_err(Input::Failed),
             Action::Run => Ok(Some(self.start())),
-            Action::LoadBitmap { index, first, count, words } => {
-                self.guest.bitmaps.load(index, first, count.min(MAX_BITMAP_WORDS), &words).map(|()| None).map_err(Input::Warning)
-            }
+            Action::LoadBitmap { index, first, run } => self.guest.bitmaps.load(index, first, &run).map(|()| None).map_err(Input::Warning),
             Action::CompleteBitmap(index) => self.guest.bitmaps.complete(index).map(|()| None).map_err(Input::Warning),
             Action::AbandonBitmaps => {
                 self.guest.bitmaps = Default::default();

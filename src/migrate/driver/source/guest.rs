@@ -5,12 +5,12 @@ use std::time::Instant;
 
 use super::super::owner::{SourceOwner, StoppedGuest};
 use super::super::saved;
-use crate::block::dirty_bitmap::{CHUNK_WORDS, OutgoingBitmap};
+use crate::block::dirty_bitmap::{BitmapRun, OutgoingBitmap, RunLimits};
 use crate::block::disk::Disk;
 use crate::memory::dirty_tracker::{DirtyTracker, Tracking};
 use crate::memory::{GuestRam, PageRun, PageSet};
 use crate::migrate::source::Stopped;
-use crate::migrate::wire::{BitmapInfo, Frame};
+use crate::migrate::wire::{BitmapFlags, BitmapInfo};
 use crate::vm::{Moved, Vm, VmError, VmEvent};
 
 /// Why the guest is not stopped and saved.
@@ -121,7 +121,7 @@ impl SourceGuest {
                     // At most 2 GiB.
                     granularity: bitmap.granularity().bytes() as u32,
                     bits: disk.size().div_ceil(bitmap.granularity().bytes()),
-                    enabled: bitmap.enabled(),
+                    flags: BitmapFlags { enabled: bitmap.enabled(), persistent: false },
                 });
                 self.bitmaps.push(bitmap);
             }
@@ -129,15 +129,9 @@ impl SourceGuest {
         infos
     }
 
-    /// The frame with `count` words from `first` on of the bitmap `index`.
-    pub fn bitmap_words(&self, index: u32, first: u64, count: u64) -> Frame {
-        let chunks = first / CHUNK_WORDS..(first + count).div_ceil(CHUNK_WORDS);
-        let bitmap = self.bitmaps.get(index as usize);
-        let words: Vec<u64> = bitmap.into_iter().flat_map(|bitmap| chunks.clone().flat_map(|chunk| bitmap.chunk(chunk).words)).collect();
-        if words.iter().all(|word| *word == 0) {
-            return Frame::Bitmap { index, first, zero: count, words: Vec::new() };
-        }
-        Frame::Bitmap { index, first, zero: 0, words }
+    /// Words of the bitmap `index` from `first` on. Nothing where no such bitmap was reserved.
+    pub fn bitmap_run(&self, index: u32, first: u64, limits: RunLimits) -> Option<BitmapRun> {
+        Some(self.bitmaps.get(index as usize)?.run(first, limits))
     }
 
     /// Makes the guest's vCPUs stand still for `percent` of the time, whoever has it now.

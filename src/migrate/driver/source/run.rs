@@ -13,6 +13,7 @@ use super::Shared;
 use super::bulk::{Batch, PageSender};
 use super::guest::{SourceGuest, StopError};
 use super::links;
+use crate::block::dirty_bitmap::RunLimits;
 use crate::memory::{GuestRam, HostPage, PageRun, PageSet};
 use crate::migrate::report::Status;
 use crate::migrate::source::{Action, Bulk, Input, Outcome, Poll, Source};
@@ -94,12 +95,7 @@ impl Migration {
                 Poll::Act(Action::End(outcome)) => return self.end(*outcome),
                 Poll::Act(action) => self.act(action),
                 Poll::Bulk(Bulk::Pages { channel, runs, clear, unit }) => self.send_pages(channel, runs, clear, unit),
-                Poll::Bulk(Bulk::Bitmap { index, first, count }) => {
-                    let frame = self.guest.bitmap_words(index, first, count);
-                    if let Some(bytes) = self.send(&frame) {
-                        self.shared.engine().sent_bitmap(bytes);
-                    }
-                }
+                Poll::Bulk(Bulk::Bitmap { index, first, limits }) => self.send_bitmap(index, first, limits),
                 Poll::Wait(until) => {
                     self.wait(until.map(|until| self.shared.began + until));
                     // Nobody is late while a person is waited for.
@@ -339,6 +335,23 @@ impl Migration {
                 self.send_failed(Channel::Main, &error.to_string());
                 None
             }
+        }
+    }
+
+    fn send_bitmap(&mut self, index: u32, first: u64, limits: RunLimits) {
+        let throttled = self.throttle();
+        if !self.is_linked() {
+            return;
+        }
+        let Some(run) = self.guest.bitmap_run(index, first, limits) else {
+            return self.shared.handle(Input::Failed(format!("dirty bitmap {index} is not here")));
+        };
+        let words = run.count();
+        if let Some(bytes) = self.send(&Frame::Bitmap { index, first, run }) {
+            if let Some(committed) = throttled {
+                self.shared.pace(committed).delay(self.shared.now(), bytes);
+            }
+            self.shared.engine().sent_bitmap(words, bytes);
         }
     }
 
