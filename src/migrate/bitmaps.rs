@@ -50,7 +50,7 @@ impl OutgoingBitmaps {
     }
 
     /// The next step; nothing when all bitmaps are complete. The words are to be [`sent`](Self::sent) before it is asked again.
-    pub fn next(&mut self) -> Option<BitmapStep> {
+    pub fn next_step(&mut self) -> Option<BitmapStep> {
         let words = *self.words.get(self.index)?;
         let index = self.index as u32;
         if self.next == words {

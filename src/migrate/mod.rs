@@ -1,5 +1,6 @@
 //! Live migration: pure state machines for both sides, and the driver that connects them to sockets, KVM and userfaultfd.
 
+pub mod bitmap_mapping;
 pub mod bitmaps;
 pub mod blocktime;
 pub mod compression;

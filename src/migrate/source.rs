@@ -437,7 +437,7 @@ impl Source {
         let (max, clear, unit) = match self.state {
             State::Sending => (MAX_RUN, self.outgoing.take_chunk_to_clear(), HostPage::SMALL),
             State::LastPass if !self.switch_postcopy => (MAX_RUN, None, HostPage::SMALL),
-            State::Committed => match self.bitmaps.next() {
+            State::Committed => match self.bitmaps.next_step() {
                 Some(BitmapStep::Words { index, first }) => {
                     return Some(Poll::Bulk(Bulk::Bitmap { index, first, limits: wire::run_limits(self.version) }));
                 }

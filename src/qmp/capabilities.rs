@@ -52,6 +52,8 @@ pub struct CapabilityStatus {
 pub struct MigrateCapabilities {
     /// Whether a migration may switch to postcopy, whatever its mode.
     pub postcopy_ram: bool,
+    /// Whether disks' dirty bitmaps go along.
+    pub dirty_bitmaps: bool,
     /// Whether the guest may be slowed down where precopy does not end otherwise.
     pub auto_converge: bool,
     /// Whether a migration waits for `migrate-continue` when the guest stands still, before it is handed over.
@@ -60,7 +62,7 @@ pub struct MigrateCapabilities {
 
 impl Default for MigrateCapabilities {
     fn default() -> Self {
-        MigrateCapabilities { postcopy_ram: true, auto_converge: false, pause_before_switchover: false }
+        MigrateCapabilities { postcopy_ram: true, dirty_bitmaps: true, auto_converge: false, pause_before_switchover: false }
     }
 }
 
@@ -91,9 +93,10 @@ impl MigrateCapabilities {
         use Capability::*;
         match capability {
             PostcopyRam => self.postcopy_ram,
+            DirtyBitmaps => self.dirty_bitmaps,
             AutoConverge => self.auto_converge,
             PauseBeforeSwitchover => self.pause_before_switchover,
-            DirtyBitmaps | Events | ReturnPath | PostcopyPreempt | PostcopyBlocktime | SwitchoverAck | Multifd => true,
+            Events | ReturnPath | PostcopyPreempt | PostcopyBlocktime | SwitchoverAck | Multifd => true,
             Xbzrle | ZeroCopySend | DirtyLimit => false,
         }
     }
@@ -109,6 +112,7 @@ impl MigrateCapabilities {
         for change in changes {
             match change.capability {
                 Capability::PostcopyRam => next.postcopy_ram = change.state,
+                Capability::DirtyBitmaps => next.dirty_bitmaps = change.state,
                 Capability::AutoConverge => next.auto_converge = change.state,
                 Capability::PauseBeforeSwitchover => next.pause_before_switchover = change.state,
                 fixed if self.get(fixed) == change.state => {}
@@ -135,7 +139,7 @@ mod tests {
     #[test]
     fn what_is_fixed_can_be_set_to_what_it_is_only() {
         let mut capabilities = MigrateCapabilities::default();
-        let chosen = [Capability::PostcopyRam, Capability::AutoConverge, Capability::PauseBeforeSwitchover];
+        let chosen = [Capability::PostcopyRam, Capability::DirtyBitmaps, Capability::AutoConverge, Capability::PauseBeforeSwitchover];
         let postcopy_off = CapabilityStatus { capability: Capability::PostcopyRam, state: false };
         for status in capabilities.list().into_iter().filter(|status| !chosen.contains(&status.capability)) {
             capabilities.set(&[status]).unwrap();

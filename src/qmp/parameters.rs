@@ -5,6 +5,7 @@ use std::num::NonZeroU64;
 use serde::{Deserialize, Serialize};
 
 use super::error::QmpError;
+use crate::migrate::bitmap_mapping::{BitmapMapping, NodeMapping};
 use crate::migrate::driver::owner::PageTransfer;
 use crate::migrate::policy::Throttling;
 use crate::migrate::report::Mode;
@@ -69,6 +70,9 @@ pub struct MigrateParameters {
     pub multifd_compression: MultifdCompression,
     /// Whether pages of zeros go by name.
     pub zero_page_detection: ZeroPageDetection,
+    /// Which dirty bitmaps go along, and what they are called on the way; at both sides. Every one, under its own name, until it is set.
+    #[serde(default, skip_serializing_if = "BitmapMapping::is_default")]
+    pub block_bitmap_mapping: BitmapMapping,
     /// When to switch to postcopy.
     pub ferry_mode: Mode,
     /// Whether `migrate` only finds out how a migration would go.
@@ -90,6 +94,7 @@ impl Default for MigrateParameters {
             channels_are_set: false,
             multifd_compression: MultifdCompression::None,
             zero_page_detection: ZeroPageDetection::Multifd,
+            block_bitmap_mapping: BitmapMapping::default(),
             ferry_mode: Mode::Auto,
             ferry_dry_run: false,
         }
@@ -134,6 +139,9 @@ pub struct MigrateSetParameters {
     /// See [`MigrateParameters::zero_page_detection`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zero_page_detection: Option<ZeroPageDetection>,
+    /// See [`MigrateParameters::block_bitmap_mapping`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_bitmap_mapping: Option<Vec<NodeMapping>>,
     /// See [`MigrateParameters::ferry_mode`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ferry_mode: Option<Mode>,
@@ -169,6 +177,9 @@ impl MigrateParameters {
         }
         next.multifd_compression = changes.multifd_compression.unwrap_or(next.multifd_compression);
         next.zero_page_detection = changes.zero_page_detection.unwrap_or(next.zero_page_detection);
+        if let Some(nodes) = &changes.block_bitmap_mapping {
+            next.block_bitmap_mapping = BitmapMapping::new(nodes.clone()).map_err(QmpError::generic)?;
+        }
         if let Some(mode) = changes.ferry_mode {
             next.ferry_mode = mode;
         }

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use super::{Message, Vmm, VmmError, lock};
 use crate::block::disk::Disk;
 use crate::memory::{GuestRam, PAGE_SIZE};
+use crate::migrate::bitmap_mapping::BitmapMapping;
 use crate::migrate::destination::Outcome;
 use crate::migrate::driver::destination::DestinationMigration;
 use crate::migrate::driver::owner::{DestinationOwner, MachineSetup, StoppedGuest};
@@ -182,6 +183,10 @@ impl Vmm {
 }
 
 impl DestinationOwner for Arc<Vmm> {
+    fn bitmap_mapping(&self) -> BitmapMapping {
+        lock(&self.outgoing).parameters.block_bitmap_mapping.clone()
+    }
+
     fn prepare(&self, setup: MachineSetup) -> Result<GuestRam, String> {
         Vmm::prepare(self, setup)
     }

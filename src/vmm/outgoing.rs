@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::guest::Guest;
 use super::{Message, Vmm, lock};
+use crate::migrate::bitmap_mapping::BitmapMapping;
 use crate::migrate::driver::owner::{MachineSetup, SourceOwner, SourceRequest, StoppedGuest};
 use crate::migrate::driver::source::SourceMigration;
 use crate::migrate::policy::Throttling;
@@ -83,6 +84,7 @@ impl Vmm {
             max_bandwidth: limit(parameters.max_bandwidth),
             max_postcopy_bandwidth: limit(parameters.max_postcopy_bandwidth),
             pages: parameters.page_transfer(),
+            bitmaps: if outgoing.capabilities.dirty_bitmaps { parameters.block_bitmap_mapping.clone() } else { BitmapMapping::none() },
             dry_run: parameters.ferry_dry_run,
             switchover_bandwidth: limit(parameters.avail_switchover_bandwidth),
             throttling: outgoing.throttling(),

@@ -118,3 +118,33 @@ fn a_cancelled_migration_leaves_the_bitmaps_recording() {
         assert_eq!((&bitmap["recording"], &bitmap["busy"]), (&true.into(), &false.into()), "{bitmap}");
     }
 }
+
+#[test]
+fn chosen_bitmaps_go_under_aliases_and_what_is_not_expected_is_told_of() {
+    let lab = Lab::new();
+    let disk = lab.disk(DISK);
+    let hardware = Hardware { memory: "256M", cpus: 1, disk: Some(&disk), ..Hardware::default() };
+    let mut here = lab.run(&hardware, "fill=16M rate=1000 disk=on disk_rate=400");
+    let mut guest = Guest::booting_at(&mut here);
+    guest.beats(1);
+    add(&here);
+    here.execute("block-dirty-bitmap-add", json!({ "node": "root", "name": "stays" })).unwrap();
+    guest.writes_blocks(50);
+    here.ask("stop");
+    let mapped = |bitmap: u64| bitmaps(&here).into_iter().find(|info| info["name"] == *name(bitmap)).unwrap()["count"].clone();
+    let count = mapped(4096);
+    let alias = |name: &str, alias: &str| json!({ "name": name, "alias": alias });
+    let node = |bitmaps: Vec<Value>| json!({ "block-bitmap-mapping": [{ "node-name": "root", "alias": "r", "bitmaps": bitmaps }] });
+    here.execute("migrate-set-parameters", node(vec![alias("b4096", "x"), alias("b65536", "y")])).unwrap();
+    let twice = here.execute("migrate-set-parameters", node(vec![alias("b4096", "x"), alias("b65536", "x")])).unwrap_err().to_string();
+    assert!(twice.contains("'x' is used twice"), "{twice}");
+    let mut there = lab.receive(Transport::Unix);
+    there.execute("migrate-set-parameters", node(vec![alias("arrived", "x")])).unwrap();
+    let (_, report) = lab.migrate(&here, &there.address, &["--mode", "postcopy"]).succeeds();
+    assert!(report.warnings.iter().any(|warning| warning.contains("the alias 'y'")), "{:?}", report.warnings);
+    here.ends_with(0);
+    guest.moved_to(&mut there);
+    let arrived = bitmaps(&there);
+    assert_eq!(arrived.len(), 1, "{arrived:?}");
+    assert_eq!((&arrived[0]["name"], &arrived[0]["count"]), (&"arrived".into(), &count), "{arrived:?}");
+}

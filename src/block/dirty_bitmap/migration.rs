@@ -89,10 +89,10 @@ pub struct IncomingBitmap {
 }
 
 impl DirtyBitmaps {
-    /// Reserves every bitmap that is not in use for a migration to another host.
-    pub fn outgoing(self: &Arc<Self>) -> Vec<OutgoingBitmap> {
+    /// Reserves those bitmaps, by name, that are to go and not in use for a migration to another host.
+    pub fn outgoing(self: &Arc<Self>, is_to_go: impl Fn(&str) -> bool) -> Vec<OutgoingBitmap> {
         let mut bitmaps = self.write();
-        let idle = bitmaps.iter_mut().filter(|bitmap| matches!(bitmap.role, Role::Idle));
+        let idle = bitmaps.iter_mut().filter(|bitmap| matches!(bitmap.role, Role::Idle) && is_to_go(&bitmap.name));
         let reserve = |bitmap: &mut DirtyBitmap| {
             bitmap.role = Role::Outgoing;
             let (granularity, words) = (bitmap.bits.granularity(), bitmap.bits.words());

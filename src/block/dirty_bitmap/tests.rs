@@ -86,13 +86,13 @@ fn the_last_piece_counts_only_what_the_disk_has() {
 fn a_migrating_bitmap_is_left_alone_and_goes_on_recording() {
     let source = DirtyBitmaps::new(1 << 20);
     source.add("a", granularity(4096), true).unwrap();
-    let outgoing = source.outgoing();
+    let outgoing = source.outgoing(|_| true);
     let busy = Err(BitmapError::Busy("a".into()));
     assert_eq!(source.remove("a"), busy);
     assert_eq!(source.clear("a"), busy);
     assert_eq!(source.set_enabled("a", false), busy);
     assert_eq!(source.merge("a", &[]), busy);
-    assert!(source.outgoing().is_empty());
+    assert!(source.outgoing(|_| true).is_empty());
     source.mark(8192, 1);
     assert!(source.info()[0].busy && source.info()[0].recording);
     assert_eq!(outgoing[0].run(0, ALL), BitmapRun::Words([vec![4], vec![0; outgoing[0].words() as usize - 1]].concat()));
@@ -260,7 +260,7 @@ proptest! {
             before.iter().for_each(|&(offset, length)| bitmaps.mark(offset, length));
         }
         after.iter().for_each(|&(offset, length)| expected.mark(offset, length));
-        let outgoing = source.outgoing();
+        let outgoing = source.outgoing(|_| true);
         let outgoing = &outgoing[0];
         let mut incoming = Some(target.incoming(outgoing.name(), outgoing.granularity(), outgoing.enabled()).unwrap());
         let finish = |mut incoming: IncomingBitmap| {

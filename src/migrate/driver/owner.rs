@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::block::disk::Disk;
 use crate::memory::GuestRam;
+use crate::migrate::bitmap_mapping::BitmapMapping;
 use crate::migrate::policy::Throttling;
 use crate::migrate::report::{Mode, Status};
 use crate::migrate::transport::Address;
@@ -61,6 +62,8 @@ pub trait DestinationOwner: Send + Sync {
     /// Checks that this host can run the guest, opens its disks without locking them, allocates RAM and begins to build the machine in
     /// the background. The error is shown to the person at the source.
     fn prepare(&self, setup: MachineSetup) -> Result<GuestRam, String>;
+    /// What dirty bitmaps are expected, and under what names; asked when they come.
+    fn bitmap_mapping(&self) -> BitmapMapping;
     /// The machine that [`DestinationOwner::prepare`] began to build, and its disks. Waits until it is complete; called once.
     fn built(&self) -> Result<(Vm<Built>, Vec<Arc<Disk>>), String>;
     /// After the commit: takes the disks' locks and runs the guest, if it is to run. An error is a guest that is here but stays paused,
@@ -92,6 +95,8 @@ pub struct SourceRequest {
     pub max_postcopy_bandwidth: Option<NonZeroU64>,
     /// How pages travel.
     pub pages: PageTransfer,
+    /// Which dirty bitmaps go along.
+    pub bitmaps: BitmapMapping,
     /// Only find out how a migration would go: nothing is moved.
     pub dry_run: bool,
     /// Bytes a second to count on in the switch; `None`: what was measured.

@@ -135,7 +135,7 @@ impl SourceMigration {
             postcopy_pace: Mutex::new(Pace::new(request.max_postcopy_bandwidth)),
             pages: request.pages,
         });
-        let guest = guest::SourceGuest::new(owner.clone(), tracking, ram.clone(), disks);
+        let guest = guest::SourceGuest::new(owner.clone(), tracking, ram.clone(), disks, request.bitmaps);
         let migration = run::Migration::new(shared.clone(), owner, ram.clone(), guest, woken);
         let engine = shared.clone();
         let run = move || {

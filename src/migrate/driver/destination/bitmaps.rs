@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::block::dirty_bitmap::{BitmapRun, Granularity, IncomingBitmap};
 use crate::block::disk::Disk;
+use crate::migrate::bitmap_mapping::{BitmapMapping, BitmapName};
 use crate::migrate::wire::BitmapInfo;
 
 /// The bitmaps of a package, in its order.
@@ -12,10 +13,11 @@ use crate::migrate::wire::BitmapInfo;
 pub struct IncomingBitmaps(Vec<Option<IncomingBitmap>>);
 
 impl IncomingBitmaps {
-    /// Makes room for the bitmaps on `disks`; returns them and a warning for each that is dropped.
-    pub fn new(infos: &[BitmapInfo], disks: &[Arc<Disk>]) -> (Self, Vec<String>) {
+    /// Makes room on `disks` for those of the bitmaps that `mapping` expects; returns them and a warning for each that is dropped.
+    pub fn new(infos: &[BitmapInfo], disks: &[Arc<Disk>], mapping: &BitmapMapping) -> (Self, Vec<String>) {
         let mut warnings = Vec::new();
-        let incoming = infos.iter().map(|info| create(info, disks).map_err(|reason| warnings.push(dropped(&info.name, &reason))).ok());
+        let incoming =
+            infos.iter().map(|info| create(info, disks, mapping).map_err(|reason| warnings.push(dropped(&info.name, &reason))).ok());
         (IncomingBitmaps(incoming.collect()), warnings)
     }
 
@@ -38,13 +40,14 @@ impl IncomingBitmaps {
     }
 }
 
-fn create(info: &BitmapInfo, disks: &[Arc<Disk>]) -> Result<IncomingBitmap, String> {
-    let disk = disks.iter().find(|disk| disk.config().id == info.disk).ok_or_else(|| format!("there is no disk {:?} here", info.disk))?;
+fn create(info: &BitmapInfo, disks: &[Arc<Disk>], mapping: &BitmapMapping) -> Result<IncomingBitmap, String> {
+    let BitmapName { disk: id, name, .. } = mapping.incoming(&info.disk, &info.name)?;
+    let disk = disks.iter().find(|disk| disk.config().id == id).ok_or_else(|| format!("there is no disk {id:?} here"))?;
     let granularity = Granularity::new(info.granularity.into()).map_err(|error| error.to_string())?;
     if info.bits != disk.size().div_ceil(granularity.bytes()) {
-        return Err(format!("it has {} bits, which do not fit disk {}", info.bits, info.disk));
+        return Err(format!("it has {} bits, which do not fit disk {id}", info.bits));
     }
-    disk.bitmaps().incoming(&info.name, granularity, info.flags.enabled).map_err(|error| error.to_string())
+    disk.bitmaps().incoming(&name, granularity, info.flags.enabled).map_err(|error| error.to_string())
 }
 
 fn dropped(name: &str, reason: &str) -> String {

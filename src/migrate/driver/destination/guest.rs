@@ -75,7 +75,7 @@ impl DestinationGuest {
         self.finish_building(&*shared.owner)?;
         let (vm, disks) = self.built.take().ok_or("the machine was used already")?;
         shared.engine().set_vcpu_threads(&vm.vcpu_threads());
-        let (bitmaps, warnings) = IncomingBitmaps::new(&package.bitmaps, &disks);
+        let (bitmaps, warnings) = IncomingBitmaps::new(&package.bitmaps, &disks, &shared.owner.bitmap_mapping());
         self.bitmaps = bitmaps;
         if let Some(ran_at) = self.ran_at {
             state.bound_blackout(begin.elapsed()..=ran_at.elapsed());

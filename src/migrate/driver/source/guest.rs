@@ -9,6 +9,7 @@ use crate::block::dirty_bitmap::{BitmapRun, OutgoingBitmap, RunLimits};
 use crate::block::disk::Disk;
 use crate::memory::dirty_tracker::{DirtyTracker, Tracking};
 use crate::memory::{GuestRam, PageRun, PageSet};
+use crate::migrate::bitmap_mapping::{BitmapMapping, BitmapName};
 use crate::migrate::source::Stopped;
 use crate::migrate::wire::{BitmapFlags, BitmapInfo};
 use crate::vm::{Moved, Vm, VmError, VmEvent};
@@ -33,6 +34,8 @@ pub struct SourceGuest {
     tracking: Tracking,
     ram: GuestRam,
     disks: Vec<Arc<Disk>>,
+    /// Which of their bitmaps go along.
+    mapping: BitmapMapping,
     tracker: Option<DirtyTracker>,
     /// Between stop and resume, or stop and commit.
     stopped: Option<StoppedGuest>,
@@ -42,8 +45,8 @@ pub struct SourceGuest {
 }
 
 impl SourceGuest {
-    pub fn new(owner: Arc<dyn SourceOwner>, tracking: Tracking, ram: GuestRam, disks: Vec<Arc<Disk>>) -> Self {
-        SourceGuest { owner, tracking, ram, disks, tracker: None, stopped: None, bitmaps: Vec::new(), moved: None }
+    pub fn new(owner: Arc<dyn SourceOwner>, tracking: Tracking, ram: GuestRam, disks: Vec<Arc<Disk>>, mapping: BitmapMapping) -> Self {
+        SourceGuest { owner, tracking, ram, disks, mapping, tracker: None, stopped: None, bitmaps: Vec::new(), moved: None }
     }
 
     /// Begins to track dirty pages; returns those that hold anything.
@@ -114,10 +117,12 @@ impl SourceGuest {
     fn reserve_bitmaps(&mut self) -> Vec<BitmapInfo> {
         let mut infos = Vec::new();
         for disk in &self.disks {
-            for bitmap in disk.bitmaps().outgoing() {
+            let id = &disk.config().id;
+            for bitmap in disk.bitmaps().outgoing(|name| self.mapping.outgoing(id, name).is_some()) {
+                let Some(BitmapName { disk: alias, name, .. }) = self.mapping.outgoing(id, bitmap.name()) else { continue };
                 infos.push(BitmapInfo {
-                    disk: disk.config().id.clone(),
-                    name: bitmap.name().to_owned(),
+                    disk: alias,
+                    name,
                     // At most 2 GiB.
                     granularity: bitmap.granularity().bytes() as u32,
                     bits: disk.size().div_ceil(bitmap.granularity().bytes()),

@@ -9,6 +9,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use super::guest;
 use crate::block::disk::Disk;
 use crate::memory::GuestRam;
+use crate::migrate::bitmap_mapping::BitmapMapping;
 use crate::migrate::driver::destination::DestinationMigration;
 use crate::migrate::driver::owner::{DestinationOwner, MachineSetup, PageTransfer, SourceOwner, SourceRequest, StoppedGuest};
 use crate::migrate::driver::source::SourceMigration;
@@ -238,6 +239,10 @@ impl DestinationHost {
 }
 
 impl DestinationOwner for DestinationHost {
+    fn bitmap_mapping(&self) -> BitmapMapping {
+        BitmapMapping::default()
+    }
+
     fn prepare(&self, setup: MachineSetup) -> Result<GuestRam, String> {
         if let Some(reason) = &self.refuse {
             return Err(reason.clone());
@@ -291,6 +296,7 @@ pub const PAGE_CHANNELS: u8 = 2;
 pub fn request(address: &Address, mode: Mode) -> SourceRequest {
     SourceRequest {
         address: address.clone(),
+        bitmaps: BitmapMapping::default(),
         mode,
         downtime_limit: Duration::from_millis(300),
         max_bandwidth: None,
