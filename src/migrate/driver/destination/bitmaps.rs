@@ -45,7 +45,7 @@ fn create(info: &BitmapInfo, disks: &[Arc<Disk>]) -> Result<IncomingBitmap, Stri
     if info.bits != disk.size().div_ceil(granularity.bytes()) {
         return Err(format!("it has {} bits, which do not fit disk {}", info.bits, info.disk));
     }
-    disk.bitmaps().incoming(&info.name, granularity, info.enabled).map_err(|error| error.to_string())
+    disk.bitmaps().incoming(&info.name, granularity, info.enabled, false).map_err(|error| error.to_string())
 }
 
 fn dropped(name: &str, reason: &str) -> String {
