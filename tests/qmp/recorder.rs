@@ -144,6 +144,12 @@ impl Fixture {
         Fixture { server, events, path, recorder, _directory: directory }
     }
 
+    /// The guest writes a sector of a disk.
+    pub fn write(&self, id: &str, offset: u64) {
+        let disk = self.recorder.disks.iter().find(|disk| disk.config().id == id).unwrap();
+        disk.io().unwrap().write_zeroes(offset, 512, false).unwrap();
+    }
+
     pub fn has_quit(&self) -> bool {
         self.recorder.state.lock().unwrap().quit
     }
