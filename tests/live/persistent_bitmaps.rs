@@ -89,7 +89,9 @@ fn bitmaps_survive_every_clean_end() {
     // A boot that fails.
     let mut ferry = lab.run_with(&lab.path("no-kernel"), &hardware(&disk), IDLE, &[]);
     ferry.ends_with(1);
-    comes_back(&lab, &disk, &before).command("quit");
+    let mut ferry = comes_back(&lab, &disk, &before);
+    ferry.command("quit");
+    ferry.ends_with(0);
     // And goes on recording.
     let mut ferry = lab.run(&hardware(&disk), WRITING);
     Guest::booting_at(&mut ferry).writes_blocks(50);

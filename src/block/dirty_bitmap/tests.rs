@@ -148,6 +148,9 @@ fn a_change_and_its_mark_are_one_to_an_operation() {
 fn memory_is_bounded() {
     let bitmaps = DirtyBitmaps::new(1 << 50);
     assert!(matches!(bitmaps.add("a", granularity(512), true), Err(BitmapError::TooLarge { .. })));
+    // As in QEMU's iotest 199.
+    let bitmaps = DirtyBitmaps::new(256 << 30);
+    (0..15).for_each(|number| bitmaps.add(&number.to_string(), granularity(512), true).unwrap());
     let bitmaps = DirtyBitmaps::new(1 << 43);
     let added = (0..10_000).take_while(|number| bitmaps.add(&number.to_string(), granularity(1 << 20), false).is_ok()).count() as u64;
     assert!(added > 1000 && added * (1 << 20) <= MAX_BYTES);

@@ -8,8 +8,9 @@ use crate::block::dirty_bitmap::Granularity;
 use crate::block::image::{ImageError, LockedImage};
 use crate::block::sidecar::{Contents, ImageStamp, Sidecar, SidecarError, StoredBitmap};
 
-/// File systems take the time of a change from a clock that can stand still for this long.
+/// File systems take the time of a change from a clock that can stand still for this long; those that know only seconds for up to two.
 const CLOCK_TICK: Duration = Duration::from_millis(20);
+const COARSE_TICK: Duration = Duration::from_secs(2);
 
 impl Disk {
     /// Locks the image like [`Disk::acquire`], for a guest that boots, and brings back its persistent bitmaps. Returns what is to be said
@@ -144,8 +145,9 @@ impl Disk {
         // A change by others must have a later time, so the image is kept until the clock has gone on.
         let changed = SystemTime::UNIX_EPOCH + Duration::new(stamp.seconds.max(0) as u64, stamp.nanoseconds.max(0) as u32);
         let age = SystemTime::now().duration_since(changed).unwrap_or_default();
+        let tick = if stamp.nanoseconds == 0 { COARSE_TICK } else { CLOCK_TICK };
         if contents.has_bits() {
-            std::thread::sleep(CLOCK_TICK.saturating_sub(age));
+            std::thread::sleep(tick.saturating_sub(age));
         }
         Ok(())
     }
