@@ -1,42 +1,61 @@
 //! Dirty bitmaps: which parts of a disk the guest changed, for incremental backup.
 //!
-//! The disk's thread marks a range *after* it changed the image and *before* it acknowledges the change to the guest. Marked earlier, a
-//! bitmap that is cleared or added between the mark and the change would miss the change; marked later, the guest could rely on a change that no
-//! bitmap knows of.
+//! Whoever changes an image holds a [`Recording`] from before the change until it is marked, and marks it before it acknowledges the change.
+//! Marked later, the guest could rely on a change that no bitmap knows of. An operation on bitmaps ([`HeldBitmaps`]) waits for the recordings,
+//! so each change, with its mark, falls before it or after it as a whole: also when the operation is one on several disks.
 
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 mod bits;
+mod held;
 mod migration;
+mod stored;
 
 use bits::Bits;
+pub use held::{HeldBitmaps, MergeSource};
 pub use migration::{BitmapRun, CHUNK_WORDS, IncomingBitmap, OutgoingBitmap, RunLimits};
 
 /// Longest name of a bitmap in bytes, as in QEMU (`BDRV_BITMAP_MAX_NAME_SIZE`).
 pub const MAX_NAME: usize = 1023;
-/// What all bitmaps of one disk may take together, in bytes. While a bitmap arrives with a migration, its successor takes as much again.
-pub const MAX_BYTES: u64 = 256 << 20;
+/// What all bitmaps of one disk may take together, in bytes: 15 of 512 bytes granularity on a 256 GiB disk are half of it. While a bitmap
+/// arrives with a migration, its successor takes as much again.
+pub const MAX_BYTES: u64 = 2 << 30;
 
-/// Why an operation on a disk's bitmaps was refused.
+/// Why an operation on a disk's bitmaps was refused. Where QEMU can refuse it as well, the words are QEMU's.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum BitmapError {
     /// Not a usable granularity.
-    #[error("bitmap granularity {0} is not a power of two from 512 to 2147483648")]
+    #[error("Granularity must be power of 2 and at least 512")]
     Granularity(u64),
-    /// The name is empty or too long.
-    #[error("a bitmap's name has 1 to {MAX_NAME} bytes, not {0}")]
-    Name(usize),
+    /// The name is empty.
+    #[error("Bitmap name cannot be empty")]
+    NoName,
+    /// The name is longer than [`MAX_NAME`].
+    #[error("Bitmap name too long: {0}")]
+    LongName(String),
     /// The name is taken.
-    #[error("bitmap '{0}' already exists")]
+    #[error("Bitmap already exists: {0}")]
     Exists(String),
     /// There is no such bitmap.
-    #[error("bitmap '{0}' does not exist")]
+    #[error("Dirty bitmap '{0}' not found")]
     NotFound(String),
     /// A migration is using the bitmap.
-    #[error("bitmap '{0}' is in use by a migration")]
+    #[error("Bitmap '{0}' is currently in use by another operation and cannot be used")]
     Busy(String),
+    /// What the bitmap recorded is not all that was changed.
+    #[error("Bitmap '{0}' is inconsistent and cannot be used")]
+    Inconsistent(String),
+    /// Bitmaps of disks of different sizes cannot be merged.
+    #[error("Bitmaps are of different sizes (destination size is {target}, source size is {source_size}) and can't be merged")]
+    Sizes {
+        /// Size of the disk whose bitmap was to take the other in, in bytes.
+        target: u64,
+        /// Size of the other's disk in bytes.
+        source_size: u64,
+    },
     /// The bitmap would take too much memory.
     #[error("bitmap '{name}' would bring this disk's bitmaps to {bytes} bytes, more than {MAX_BYTES}; choose a larger granularity")]
     TooLarge {
@@ -93,7 +112,7 @@ impl Default for Granularity {
     }
 }
 
-/// A bitmap as `query-block` shows it (QEMU's `BlockDirtyInfo`). Bitmaps are never persistent and never inconsistent here.
+/// A bitmap as `query-block` shows it (QEMU's `BlockDirtyInfo`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BitmapInfo {
     /// Its name.
@@ -104,27 +123,33 @@ pub struct BitmapInfo {
     pub recording: bool,
     /// Whether a migration is using it, so that nothing else may.
     pub busy: bool,
+    /// Whether it is to outlive this process.
+    pub persistent: bool,
+    /// Whether it was kept from an earlier run that did not end cleanly, so that all that can be done with it is to remove it.
+    pub inconsistent: bool,
     /// Bytes of the disk that are dirty, without those in a successor.
     pub count: u64,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct DirtyBitmap {
     name: String,
-    bits: Bits,
+    bits: Arc<Bits>,
     enabled: bool,
+    persistent: bool,
+    inconsistent: bool,
     role: Role,
 }
 
 /// What a migration does with a bitmap.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Role {
     Idle,
     /// Being read for the destination; changes are still recorded as before.
     Outgoing,
     /// Being filled from the source. Where the source was recording, the guest's changes gather in the successor meanwhile.
     Incoming {
-        successor: Option<Bits>,
+        successor: Option<Arc<Bits>>,
     },
 }
 
@@ -141,17 +166,30 @@ impl DirtyBitmap {
         }
     }
 
-    fn idle(&mut self) -> Result<&mut Self, BitmapError> {
-        if matches!(self.role, Role::Idle) { Ok(self) } else { Err(BitmapError::Busy(self.name.clone())) }
+    fn is_idle(&self) -> bool {
+        matches!(self.role, Role::Idle)
     }
 }
 
-/// All bitmaps of one disk. Marking is a shared lock and atomic ors; everything that changes which bitmaps record, and what an operation must see
-/// at one moment, holds the lock alone, for as long as it takes to pass over words in memory.
+/// All bitmaps of one disk. Marking is a shared lock and atomic ors. The lock is free but while an operation passes over words in memory, and
+/// what it costs then is not to be seen beside a write (`cargo bench --bench bitmap_recording`).
 #[derive(Debug)]
 pub struct DirtyBitmaps {
     disk_size: u64,
     bitmaps: RwLock<Vec<DirtyBitmap>>,
+}
+
+/// The right to change the disk's content, and the duty to mark what was changed.
+#[derive(Debug)]
+pub struct Recording<'a>(RwLockReadGuard<'a, Vec<DirtyBitmap>>);
+
+impl Recording<'_> {
+    /// Records a change of `length` bytes at `offset` in every bitmap that is recording. A range beyond the disk's end is cut off there.
+    pub fn mark(self, offset: u64, length: u64) {
+        for bitmap in self.0.iter() {
+            bitmap.mark(offset, length);
+        }
+    }
 }
 
 impl DirtyBitmaps {
@@ -160,85 +198,64 @@ impl DirtyBitmaps {
         Arc::new(DirtyBitmaps { disk_size, bitmaps: RwLock::default() })
     }
 
-    /// Records a change of `length` bytes at `offset` in every bitmap that is recording. A range beyond the disk's end is cut off there.
+    /// To be called before a change and marked after it. Waits for an operation on bitmaps that is going on.
+    pub fn recording(&self) -> Recording<'_> {
+        Recording(self.read())
+    }
+
+    /// Records a change that cannot be told apart from its mark.
     pub fn mark(&self, offset: u64, length: u64) {
-        for bitmap in self.read().iter() {
-            bitmap.mark(offset, length);
-        }
+        self.recording().mark(offset, length);
     }
 
-    /// Adds an empty bitmap.
+    /// Holds the bitmaps alone, to operate on them. Waits for the changes of content that are going on. Whoever holds those of several disks
+    /// takes them in the order of the disks' ids, so that two who do never wait for each other.
+    pub fn hold(&self) -> HeldBitmaps<'_> {
+        HeldBitmaps::new(self.disk_size, self.write())
+    }
+
+    /// One or more operations on this disk's bitmaps: all of them or, on an error, none.
+    pub fn change<T, E>(&self, operate: impl FnOnce(&mut HeldBitmaps<'_>) -> Result<T, E>) -> Result<T, E> {
+        let mut held = self.hold();
+        let done = operate(&mut held)?;
+        held.commit();
+        Ok(done)
+    }
+
+    /// Adds an empty bitmap that ends with this process.
     pub fn add(&self, name: &str, granularity: Granularity, enabled: bool) -> Result<(), BitmapError> {
-        self.insert(name, granularity, |bits| DirtyBitmap { name: name.to_owned(), bits, enabled, role: Role::Idle })
-    }
-
-    /// Removes a bitmap.
-    pub fn remove(&self, name: &str) -> Result<(), BitmapError> {
-        let mut bitmaps = self.write();
-        get_mut(&mut bitmaps, name)?.idle()?;
-        bitmaps.retain(|bitmap| bitmap.name != name);
-        Ok(())
-    }
-
-    /// Forgets everything that a bitmap recorded.
-    pub fn clear(&self, name: &str) -> Result<(), BitmapError> {
-        get_mut(&mut self.write(), name)?.idle()?.bits.clear();
-        Ok(())
-    }
-
-    /// Makes a bitmap record from now on, or stops it.
-    pub fn set_enabled(&self, name: &str, enabled: bool) -> Result<(), BitmapError> {
-        get_mut(&mut self.write(), name)?.idle()?.enabled = enabled;
-        Ok(())
-    }
-
-    /// Marks in `target` what is dirty in any of `sources`, whose granularities may differ from the target's. All or nothing.
-    pub fn merge(&self, target: &str, sources: &[&str]) -> Result<(), BitmapError> {
-        let mut bitmaps = self.write();
-        for name in sources.iter().chain([&target]) {
-            get_mut(&mut bitmaps, name)?.idle()?;
-        }
-        let target = get(&bitmaps, target)?;
-        for source in sources {
-            target.bits.merge(&get(&bitmaps, source)?.bits);
-        }
-        Ok(())
+        self.change(|held| held.add(name, granularity, enabled, false))
     }
 
     /// Every bitmap, in the order they were added.
     pub fn info(&self) -> Vec<BitmapInfo> {
-        let describe = |bitmap: &DirtyBitmap| BitmapInfo {
-            name: bitmap.name.clone(),
+        let describe = |bitmap: DirtyBitmap| BitmapInfo {
             granularity: bitmap.bits.granularity(),
             recording: bitmap.recording(),
-            busy: !matches!(bitmap.role, Role::Idle),
+            busy: !bitmap.is_idle(),
+            persistent: bitmap.persistent,
+            inconsistent: bitmap.inconsistent,
             count: bitmap.bits.dirty_bytes(),
+            name: bitmap.name,
         };
-        self.read().iter().map(describe).collect()
+        // Counted without the lock.
+        let bitmaps = self.read().clone();
+        bitmaps.into_iter().map(describe).collect()
     }
 
     /// The maximal dirty ranges of a bitmap, as bytes of the disk in ascending order.
     pub fn dirty_ranges(&self, name: &str) -> Result<Vec<std::ops::Range<u64>>, BitmapError> {
-        Ok(get(&self.read(), name)?.bits.ranges())
+        let bitmap = get(&self.read(), name)?.clone();
+        if bitmap.inconsistent { Err(BitmapError::Inconsistent(bitmap.name)) } else { Ok(bitmap.bits.ranges()) }
     }
 
-    /// Adds the bitmap that `make` makes of its bits, which may allocate as many again for a successor.
-    fn insert(&self, name: &str, granularity: Granularity, make: impl FnOnce(Bits) -> DirtyBitmap) -> Result<(), BitmapError> {
-        if name.is_empty() || name.len() > MAX_NAME {
-            return Err(BitmapError::Name(name.len()));
-        }
-        let mut bitmaps = self.write();
-        if bitmaps.iter().any(|bitmap| bitmap.name == name) {
-            return Err(BitmapError::Exists(name.to_owned()));
-        }
-        // Bounded before anything is allocated: granularity, names and number can come from the peer of a migration.
-        let present: u64 = bitmaps.iter().map(|bitmap| Bits::footprint(self.disk_size, bitmap.bits.granularity())).sum();
-        let bytes = present.saturating_add(Bits::footprint(self.disk_size, granularity));
-        if bytes > MAX_BYTES {
-            return Err(BitmapError::TooLarge { name: name.to_owned(), bytes });
-        }
-        bitmaps.push(make(Bits::new(self.disk_size, granularity)));
-        Ok(())
+    /// SHA-256 of the bitmap's words in little-endian order, as QEMU's `x-debug-block-dirty-bitmap-sha256` has it. Of a bitmap that is
+    /// recording, what is marked meanwhile may be in it or not.
+    pub fn sha256(&self, name: &str) -> Result<String, BitmapError> {
+        let bits = get(&self.read(), name)?.bits.clone();
+        let mut hash = Sha256::new();
+        bits.pieces().for_each(|piece| hash.update(piece));
+        Ok(format!("{:x}", hash.finalize()))
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Vec<DirtyBitmap>> {
@@ -258,5 +275,7 @@ fn get_mut<'a>(bitmaps: &'a mut [DirtyBitmap], name: &str) -> Result<&'a mut Dir
     bitmaps.iter_mut().find(|bitmap| bitmap.name == name).ok_or_else(|| BitmapError::NotFound(name.to_owned()))
 }
 
+#[cfg(test)]
+mod model_tests;
 #[cfg(test)]
 mod tests;

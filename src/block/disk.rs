@@ -9,7 +9,10 @@ use vm_memory::bitmap::BitmapSlice;
 
 use super::dirty_bitmap::DirtyBitmaps;
 use super::image::{Image, ImageError, LockedImage};
+use super::sidecar::{Sidecar, SidecarError};
 use crate::vm::config::DiskConfig;
+
+mod persistence;
 
 /// Why a disk cannot change hands.
 #[derive(Debug, Error)]
@@ -28,6 +31,17 @@ pub enum DiskError {
     /// The image was to be given up while something can still do I/O on it.
     #[error("disk {0}: its image is still in use by a device that is not paused")]
     InUse(String),
+    /// The file of its persistent bitmaps says no.
+    #[error("disk {id}: {source}")]
+    Sidecar {
+        /// Which disk.
+        id: String,
+        /// What is wrong.
+        source: SidecarError,
+    },
+    /// Persistent bitmaps have come with a guest, and there is no place for them here.
+    #[error("disk {0}: its dirty bitmaps are not stored: {1}")]
+    NotStored(String, &'static str),
 }
 
 /// A disk, shared by the virtio-blk device, QMP and migration.
@@ -38,6 +52,8 @@ pub struct Disk {
     block_size: u32,
     ownership: Mutex<Ownership>,
     bitmaps: Arc<DirtyBitmaps>,
+    /// Where its persistent bitmaps are stored, if they can be.
+    sidecar: Option<Sidecar>,
 }
 
 #[derive(Debug)]
@@ -55,7 +71,10 @@ impl Disk {
         let image = Image::open(&config.path, config.readonly).map_err(|source| DiskError::Image { id: config.id.clone(), source })?;
         let bitmaps = DirtyBitmaps::new(image.size());
         let (size, block_size) = (image.size(), image.block_size());
-        Ok(Arc::new(Disk { config, size, block_size, ownership: Mutex::new(Ownership::Unlocked(image)), bitmaps }))
+        let storable = !image.is_block_device() && !image.readonly();
+        // Beside the file itself and not beside a link to it; a path that leads nowhere now did so a moment ago.
+        let sidecar = storable.then(|| Sidecar::beside(&config.path.canonicalize().unwrap_or_else(|_| config.path.clone())));
+        Ok(Arc::new(Disk { config, size, block_size, ownership: Mutex::new(Ownership::Unlocked(image)), bitmaps, sidecar }))
     }
 
     /// What the disk was made from.
@@ -79,14 +98,22 @@ impl Disk {
     }
 
     /// Locks the image, or says who has it. Nothing of it that this host cached before is used afterwards. Does nothing if it is locked
-    /// already.
+    /// already. Stored bitmaps are not brought back: the guest's come with it.
     pub fn acquire(&self) -> Result<(), DiskError> {
         let mut ownership = self.ownership();
-        let image = match std::mem::replace(&mut *ownership, Ownership::Closed) {
+        if self.lock_image(&mut ownership)? {
+            self.revoke_stored().inspect_err(|_| *ownership = Ownership::Closed)?;
+        }
+        Ok(())
+    }
+
+    /// False if it is locked already.
+    fn lock_image(&self, ownership: &mut Ownership) -> Result<bool, DiskError> {
+        let image = match std::mem::replace(ownership, Ownership::Closed) {
             Ownership::Unlocked(image) => image,
             locked @ Ownership::Locked(_) => {
                 *ownership = locked;
-                return Ok(());
+                return Ok(false);
             }
             Ownership::Closed => Image::open(&self.config.path, self.config.readonly).map_err(|source| self.image_error(source))?,
         };
@@ -97,7 +124,7 @@ impl Disk {
                     return Err(self.image_error(source));
                 }
                 *ownership = Ownership::Locked(Arc::new(locked));
-                Ok(())
+                Ok(true)
             }
             Err(refused) => {
                 *ownership = Ownership::Unlocked(refused.image);
@@ -147,7 +174,7 @@ impl Disk {
 }
 
 /// I/O on a disk whose image is locked. Every change of content is in the disk's bitmaps when the call returns, also if it failed, because
-/// a part of it may have happened. Offsets and lengths are in bytes.
+/// a part of it may have happened. No operation on the bitmaps falls between a change and its mark. Offsets and lengths are in bytes.
 #[derive(Clone, Debug)]
 pub struct DiskIo {
     image: Arc<LockedImage>,
@@ -163,17 +190,17 @@ impl DiskIo {
     /// Writes from guest memory.
     pub fn write<B: BitmapSlice>(&self, source: &[VolatileSlice<B>], offset: u64) -> io::Result<()> {
         let length = source.iter().fold(0u64, |sum, slice| sum.saturating_add(slice.len() as u64));
-        self.recorded(offset, length, self.image.write_vectored_at(source, offset))
+        self.recorded(offset, length, || self.image.write_vectored_at(source, offset))
     }
 
     /// Discards; see [`LockedImage::discard`].
     pub fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.recorded(offset, length, self.image.discard(offset, length))
+        self.recorded(offset, length, || self.image.discard(offset, length))
     }
 
     /// Writes zeros; see [`LockedImage::write_zeroes`].
     pub fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
-        self.recorded(offset, length, self.image.write_zeroes(offset, length, unmap))
+        self.recorded(offset, length, || self.image.write_zeroes(offset, length, unmap))
     }
 
     /// Makes everything written so far durable.
@@ -181,9 +208,14 @@ impl DiskIo {
         self.image.flush()
     }
 
-    fn recorded(&self, offset: u64, length: u64, done: io::Result<()>) -> io::Result<()> {
+    fn recorded(&self, offset: u64, length: u64, change: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let recording = self.bitmaps.recording();
+        let done = change();
         // After the change, before anybody is told of it: see the module of the bitmaps.
-        self.bitmaps.mark(offset, length);
+        recording.mark(offset, length);
         done
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Advice, FallocateFlags};
@@ -12,6 +12,7 @@ use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 use super::SECTOR_SIZE;
+use super::sidecar::ImageStamp;
 
 mod ioctl;
 mod vectored;
@@ -143,6 +144,11 @@ impl Image {
         self.readonly
     }
 
+    /// Whether it is a block device rather than a file.
+    pub fn is_block_device(&self) -> bool {
+        self.block_device
+    }
+
     /// Size in bytes, a positive multiple of 512.
     pub fn size(&self) -> u64 {
         self.size
@@ -207,6 +213,17 @@ impl LockedImage {
     pub fn read_at(&self, target: &mut [u8], offset: u64) -> io::Result<()> {
         self.check_range(offset, target.len() as u64)?;
         self.image.file.read_exact_at(target, offset)
+    }
+
+    /// Size and time of the last change, by which a change by others is noticed later. Nothing where no such time exists, as for a block
+    /// device. Everything that was written is durable before.
+    pub fn stamp(&self) -> io::Result<Option<ImageStamp>> {
+        if self.image.block_device {
+            return Ok(None);
+        }
+        self.image.file.sync_all()?;
+        let metadata = self.image.file.metadata()?;
+        Ok(Some(ImageStamp { size: metadata.len(), seconds: metadata.mtime(), nanoseconds: metadata.mtime_nsec() }))
     }
 
     /// Makes everything written so far durable (fdatasync(2)).

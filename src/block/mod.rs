@@ -1,8 +1,9 @@
-//! Disks: images and their locks, and the dirty bitmaps that record what the guest changed.
+//! Disks: images and their locks, and the dirty bitmaps that record what the guest changed, stored in a sidecar of the image.
 
 pub mod dirty_bitmap;
 pub mod disk;
 pub mod image;
+pub mod sidecar;
 
 /// Bytes in a sector, the unit of virtio-blk's capacity and addresses whatever the logical block size (virtio 1.2, 5.2.4).
 pub const SECTOR_SIZE: u64 = 512;

@@ -47,7 +47,7 @@ pub(super) enum Subcommand {
     Resume(Target),
     /// Ask a guest to power off, as its power button does
     Powerdown(Target),
-    /// List, add and remove dirty bitmaps of a guest's disks
+    /// The dirty bitmaps of a guest's disks: list, add, remove, clear, enable, disable, merge
     Bitmap(BitmapArguments),
     /// Cancel a migration; the guest goes on where it is
     Cancel(Target),

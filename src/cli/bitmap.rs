@@ -1,5 +1,6 @@
 //! `ferry bitmap`: the dirty bitmaps of a running guest's disks.
 
+use std::convert::Infallible;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
@@ -11,9 +12,18 @@ use super::{CliError, size};
 use crate::block::dirty_bitmap::Granularity;
 use crate::qmp::Command;
 use crate::qmp::client::Client;
-use crate::qmp::command::{BlockDirtyBitmap, BlockDirtyBitmapAdd};
+use crate::qmp::command::{BlockDirtyBitmap, BlockDirtyBitmapAdd, BlockDirtyBitmapMerge, BlockDirtyBitmapMergeSource};
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry bitmap add --qmp guest.sock root nightly --persistent
+  ferry bitmap list --qmp guest.sock
+  ferry bitmap merge --qmp guest.sock root weekly monday tuesday data:wednesday
+
+A dirty bitmap records which parts of a disk the guest changes, for incremental backups. A persistent one is kept beside the image, in
+IMAGE.bitmaps, while no Ferry runs. One that a Ferry had when it was killed, or whose image was changed by others since, is `inconsistent`:
+it can only be removed.")]
 pub(super) struct BitmapArguments {
     #[command(subcommand)]
     action: Action,
@@ -27,6 +37,14 @@ enum Action {
     Add(AddArguments),
     /// Remove a disk's bitmap
     Remove(Bitmap),
+    /// Forget what a bitmap has recorded
+    Clear(Bitmap),
+    /// Make a bitmap record writes again
+    Enable(Bitmap),
+    /// Make a bitmap ignore writes; it keeps what it has
+    Disable(Bitmap),
+    /// Add what other bitmaps have recorded to a bitmap
+    Merge(MergeArguments),
 }
 
 #[derive(Debug, Args)]
@@ -36,6 +54,21 @@ struct AddArguments {
     /// Bytes of disk to a bit: a power of two, 512 to 2G
     #[arg(long, value_name = "SIZE", default_value = "64K", value_parser = parse_granularity)]
     granularity: u32,
+    /// Keep it beside the image, in IMAGE.bitmaps, when Ferry ends
+    #[arg(long)]
+    persistent: bool,
+    /// Do not record writes yet
+    #[arg(long)]
+    disabled: bool,
+}
+
+#[derive(Debug, Args)]
+struct MergeArguments {
+    #[command(flatten)]
+    target: Bitmap,
+    /// Bitmaps to take from: NAME on the same disk, DISK:NAME on another of the same size
+    #[arg(value_name = "BITMAP", required = true, value_parser = parse_source)]
+    sources: Vec<BlockDirtyBitmapMergeSource>,
 }
 
 /// A bitmap by name.
@@ -50,6 +83,19 @@ struct Bitmap {
     name: String,
 }
 
+impl Bitmap {
+    fn execute(self, command: impl FnOnce(BlockDirtyBitmap) -> Command) -> Result<(), CliError> {
+        execute(&self.qmp, &command(BlockDirtyBitmap { node: self.disk, name: self.name }))
+    }
+}
+
+fn parse_source(text: &str) -> Result<BlockDirtyBitmapMergeSource, Infallible> {
+    Ok(match text.split_once(':') {
+        Some((disk, name)) => BlockDirtyBitmapMergeSource::External(BlockDirtyBitmap { node: disk.into(), name: name.into() }),
+        None => BlockDirtyBitmapMergeSource::Local(text.into()),
+    })
+}
+
 fn parse_granularity(text: &str) -> Result<u32, String> {
     let granularity = Granularity::new(size::parse(text)?).map_err(|error| error.to_string())?;
     u32::try_from(granularity.bytes()).map_err(|error| error.to_string())
@@ -62,13 +108,17 @@ pub(super) fn bitmap(arguments: BitmapArguments) -> Result<(), CliError> {
             print!("{}", table(&Client::connect(&target.qmp)?.execute(&Command::QueryBlock)?));
             Ok(())
         }
-        Action::Add(AddArguments { bitmap: Bitmap { qmp, disk, name }, granularity }) => {
+        Action::Add(AddArguments { bitmap: Bitmap { qmp, disk, name }, granularity, persistent, disabled }) => {
             let granularity = Some(granularity);
-            let add = BlockDirtyBitmapAdd { node: disk, name, granularity, persistent: false, disabled: false };
+            let add = BlockDirtyBitmapAdd { node: disk, name, granularity, persistent, disabled };
             execute(&qmp, &Command::BlockDirtyBitmapAdd(add))
         }
-        Action::Remove(Bitmap { qmp, disk, name }) => {
-            execute(&qmp, &Command::BlockDirtyBitmapRemove(BlockDirtyBitmap { node: disk, name }))
+        Action::Remove(bitmap) => bitmap.execute(Command::BlockDirtyBitmapRemove),
+        Action::Clear(bitmap) => bitmap.execute(Command::BlockDirtyBitmapClear),
+        Action::Enable(bitmap) => bitmap.execute(Command::BlockDirtyBitmapEnable),
+        Action::Disable(bitmap) => bitmap.execute(Command::BlockDirtyBitmapDisable),
+        Action::Merge(MergeArguments { target: Bitmap { qmp, disk, name }, sources }) => {
+            execute(&qmp, &Command::BlockDirtyBitmapMerge(BlockDirtyBitmapMerge { node: disk, target: name, bitmaps: sources }))
         }
     }
 }
@@ -80,12 +130,15 @@ fn table(blocks: &Value) -> String {
         let disk = block["device"].as_str().unwrap_or_default();
         for bitmap in block["inserted"]["dirty-bitmaps"].as_array().into_iter().flatten() {
             let name = bitmap["name"].as_str().unwrap_or_default();
-            let state = match (bitmap["busy"] == true, bitmap["recording"] == true) {
-                (true, _) => "busy",
+            let is = |key: &str| bitmap[key] == true;
+            let state = match (is("inconsistent"), is("recording")) {
+                (true, _) => "inconsistent",
                 (false, true) => "recording",
                 (false, false) => "disabled",
             };
-            table += &format!("{disk:<20} {name:<20} {:>12} {:>14}  {state}\n", bitmap["granularity"], bitmap["count"]);
+            let busy = if is("busy") { ", busy" } else { "" };
+            let persistent = if is("persistent") { ", persistent" } else { "" };
+            table += &format!("{disk:<20} {name:<20} {:>12} {:>14}  {state}{busy}{persistent}\n", bitmap["granularity"], bitmap["count"]);
         }
     }
     table
@@ -99,12 +152,25 @@ mod tests {
 
     #[test]
     fn table_has_a_line_for_each_bitmap() {
-        let bitmap =
-            |name, busy, recording| json!({ "name": name, "count": 131072, "granularity": 65536, "recording": recording, "busy": busy });
-        let bitmaps = [bitmap("b0", false, true), bitmap("b1", true, true), bitmap("b2", false, false)];
-        let table = table(&json!([{ "device": "d0", "inserted": { "dirty-bitmaps": bitmaps } }, { "device": "d1" }]));
+        let bitmap = |name, [recording, busy, persistent, inconsistent]: [bool; 4]| {
+            json!({ "name": name, "count": 131072, "granularity": 65536, "recording": recording, "busy": busy, "persistent": persistent,
+                "inconsistent": inconsistent })
+        };
+        let states = [[true, false, false, false], [true, true, false, false], [false, false, true, false], [false, false, true, true]];
+        let bitmaps: Vec<_> = (0..).zip(states).map(|(number, state)| bitmap(format!("b{number}"), state)).collect();
+        let table = table(&json!([{ "device": "d0", "inserted": { "dirty-bitmaps": bitmaps } }, { "device": "d1", "inserted": {} }]));
         let words: Vec<Vec<_>> = table.lines().skip(1).map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(words[0], ["d0", "b0", "65536", "131072", "recording"]);
-        assert_eq!((words[1][4], words[2][4], words.len()), ("busy", "disabled", 3));
+        assert_eq!(words[1][4..], ["recording,", "busy"]);
+        assert_eq!(words[2][4..], ["disabled,", "persistent"]);
+        assert_eq!(words[3][4..], ["inconsistent,", "persistent"]);
+        assert_eq!(words.len(), 4);
+    }
+
+    #[test]
+    fn sources_name_their_disk_or_not() {
+        let external = BlockDirtyBitmap { node: "data".into(), name: "a:b".into() };
+        assert_eq!(parse_source("data:a:b"), Ok(BlockDirtyBitmapMergeSource::External(external)));
+        assert_eq!(parse_source("a"), Ok(BlockDirtyBitmapMergeSource::Local("a".into())));
     }
 }

@@ -460,9 +460,12 @@ impl Source {
                 self.enter(State::PassAck, Some(now + ANSWER_TIMEOUT));
             }
             State::LastPass => {
-                let Some(stopped) = self.package.take() else {
+                let Some(mut stopped) = self.package.take() else {
                     return self.fail(Failure::Failed("the guest's state is missing".into()), now);
                 };
+                if self.version < 2 {
+                    stopped.bitmaps.iter_mut().for_each(|bitmap| bitmap.flags.persistent = false);
+                }
                 self.package_sent = true;
                 self.send(Frame::Switchover(Package {
                     sent: self.totals,

@@ -7,6 +7,9 @@ use serde_json::{Map, Value};
 use super::capabilities::CapabilityStatus;
 use super::error::QmpError;
 use super::parameters::MigrateSetParameters;
+pub use super::transaction::{
+    BlockDirtyBitmap, BlockDirtyBitmapAdd, BlockDirtyBitmapMerge, BlockDirtyBitmapMergeSource, Transaction, TransactionAction,
+};
 use crate::migrate::report::Status;
 
 /// Declares an enum of commands together with their names on the wire and the way to read their arguments.
@@ -104,6 +107,15 @@ commands! {
         "block-dirty-bitmap-enable" => BlockDirtyBitmapEnable(BlockDirtyBitmap),
         /// Makes a dirty bitmap ignore writes.
         "block-dirty-bitmap-disable" => BlockDirtyBitmapDisable(BlockDirtyBitmap),
+        /// Marks in a dirty bitmap what is dirty in others.
+        "block-dirty-bitmap-merge" => BlockDirtyBitmapMerge(BlockDirtyBitmapMerge),
+        /// Several actions at one moment, all or none.
+        "transaction" => Transaction(Transaction),
+        /// The disks once more: answered with a list of [`BlockDeviceInfo`](super::response::BlockDeviceInfo).
+        "query-named-block-nodes" => QueryNamedBlockNodes(QueryNamedBlockNodes),
+        /// The hash of a dirty bitmap's bits, to compare it by: answered with
+        /// [`BlockDirtyBitmapSha256`](super::response::BlockDirtyBitmapSha256).
+        "x-debug-block-dirty-bitmap-sha256" => BlockDirtyBitmapSha256(BlockDirtyBitmap),
     }
 }
 
@@ -159,33 +171,13 @@ pub struct MigrateSetCapabilities {
     pub capabilities: Vec<CapabilityStatus>,
 }
 
-/// Arguments of `block-dirty-bitmap-add`.
+/// Arguments of `query-named-block-nodes`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct BlockDirtyBitmapAdd {
-    /// Id of the disk.
-    pub node: String,
-    /// Name of the bitmap, unique to the disk.
-    pub name: String,
-    /// Bytes of disk to a bit, a power of two of at least 512. QEMU's default is 64 KiB.
+pub struct QueryNamedBlockNodes {
+    /// Accepted and ignored: a disk's image has no backing file that could be left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub granularity: Option<u32>,
-    /// Whether it is to outlive Ferry. Raw images have no place for it.
-    #[serde(default)]
-    pub persistent: bool,
-    /// Whether it starts out ignoring writes.
-    #[serde(default)]
-    pub disabled: bool,
-}
-
-/// A disk's dirty bitmap by name: arguments of the other `block-dirty-bitmap-` commands.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct BlockDirtyBitmap {
-    /// Id of the disk.
-    pub node: String,
-    /// Name of the bitmap.
-    pub name: String,
+    pub flat: Option<bool>,
 }
 
 fn read_arguments<T: DeserializeOwned>(command: &str, arguments: &Map<String, Value>) -> Result<T, QmpError> {

@@ -39,8 +39,8 @@ impl QmpError {
         QmpError { class: ErrorClass::CommandNotFound, desc: desc.into() }
     }
 
-    /// There is no disk with this id.
+    /// There is no disk with this id: QEMU's words, and its class.
     pub fn device_not_found(id: &str) -> Self {
-        QmpError { class: ErrorClass::DeviceNotFound, desc: format!("there is no disk with the id '{id}'; query-block lists them") }
+        QmpError::generic(format!("Cannot find device='{id}' nor node-name='{id}'"))
     }
 }

@@ -15,6 +15,7 @@ mod server;
 mod session;
 pub mod socket;
 pub mod splitter;
+mod transaction;
 
 pub use command::Command;
 pub use error::QmpError;

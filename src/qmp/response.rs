@@ -64,8 +64,47 @@ pub struct BlockDirtyInfo {
     pub recording: bool,
     /// Whether a migration holds it.
     pub busy: bool,
-    /// Always false: raw images have no place for bitmaps.
+    /// Whether it outlives Ferry.
     pub persistent: bool,
+    /// Whether it was in use when an earlier Ferry did not end cleanly: all that can be done is to remove it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub inconsistent: bool,
+}
+
+/// Answer to `x-debug-block-dirty-bitmap-sha256`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BlockDirtyBitmapSha256 {
+    /// In hexadecimal.
+    pub sha256: String,
+}
+
+/// One disk in the answer to `query-named-block-nodes`, and in that to `query-block`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(transparent)]
+pub struct BlockDeviceInfo(Value);
+
+impl BlockDeviceInfo {
+    /// A raw disk `id` of `size` bytes at `path`.
+    pub fn new(id: &str, path: &Path, size: u64, readonly: bool, dirty_bitmaps: &[BlockDirtyInfo]) -> Self {
+        let file = path.to_string_lossy();
+        let mut info = json!({
+            "node-name": id,
+            "file": file,
+            "drv": "raw",
+            "ro": readonly,
+            "encrypted": false,
+            "detect_zeroes": "off",
+            "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0,
+            "write_threshold": 0,
+            "backing_file_depth": 0,
+            "cache": { "writeback": true, "direct": false, "no-flush": false },
+            "image": { "filename": file, "format": "raw", "virtual-size": size },
+        });
+        if let (Some(info), false) = (info.as_object_mut(), dirty_bitmaps.is_empty()) {
+            info.insert("dirty-bitmaps".into(), json!(dirty_bitmaps));
+        }
+        BlockDeviceInfo(info)
+    }
 }
 
 /// One disk in the answer to `query-block`, in QEMU's nested shape.
@@ -74,9 +113,8 @@ pub struct BlockDirtyInfo {
 pub struct BlockInfo(Value);
 
 impl BlockInfo {
-    /// A raw disk `id` of `size` bytes at `path`.
-    pub fn new(id: &str, path: &Path, size: u64, readonly: bool, dirty_bitmaps: &[BlockDirtyInfo]) -> Self {
-        let file = path.to_string_lossy();
+    /// The disk with this id.
+    pub fn new(id: &str, inserted: &BlockDeviceInfo) -> Self {
         BlockInfo(json!({
             "device": id,
             "qdev": id,
@@ -84,14 +122,7 @@ impl BlockInfo {
             "removable": false,
             "locked": false,
             "io-status": "ok",
-            "inserted": {
-                "node-name": id,
-                "file": file,
-                "drv": "raw",
-                "ro": readonly,
-                "image": { "filename": file, "format": "raw", "virtual-size": size },
-                "dirty-bitmaps": dirty_bitmaps,
-            },
+            "inserted": inserted,
         }))
     }
 }

@@ -4,6 +4,7 @@
 //! | file | concern |
 //! |---|---|
 //! | `build` | a machine from its configuration |
+//! | `disks` | what QMP does with disks, and their end |
 //! | `guest` | who may run the guest now |
 //! | `monitor` | QMP's commands |
 //! | `outgoing` | giving the guest to another host |
@@ -11,6 +12,7 @@
 //! | `signals` | SIGTERM and its like |
 
 mod build;
+pub mod disks;
 mod guest;
 mod incoming;
 mod monitor;
@@ -34,7 +36,7 @@ use crate::migrate::transport::{Address, AddressError, Listener, TransportError}
 use crate::qmp::event::{Event, ShutdownReason};
 use crate::qmp::socket::SocketError;
 use crate::qmp::{Events, Server};
-use crate::vm::{VmError, VmEvent};
+use crate::vm::{Built, Vm, VmError, VmEvent};
 use build::Machine;
 use guest::Guest;
 use signals::Signals;
@@ -112,6 +114,7 @@ struct Vmm {
     guest: Mutex<Guest>,
     machine: Machine,
     disks: Mutex<Vec<Arc<Disk>>>,
+    transactions: disks::Transactions,
     events: Events,
     messages: Sender<Message>,
     outgoing: Mutex<outgoing::Outgoing>,
@@ -130,21 +133,35 @@ pub fn run(options: RunOptions) -> Result<(), VmmError> {
     let signals = Signals::block().map_err(VmmError::Signals)?;
     let console = Console::open(&options.serial)?;
     let (vmm, mut main) = Main::new(console, options.tracker, incoming::Incoming::default(), signals)?;
-    let config = options.config;
+    let booted = boot(&vmm, &options).and_then(|guest| {
+        main.listen(&vmm, options.qmp.as_deref())?;
+        Ok(guest)
+    });
+    match booted.and_then(|guest| Ok(guest.start()?)) {
+        Ok(guest) => *lock(&vmm.guest) = Guest::Running(guest),
+        Err(error) => {
+            disks::close(&lock(&vmm.disks));
+            return Err(error);
+        }
+    }
+    main.run(&vmm)
+}
+
+/// The guest before its first instruction, and its disks.
+fn boot(vmm: &Vmm, options: &RunOptions) -> Result<Vm<Built>, VmmError> {
+    let config = &options.config;
     let disks = config.disks.iter().cloned().map(Disk::open).collect::<Result<Vec<_>, _>>()?;
+    lock(&vmm.disks).clone_from(&disks);
     for disk in &disks {
-        disk.acquire()?;
+        disk.acquire_for_boot()?.iter().for_each(|warning| eprintln!("ferry: {warning}\r"));
     }
     let ram = config.allocate_ram()?;
     if config.lock_memory {
         ram.lock()?;
     }
-    let mut vm = vmm.machine.build(&config, ram, &disks)?;
+    let mut vm = vmm.machine.build(config, ram, &disks)?;
     vm.load_kernel()?;
-    *lock(&vmm.disks) = disks;
-    main.listen(&vmm, options.qmp.as_deref())?;
-    *lock(&vmm.guest) = Guest::Running(vm.start()?);
-    main.run(&vmm)
+    Ok(vm)
 }
 
 /// Waits for a guest, receives it and runs it until it powers off or has moved on.
@@ -184,6 +201,7 @@ impl Main {
             guest: Mutex::new(Guest::None),
             machine: Machine::new(console.output()?, tracker, vm_sender),
             disks: Mutex::default(),
+            transactions: disks::Transactions::default(),
             events: Events::default(),
             messages: sender,
             outgoing: Mutex::default(),
@@ -240,6 +258,7 @@ impl Main {
         } else {
             drop(guest);
         }
+        disks::close(&lock(&vmm.disks));
         if let Some(server) = &self.server {
             server.flush(FLUSH);
         }

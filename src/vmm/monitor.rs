@@ -4,14 +4,12 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::{Message, Vmm, lock};
-use crate::block::dirty_bitmap::Granularity;
-use crate::block::disk::Disk;
+use super::{Message, Vmm, disks, lock};
 use crate::migrate::report::Status;
-use crate::qmp::command::{BlockDirtyBitmap, BlockDirtyBitmapAdd, Command, Migrate, MigrateContinue, MigrateIncoming};
+use crate::qmp::command::{Command, Migrate, MigrateContinue, MigrateIncoming, TransactionAction};
 use crate::qmp::event::{Event, ShutdownReason};
 use crate::qmp::query_migrate::query_migrate;
-use crate::qmp::response::{BlockDirtyInfo, BlockInfo, StatusInfo};
+use crate::qmp::response::StatusInfo;
 use crate::qmp::{Handler, QmpError};
 
 /// What a command without an answer answers.
@@ -73,26 +71,18 @@ impl Handler for Arc<Vmm> {
             Command::QueryMigrateCapabilities => answer(&lock(&self.outgoing).capabilities.list()),
             Command::MigrateSetParameters(changes) => self.set_migrate_parameters(&changes).and_then(|()| done()),
             Command::QueryMigrateParameters => answer(&lock(&self.outgoing).parameters),
-            Command::QueryBlock => answer(&lock(&self.disks).iter().map(|disk| block_info(disk)).collect::<Vec<_>>()),
-            Command::BlockDirtyBitmapAdd(arguments) => self.add_bitmap(&arguments),
-            Command::BlockDirtyBitmapRemove(BlockDirtyBitmap { node, name }) => {
-                self.disk(&node)?.bitmaps().remove(&name).map_err(generic).and_then(|()| done())
-            }
-            Command::BlockDirtyBitmapClear(BlockDirtyBitmap { node, name }) => {
-                self.disk(&node)?.bitmaps().clear(&name).map_err(generic).and_then(|()| done())
-            }
-            Command::BlockDirtyBitmapEnable(BlockDirtyBitmap { node, name }) => {
-                self.disk(&node)?.bitmaps().set_enabled(&name, true).map_err(generic).and_then(|()| done())
-            }
-            Command::BlockDirtyBitmapDisable(BlockDirtyBitmap { node, name }) => {
-                self.disk(&node)?.bitmaps().set_enabled(&name, false).map_err(generic).and_then(|()| done())
-            }
+            Command::QueryBlock => answer(&disks::block_infos(&lock(&self.disks))),
+            Command::QueryNamedBlockNodes(_) => answer(&disks::named_block_nodes(&lock(&self.disks))),
+            Command::BlockDirtyBitmapAdd(add) => self.alone(TransactionAction::BlockDirtyBitmapAdd(add)),
+            Command::BlockDirtyBitmapRemove(bitmap) => self.alone(TransactionAction::BlockDirtyBitmapRemove(bitmap)),
+            Command::BlockDirtyBitmapClear(bitmap) => self.alone(TransactionAction::BlockDirtyBitmapClear(bitmap)),
+            Command::BlockDirtyBitmapEnable(bitmap) => self.alone(TransactionAction::BlockDirtyBitmapEnable(bitmap)),
+            Command::BlockDirtyBitmapDisable(bitmap) => self.alone(TransactionAction::BlockDirtyBitmapDisable(bitmap)),
+            Command::BlockDirtyBitmapMerge(merge) => self.alone(TransactionAction::BlockDirtyBitmapMerge(merge)),
+            Command::Transaction(transaction) => self.transaction(&transaction.actions),
+            Command::BlockDirtyBitmapSha256(bitmap) => answer(&disks::bitmap_sha256(&lock(&self.disks), &bitmap)?),
         }
     }
-}
-
-fn generic(error: impl std::fmt::Display) -> QmpError {
-    QmpError::generic(error.to_string())
 }
 
 impl Vmm {
@@ -137,37 +127,12 @@ impl Vmm {
         done()
     }
 
-    fn disk(&self, node: &str) -> Result<Arc<Disk>, QmpError> {
-        lock(&self.disks).iter().find(|disk| disk.config().id == node).cloned().ok_or_else(|| QmpError::device_not_found(node))
+    fn alone(&self, action: TransactionAction) -> Result<Value, QmpError> {
+        self.transaction(&[action])
     }
 
-    fn add_bitmap(&self, arguments: &BlockDirtyBitmapAdd) -> Result<Value, QmpError> {
-        let disk = self.disk(&arguments.node)?;
-        if arguments.persistent {
-            return Err(QmpError::generic("a raw image has no place for a persistent bitmap; leave `persistent` out"));
-        }
-        let granularity = match arguments.granularity {
-            Some(bytes) => Granularity::new(bytes.into()).map_err(generic)?,
-            None => Granularity::default(),
-        };
-        disk.bitmaps().add(&arguments.name, granularity, !arguments.disabled).map_err(generic)?;
-        done()
+    fn transaction(&self, actions: &[TransactionAction]) -> Result<Value, QmpError> {
+        let disks = lock(&self.disks).clone();
+        self.transactions.carry_out(&disks, actions).and_then(|()| done())
     }
-}
-
-fn block_info(disk: &Disk) -> BlockInfo {
-    let bitmaps = disk.bitmaps().info();
-    let bitmaps: Vec<_> = bitmaps
-        .into_iter()
-        .map(|bitmap| BlockDirtyInfo {
-            name: bitmap.name,
-            count: bitmap.count,
-            granularity: bitmap.granularity.bytes(),
-            recording: bitmap.recording,
-            busy: bitmap.busy,
-            persistent: false,
-        })
-        .collect();
-    let config = disk.config();
-    BlockInfo::new(&config.id, &config.path, disk.size(), config.readonly, &bitmaps)
 }

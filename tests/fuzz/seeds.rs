@@ -1,6 +1,7 @@
 //! Where the fuzzer begins: inputs made by Ferry's own encoders, so that they follow every change of a format.
 
-use ferry::block::dirty_bitmap::BitmapRun;
+use ferry::block::dirty_bitmap::{BitmapRun, DirtyBitmaps, Granularity};
+use ferry::block::sidecar::{Contents, ImageStamp, StoredBitmap};
 use ferry::device::serial::SerialPort;
 use ferry::device::virtio::blk::VirtioBlk;
 use ferry::device::virtio::mmio::VirtioMmio;
@@ -29,6 +30,7 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "machine_state" => vec![machine_state(), setup()],
         "qmp" => qmp(),
         "serial" => vec![serial()],
+        "sidecar" => vec![sidecar()],
         "source" => (0..3).map(source).chain([recovery_of_source()]).collect(),
         "virtio_blk" => [0, 1, 8, 11, 13].map(|kind| virtio_blk(kind).to_vec()).to_vec(),
         "virtio_mmio" => vec![virtio_mmio(0), virtio_mmio(1)],
@@ -188,6 +190,20 @@ fn recovery_of_source() -> Vec<u8> {
     steps
 }
 
+/// Without its checksum, which the target adds.
+fn sidecar() -> Vec<u8> {
+    let bitmaps = DirtyBitmaps::new(4 << 20);
+    bitmaps.restore(&StoredBitmap::listed("lost", 65536)).expect("a bitmap");
+    let add = |name, bytes| bitmaps.change(|held| held.add(name, Granularity::new(bytes)?, true, true));
+    add("coarse", 65536).and_then(|()| add("fine", 512)).expect("bitmaps");
+    bitmaps.mark(5 << 16, 1 << 16);
+    let mut bytes = Vec::new();
+    let image = ImageStamp { size: 4 << 20, seconds: 1_700_000_000, nanoseconds: 5 };
+    Contents { image, bitmaps: bitmaps.stored() }.encode_to(&mut bytes).expect("memory");
+    bytes.truncate(bytes.len() - 32);
+    bytes
+}
+
 fn qmp() -> Vec<Vec<u8>> {
     let commands = [
         r#"{"execute": "qmp_capabilities", "arguments": {"enable": []}, "id": 1}"#,
@@ -195,6 +211,8 @@ fn qmp() -> Vec<Vec<u8>> {
         r#"{"execute": "migrate-set-parameters", "arguments": {"downtime-limit": 50, "max-bandwidth": 125000000}}"#,
         r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": [{"capability": "postcopy-ram", "state": true}]}}"#,
         r#"{"execute": "block-dirty-bitmap-add", "arguments": {"node": "root", "name": "backup", "granularity": 65536}}"#,
+        r#"{"execute": "transaction", "arguments": {"actions": [{"type": "abort", "data": {}}]}}"#,
+        r#"{"execute": "block-dirty-bitmap-merge", "arguments": {"node": "root", "target": "a", "bitmaps": ["b", {"node": "d", "name": "c"}]}}"#,
         "garbage\n{\"execute\": \"query-status\"}",
     ];
     commands.map(Vec::from).to_vec()

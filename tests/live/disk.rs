@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use ferry::block::disk::Disk;
 use ferry::vm::config::DiskConfig;
 use pagestorm::page::{self, Body, PAGE_SIZE, Stamp, WORDS, Words, mix};
+use sha2::{Digest, Sha256};
 
 /// A raw image.
 pub struct TestDisk {
@@ -62,8 +63,22 @@ impl Snapshot {
 
     /// How many pieces of `granularity` bytes differ from `before`.
     pub fn changed(&self, before: &Snapshot, granularity: u64) -> usize {
+        self.changed_pieces(before, granularity).len()
+    }
+
+    /// Which pieces of `granularity` bytes differ from `before`.
+    pub fn changed_pieces(&self, before: &Snapshot, granularity: u64) -> BTreeSet<u64> {
         let changed = self.0.iter().zip(&before.0).enumerate().filter(|(_, (now, before))| now != before);
-        let pieces: BTreeSet<u64> = changed.map(|(number, _)| number as u64 * PAGE_SIZE as u64 / granularity).collect();
-        pieces.len()
+        changed.map(|(number, _)| number as u64 * PAGE_SIZE as u64 / granularity).collect()
+    }
+
+    /// The hash of the bitmap, as QEMU has it, in which what differs from `before` is set.
+    pub fn bitmap_sha256(&self, before: &Snapshot, granularity: u64) -> String {
+        let bits = self.0.len() as u64 * PAGE_SIZE as u64 / granularity;
+        let mut bytes = vec![0u8; bits.div_ceil(64) as usize * 8];
+        for piece in self.changed_pieces(before, granularity) {
+            bytes[piece as usize / 8] |= 1 << (piece % 8);
+        }
+        format!("{:x}", Sha256::digest(&bytes))
     }
 }

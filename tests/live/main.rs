@@ -39,6 +39,7 @@ mod faults;
 mod hugetlb;
 mod memory;
 mod moves;
+mod persistent_bitmaps;
 mod qemu_client;
 mod recovery;
 mod reports;

@@ -55,18 +55,36 @@ fn short_commands_do_what_they_say() {
 }
 
 #[test]
-fn bitmaps_are_added_listed_and_removed() {
+fn bitmaps_do_what_they_are_told() {
     let fixture = Fixture::start();
     let bitmaps = || {
         let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
         text(&run("bitmap list", &fixture).stdout).lines().skip(1).map(words).collect::<Vec<_>>()
     };
-    assert!(run("bitmap add d0 b0 --granularity 4K", &fixture).status.success());
+    let done = |command: &str| {
+        let output = run(command, &fixture);
+        assert!(output.status.success(), "{command}: {}", text(&output.stderr));
+    };
+    done("bitmap add d0 b0 --granularity 4K");
     assert_eq!(bitmaps(), ["d0 b0 4096 0 recording"]);
-    assert!(run("bitmap remove d0 b0", &fixture).status.success());
+    fixture.write("d0", 4096);
+    assert_eq!(bitmaps(), ["d0 b0 4096 4096 recording"]);
+    done("bitmap disable d0 b0");
+    fixture.write("d0", 0);
+    assert_eq!(bitmaps(), ["d0 b0 4096 4096 disabled"]);
+    done("bitmap add d1 b1 --persistent --disabled");
+    done("bitmap merge d1 b1 d0:b0 b1");
+    done("bitmap enable d0 b0");
+    done("bitmap clear d0 b0");
+    assert_eq!(bitmaps(), ["d0 b0 4096 0 recording", "d1 b1 65536 65536 disabled, persistent"]);
+    done("bitmap remove d0 b0");
+    done("bitmap remove d1 b1");
     assert!(bitmaps().is_empty());
+    let refused = run("bitmap merge d0 b0 b1", &fixture);
+    assert_eq!((refused.status.code(), text(&refused.stderr)), (Some(1), "ferry: Dirty bitmap 'b0' not found\n"));
     assert_eq!(run("bitmap add nodisk b0", &fixture).status.code(), Some(1));
     assert_eq!(run("bitmap add d0 b0 --granularity 3K", &fixture).status.code(), Some(2));
+    assert_eq!(run("bitmap merge d0 b0", &fixture).status.code(), Some(2));
 }
 
 #[test]

@@ -1,15 +1,20 @@
 //! A handler that stands in for the guest: a run state and no more.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use ferry::block::disk::Disk;
 use ferry::migrate::report::{Progress, Report, Status};
 use ferry::qmp::capabilities::MigrateCapabilities;
+use ferry::qmp::command::TransactionAction;
 use ferry::qmp::event::{MigrationEvent, ShutdownReason};
 use ferry::qmp::parameters::MigrateParameters;
 use ferry::qmp::query_migrate::query_migrate;
-use ferry::qmp::response::{BlockDirtyInfo, BlockInfo, RunState, StatusInfo};
+use ferry::qmp::response::{RunState, StatusInfo};
 use ferry::qmp::{Command, Event, Events, Handler, QmpError, Server};
+use ferry::vm::config::DiskConfig;
+use ferry::vmm::disks::{self, Transactions};
 use serde_json::{Value, json};
 
 #[derive(Default)]
@@ -18,15 +23,16 @@ struct State {
     quit: bool,
     parameters: MigrateParameters,
     capabilities: MigrateCapabilities,
-    bitmaps: Vec<BlockDirtyInfo>,
     progress: Progress,
     report: Option<Report>,
 }
 
-/// One disk `d0`, and migrations that are over at once, or to `tcp:nowhere:1` never.
+/// Real disks `d0` and `d1` of 1 MiB and `small` of 64 KiB, and migrations that are over at once, or to `tcp:nowhere:1` never.
 pub struct Recorder {
     events: Events,
     state: Mutex<State>,
+    disks: Vec<Arc<Disk>>,
+    transactions: Transactions,
 }
 
 impl Handler for Recorder {
@@ -81,31 +87,38 @@ impl Handler for Recorder {
             Command::QueryMigrateParameters => Ok(json!(state.parameters)),
             Command::MigrateSetCapabilities(changes) => state.capabilities.set(&changes.capabilities).and(done),
             Command::QueryMigrateCapabilities => Ok(json!(state.capabilities.list())),
-            Command::QueryBlock => Ok(json!([BlockInfo::new("d0", Path::new("/disk.img"), 1 << 20, false, &state.bitmaps)])),
-            Command::BlockDirtyBitmapAdd(add) if add.node == "d0" => {
-                let granularity = add.granularity.unwrap_or(65536);
-                let recording = !add.disabled;
-                state.bitmaps.push(BlockDirtyInfo {
-                    name: add.name,
-                    count: 0,
-                    granularity: granularity.into(),
-                    recording,
-                    busy: false,
-                    persistent: false,
-                });
-                done
-            }
-            Command::BlockDirtyBitmapRemove(bitmap) if bitmap.node == "d0" => {
-                state.bitmaps.retain(|other| other.name != bitmap.name);
-                done
-            }
-            Command::BlockDirtyBitmapAdd(add) => Err(QmpError::device_not_found(&add.node)),
+            Command::QueryBlock => Ok(json!(disks::block_infos(&self.disks))),
+            Command::QueryNamedBlockNodes(_) => Ok(json!(disks::named_block_nodes(&self.disks))),
+            Command::BlockDirtyBitmapAdd(add) => self.transaction(&[TransactionAction::BlockDirtyBitmapAdd(add)]),
+            Command::BlockDirtyBitmapRemove(bitmap) => self.transaction(&[TransactionAction::BlockDirtyBitmapRemove(bitmap)]),
+            Command::BlockDirtyBitmapClear(bitmap) => self.transaction(&[TransactionAction::BlockDirtyBitmapClear(bitmap)]),
+            Command::BlockDirtyBitmapEnable(bitmap) => self.transaction(&[TransactionAction::BlockDirtyBitmapEnable(bitmap)]),
+            Command::BlockDirtyBitmapDisable(bitmap) => self.transaction(&[TransactionAction::BlockDirtyBitmapDisable(bitmap)]),
+            Command::BlockDirtyBitmapMerge(merge) => self.transaction(&[TransactionAction::BlockDirtyBitmapMerge(merge)]),
+            Command::Transaction(transaction) => self.transaction(&transaction.actions),
+            Command::BlockDirtyBitmapSha256(bitmap) => disks::bitmap_sha256(&self.disks, &bitmap).map(|hash| json!(hash)),
             other => Err(QmpError::generic(format!("not in this test: {other:?}"))),
         }
     }
 }
 
 impl Recorder {
+    fn new(directory: &Path, events: Events) -> Self {
+        let disk = |(id, size): (&str, u64)| {
+            let path = directory.join(id);
+            File::create(&path).unwrap().set_len(size).unwrap();
+            let disk = Disk::open(DiskConfig { id: id.into(), path, readonly: false }).unwrap();
+            disk.acquire().unwrap();
+            disk
+        };
+        let disks = [("d0", 1 << 20), ("d1", 1 << 20), ("small", 1 << 16)].map(disk).to_vec();
+        Recorder { events, state: Mutex::default(), disks, transactions: Transactions::default() }
+    }
+
+    fn transaction(&self, actions: &[TransactionAction]) -> Result<Value, QmpError> {
+        self.transactions.carry_out(&self.disks, actions).map(|()| json!({}))
+    }
+
     fn end(&self, state: &mut State, report: Report) {
         self.events.emit(&Event::Migration(MigrationEvent { status: report.status, report: Some(Box::new(report.clone())) }));
         state.report = Some(report);
@@ -126,9 +139,15 @@ impl Fixture {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("qmp");
         let events = Events::default();
-        let recorder = Arc::new(Recorder { events: events.clone(), state: Mutex::default() });
+        let recorder = Arc::new(Recorder::new(directory.path(), events.clone()));
         let server = Server::start(&path, recorder.clone(), events.clone()).unwrap();
         Fixture { server, events, path, recorder, _directory: directory }
+    }
+
+    /// The guest writes a sector of a disk.
+    pub fn write(&self, id: &str, offset: u64) {
+        let disk = self.recorder.disks.iter().find(|disk| disk.config().id == id).unwrap();
+        disk.io().unwrap().write_zeroes(offset, 512, false).unwrap();
     }
 
     pub fn has_quit(&self) -> bool {

@@ -5,8 +5,12 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use bitvec::order::Lsb0;
 use bitvec::slice::BitSlice;
+use zerocopy::FromZeros;
 
 use super::Granularity;
+
+/// Words in a piece: 4 KiB.
+pub(super) const PIECE_WORDS: usize = 512;
 
 /// One bit for every granularity's worth of a disk; bit 0 of word 0 is the disk's beginning.
 ///
@@ -21,12 +25,26 @@ pub(super) struct Bits {
 impl Bits {
     pub(super) fn new(disk_size: u64, granularity: Granularity) -> Self {
         let words = disk_size.div_ceil(granularity.bytes()).div_ceil(64);
-        Bits { words: (0..words).map(|_| AtomicU64::new(0)).collect(), granularity, disk_size }
+        // Memory that the kernel zeroes when it is touched: a large bitmap of a quiet disk takes little, and no time to make.
+        let zeroed = <[AtomicU64]>::new_box_zeroed_with_elems(words as usize);
+        let words = zeroed.unwrap_or_else(|_| (0..words).map(|_| AtomicU64::new(0)).collect());
+        Bits { words, granularity, disk_size }
+    }
+
+    /// The same bits, to be changed on their own.
+    pub(super) fn copy(&self) -> Self {
+        let copy = Bits::new(self.disk_size, self.granularity);
+        copy.merge(self);
+        copy
     }
 
     /// Upper bound of the memory that such a bitmap takes in bytes, its bookkeeping and longest name included.
     pub(super) fn footprint(disk_size: u64, granularity: Granularity) -> u64 {
         (disk_size.div_ceil(granularity.bytes()) / 8).saturating_add(2048)
+    }
+
+    pub(super) fn disk_size(&self) -> u64 {
+        self.disk_size
     }
 
     pub(super) fn granularity(&self) -> Granularity {
@@ -68,21 +86,29 @@ impl Bits {
         }
     }
 
-    pub(super) fn clear(&self) {
-        for word in &self.words {
-            word.store(0, Relaxed);
-        }
+    /// The words, little-endian, in pieces of [`PIECE_WORDS`] except for the last.
+    pub(super) fn pieces(&self) -> impl Iterator<Item = Vec<u8>> {
+        self.words.chunks(PIECE_WORDS).map(|piece| piece.iter().flat_map(|word| word.load(Relaxed).to_le_bytes()).collect())
     }
 
-    /// Sets what is set in `other`, a bitmap of the same disk.
+    /// Sets what is set in `other`, a bitmap of a disk of the same size.
     pub(super) fn merge(&self, other: &Bits) {
-        if self.granularity == other.granularity {
-            for index in 0..other.words() {
-                self.or_word(index, other.word(index));
-            }
-        } else {
-            for range in other.ranges() {
-                self.set(range.start, range.end - range.start);
+        for (index, source) in other.words.iter().enumerate() {
+            let mut bits = source.load(Relaxed);
+            match self.words.get(index).filter(|_| self.granularity == other.granularity) {
+                Some(word) if bits != 0 => {
+                    word.fetch_or(bits, Relaxed);
+                }
+                Some(_) => {}
+                None => {
+                    while bits != 0 {
+                        let first = bits.trailing_zeros();
+                        let count = (bits >> first).trailing_ones();
+                        let bytes = |bit: u64| bit * other.granularity.bytes();
+                        self.set(bytes(index as u64 * 64 + u64::from(first)), bytes(count.into()));
+                        bits &= !(!0 >> (64 - count) << first);
+                    }
+                }
             }
         }
     }

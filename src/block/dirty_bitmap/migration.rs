@@ -75,6 +75,7 @@ pub struct OutgoingBitmap {
     name: String,
     granularity: Granularity,
     enabled: bool,
+    persistent: bool,
     words: u64,
 }
 
@@ -89,26 +90,35 @@ pub struct IncomingBitmap {
 }
 
 impl DirtyBitmaps {
-    /// Reserves those bitmaps, by name, that are to go and not in use for a migration to another host.
+    /// Reserves those bitmaps, by name, that are to go and neither in use nor inconsistent, for a migration to another host.
     pub fn outgoing(self: &Arc<Self>, is_to_go: impl Fn(&str) -> bool) -> Vec<OutgoingBitmap> {
         let mut bitmaps = self.write();
-        let idle = bitmaps.iter_mut().filter(|bitmap| matches!(bitmap.role, Role::Idle) && is_to_go(&bitmap.name));
+        let idle = bitmaps.iter_mut().filter(|bitmap| bitmap.is_idle() && !bitmap.inconsistent && is_to_go(&bitmap.name));
         let reserve = |bitmap: &mut DirtyBitmap| {
             bitmap.role = Role::Outgoing;
             let (granularity, words) = (bitmap.bits.granularity(), bitmap.bits.words());
-            OutgoingBitmap { bitmaps: self.clone(), name: bitmap.name.clone(), granularity, enabled: bitmap.enabled, words }
+            let (enabled, persistent) = (bitmap.enabled, bitmap.persistent);
+            OutgoingBitmap { bitmaps: self.clone(), name: bitmap.name.clone(), granularity, enabled, persistent, words }
         };
         idle.map(reserve).collect()
     }
 
-    /// Makes room for a bitmap of the source, before the guest runs here. `enabled` is what it was at the source.
-    pub fn incoming(self: &Arc<Self>, name: &str, granularity: Granularity, enabled: bool) -> Result<IncomingBitmap, BitmapError> {
+    /// Makes room for a bitmap of the source, before the guest runs here. `enabled` and `persistent` are what it was at the source.
+    pub fn incoming(
+        self: &Arc<Self>,
+        name: &str,
+        granularity: Granularity,
+        enabled: bool,
+        persistent: bool,
+    ) -> Result<IncomingBitmap, BitmapError> {
         let mut words = 0;
-        self.insert(name, granularity, |bits| {
+        let make = |bits: Bits| {
             words = bits.words();
-            let successor = enabled.then(|| Bits::new(self.disk_size, granularity));
-            DirtyBitmap { name: name.to_owned(), bits, enabled: false, role: Role::Incoming { successor } }
-        })?;
+            let successor = enabled.then(|| Arc::new(Bits::new(self.disk_size, granularity)));
+            let (name, bits, role) = (name.to_owned(), Arc::new(bits), Role::Incoming { successor });
+            DirtyBitmap { name, bits, enabled: false, persistent, inconsistent: false, role }
+        };
+        self.change(|held| held.insert(name, granularity, make))?;
         let loaded = BitVec::repeat(false, words.div_ceil(CHUNK_WORDS) as usize);
         Ok(IncomingBitmap { bitmaps: self.clone(), name: name.to_owned(), words, loaded })
     }
@@ -128,6 +138,11 @@ impl OutgoingBitmap {
     /// Whether it is recording, and so shall be at the destination.
     pub fn enabled(&self) -> bool {
         self.enabled
+    }
+
+    /// Whether it is to outlive the destination's process.
+    pub fn persistent(&self) -> bool {
+        self.persistent
     }
 
     /// How many words it has.

@@ -10,6 +10,7 @@ mod qmp;
 mod scratch;
 mod serial;
 mod session;
+mod sidecar;
 mod source;
 pub mod virtio_blk;
 mod virtio_mmio;
@@ -19,13 +20,14 @@ mod wire;
 pub type Entry = fn(&[u8]);
 
 /// Name and entry function of every target; its corpus is `tests/fuzz/corpus/NAME`.
-pub const TARGETS: [(&str, Entry); 10] = [
+pub const TARGETS: [(&str, Entry); 11] = [
     ("boot", boot::run),
     ("command_line", command_line::run),
     ("destination", destination::run),
     ("machine_state", machine_state::run),
     ("qmp", qmp::run),
     ("serial", serial::run),
+    ("sidecar", sidecar::run),
     ("source", source::run),
     ("virtio_blk", virtio_blk::run),
     ("virtio_mmio", virtio_mmio::run),

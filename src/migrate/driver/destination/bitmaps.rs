@@ -41,13 +41,14 @@ impl IncomingBitmaps {
 }
 
 fn create(info: &BitmapInfo, disks: &[Arc<Disk>], mapping: &BitmapMapping) -> Result<IncomingBitmap, String> {
-    let BitmapName { disk: id, name, .. } = mapping.incoming(&info.disk, &info.name)?;
+    let BitmapName { disk: id, name, transform } = mapping.incoming(&info.disk, &info.name)?;
     let disk = disks.iter().find(|disk| disk.config().id == id).ok_or_else(|| format!("there is no disk {id:?} here"))?;
     let granularity = Granularity::new(info.granularity.into()).map_err(|error| error.to_string())?;
     if info.bits != disk.size().div_ceil(granularity.bytes()) {
         return Err(format!("it has {} bits, which do not fit disk {id}", info.bits));
     }
-    disk.bitmaps().incoming(&name, granularity, info.flags.enabled).map_err(|error| error.to_string())
+    let persistent = transform.persistent.unwrap_or(info.flags.persistent);
+    disk.bitmaps().incoming(&name, granularity, info.flags.enabled, persistent).map_err(|error| error.to_string())
 }
 
 fn dropped(name: &str, reason: &str) -> String {

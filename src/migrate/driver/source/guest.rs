@@ -126,7 +126,7 @@ impl SourceGuest {
                     // At most 2 GiB.
                     granularity: bitmap.granularity().bytes() as u32,
                     bits: disk.size().div_ceil(bitmap.granularity().bytes()),
-                    flags: BitmapFlags { enabled: bitmap.enabled(), persistent: false },
+                    flags: BitmapFlags { enabled: bitmap.enabled(), persistent: bitmap.persistent() },
                 });
                 self.bitmaps.push(bitmap);
             }
