@@ -13,6 +13,7 @@ use vm_memory::bitmap::BitmapSlice;
 
 use super::SECTOR_SIZE;
 
+mod allocation;
 mod ioctl;
 mod vectored;
 

@@ -4,6 +4,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::block_export::{BlockExportAdd, BlockExportDel, NbdServerStart};
 use super::capabilities::CapabilityStatus;
 use super::error::QmpError;
 use super::parameters::MigrateSetParameters;
@@ -104,6 +105,16 @@ commands! {
         "block-dirty-bitmap-enable" => BlockDirtyBitmapEnable(BlockDirtyBitmap),
         /// Makes a dirty bitmap ignore writes.
         "block-dirty-bitmap-disable" => BlockDirtyBitmapDisable(BlockDirtyBitmap),
+        /// Listens for NBD's clients.
+        "nbd-server-start" => NbdServerStart(NbdServerStart),
+        /// Disconnects all NBD clients and removes all exports.
+        "nbd-server-stop" => NbdServerStop,
+        /// Offers a disk to NBD's clients.
+        "block-export-add" => BlockExportAdd(BlockExportAdd),
+        /// Removes an export.
+        "block-export-del" => BlockExportDel(BlockExportDel),
+        /// The exports: answered with a list of QEMU's `BlockExportInfo`.
+        "query-block-exports" => QueryBlockExports,
     }
 }
 

@@ -4,6 +4,7 @@
 //! | file | concern |
 //! |---|---|
 //! | `build` | a machine from its configuration |
+//! | `exports` | disks for NBD's clients |
 //! | `guest` | who may run the guest now |
 //! | `monitor` | QMP's commands |
 //! | `outgoing` | giving the guest to another host |
@@ -11,6 +12,7 @@
 //! | `signals` | SIGTERM and its like |
 
 mod build;
+mod exports;
 mod guest;
 mod incoming;
 mod monitor;
@@ -25,6 +27,7 @@ use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use thiserror::Error;
 
 use crate::block::disk::{Disk, DiskError};
+use crate::block::nbd::server::NbdServer;
 use crate::cli::console::{Console, ConsoleError};
 use crate::cli::options::{ReceiveOptions, RunOptions};
 use crate::memory::dirty_tracker::TrackerChoice;
@@ -112,6 +115,7 @@ struct Vmm {
     guest: Mutex<Guest>,
     machine: Machine,
     disks: Mutex<Vec<Arc<Disk>>>,
+    nbd: NbdServer,
     events: Events,
     messages: Sender<Message>,
     outgoing: Mutex<outgoing::Outgoing>,
@@ -180,11 +184,14 @@ impl Main {
     fn new(console: Console, tracker: TrackerChoice, incoming: incoming::Incoming, signals: Signals) -> Result<(Arc<Vmm>, Self), VmmError> {
         let (sender, messages) = unbounded();
         let (vm_sender, vm_events) = unbounded();
+        let events = Events::default();
+        let exports = events.clone();
         let vmm = Arc::new(Vmm {
             guest: Mutex::new(Guest::None),
             machine: Machine::new(console.output()?, tracker, vm_sender),
             disks: Mutex::default(),
-            events: Events::default(),
+            nbd: NbdServer::new(move |id| exports.emit(&Event::BlockExportDeleted { id: id.to_owned() })),
+            events,
             messages: sender,
             outgoing: Mutex::default(),
             outgoing_ended: Condvar::new(),
@@ -231,6 +238,8 @@ impl Main {
         };
         vmm.machine.close();
         vmm.incoming.close();
+        // Removes its socket's path; an error is that there is no server.
+        let _ = vmm.nbd.stop();
         // vCPUs stop before the console and the disks go.
         let guest = std::mem::take(&mut *lock(&vmm.guest));
         if vmm.incoming.is_active() {

@@ -15,11 +15,11 @@ use crate::qmp::response::{BlockDirtyInfo, BlockInfo, StatusInfo};
 use crate::qmp::{Handler, QmpError};
 
 /// What a command without an answer answers.
-fn done() -> Result<Value, QmpError> {
+pub(super) fn done() -> Result<Value, QmpError> {
     Ok(json!({}))
 }
 
-fn answer(value: &impl serde::Serialize) -> Result<Value, QmpError> {
+pub(super) fn answer(value: &impl serde::Serialize) -> Result<Value, QmpError> {
     serde_json::to_value(value).map_err(|error| QmpError::generic(error.to_string()))
 }
 
@@ -87,11 +87,16 @@ impl Handler for Arc<Vmm> {
             Command::BlockDirtyBitmapDisable(BlockDirtyBitmap { node, name }) => {
                 self.disk(&node)?.bitmaps().set_enabled(&name, false).map_err(generic).and_then(|()| done())
             }
+            Command::NbdServerStart(arguments) => self.start_nbd_server(arguments),
+            Command::NbdServerStop => self.stop_nbd_server(),
+            Command::BlockExportAdd(arguments) => self.add_export(arguments),
+            Command::BlockExportDel(arguments) => self.delete_export(&arguments),
+            Command::QueryBlockExports => self.query_exports(),
         }
     }
 }
 
-fn generic(error: impl std::fmt::Display) -> QmpError {
+pub(super) fn generic(error: impl std::fmt::Display) -> QmpError {
     QmpError::generic(error.to_string())
 }
 
@@ -137,7 +142,7 @@ impl Vmm {
         done()
     }
 
-    fn disk(&self, node: &str) -> Result<Arc<Disk>, QmpError> {
+    pub(super) fn disk(&self, node: &str) -> Result<Arc<Disk>, QmpError> {
         lock(&self.disks).iter().find(|disk| disk.config().id == node).cloned().ok_or_else(|| QmpError::device_not_found(node))
     }
 
