@@ -15,7 +15,7 @@ use super::transmission::serve;
 use crate::qmp::socket::{PathListener, is_transient};
 
 /// How long a handshake may take, as in QEMU (`NBD_DEFAULT_HANDSHAKE_MAX_SECS`).
-const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 /// Clients at a time where nobody set another limit: each is a thread and a buffer of 1 MiB.
 const MAX_CLIENTS: usize = 128;
 /// How long to leave the system alone when it has no file descriptor or memory for a client.
