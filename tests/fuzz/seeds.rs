@@ -1,5 +1,6 @@
 //! Where the fuzzer begins: inputs made by Ferry's own encoders, so that they follow every change of a format.
 
+use ferry::block::nbd::protocol::{self as nbd_protocol, IHAVEOPT, Request};
 use ferry::device::serial::SerialPort;
 use ferry::device::virtio::blk::VirtioBlk;
 use ferry::device::virtio::mmio::VirtioMmio;
@@ -24,6 +25,7 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "command_line" => command_lines(),
         "destination" => vec![destination(true), destination(false), recovery_of_destination()],
         "machine_state" => vec![machine_state(), setup()],
+        "nbd" => vec![nbd(true), nbd(false)],
         "qmp" => qmp(),
         "serial" => vec![serial()],
         "source" => (0..3).map(source).chain([recovery_of_source()]).collect(),
@@ -177,6 +179,43 @@ fn recovery_of_source() -> Vec<u8> {
         steps.extend([0x84, 100]);
     }
     steps
+}
+
+/// Every option and every request of an NBD client.
+fn nbd(structured: bool) -> Vec<u8> {
+    use nbd_protocol::{command, command_flag, option, string};
+    let say =
+        |option: u32, data: &[u8]| [&IHAVEOPT.to_be_bytes()[..], &option.to_be_bytes(), &(data.len() as u32).to_be_bytes(), data].concat();
+    let name = if structured { "r" } else { "w" };
+    let info = [&string(name)[..], &2u16.to_be_bytes(), &[0, 1, 0, 2]].concat();
+    let queries = [&string(name)[..], &2u32.to_be_bytes(), &string("base:allocation"), &string("qemu:dirty-bitmap:b")].concat();
+    let mut input = 3u32.to_be_bytes().to_vec();
+    input.extend(say(option::LIST, &[]));
+    input.extend(say(option::INFO, &info));
+    if structured {
+        input.extend(say(option::STRUCTURED_REPLY, &[]));
+        input.extend(say(option::LIST_META_CONTEXT, &queries));
+        input.extend(say(option::SET_META_CONTEXT, &queries));
+    }
+    input.extend(if structured { say(option::GO, &info) } else { say(option::EXPORT_NAME, name.as_bytes()) });
+    let commands = [
+        (command::READ, command_flag::DF),
+        (command::READ, 0),
+        (command::BLOCK_STATUS, command_flag::REQ_ONE),
+        (command::BLOCK_STATUS, 0),
+        (command::WRITE, command_flag::FUA),
+        (command::TRIM, 0),
+        (command::WRITE_ZEROES, command_flag::NO_HOLE),
+        (command::FLUSH, 0),
+        (command::DISC, 0),
+    ];
+    for (command, flags) in commands {
+        input.extend(Request { flags, command, cookie: 7, offset: 512, length: 1024 }.encode());
+        if command == command::WRITE {
+            input.extend([9; 1024]);
+        }
+    }
+    input
 }
 
 fn qmp() -> Vec<Vec<u8>> {

@@ -161,7 +161,7 @@ impl<S: Read + Write> Transmission<'_, S> {
         let done = self.check_read(request).map_err(Failure::from).and_then(|()| match self.session.structured {
             true if request.flags & flag::DF != 0 => self.read_data(request, request.offset, request.length as usize),
             true => self.read_extents(request),
-            false => return self.read_simply(request),
+            false => self.read_simply(request),
         });
         match done {
             // A simple reply has been sent as a whole.

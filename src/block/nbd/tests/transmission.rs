@@ -196,7 +196,6 @@ fn changes_are_made_and_recorded_in_the_disk_s_bitmaps() {
     expected[(1 << 20) + 8192..][..8192].fill(0);
     assert!(now == expected);
     assert_eq!(bench.disk.bitmaps().dirty_ranges("live").unwrap(), [0..4096, 1 << 20..3 << 20]);
-    // Zeroes that must not be a hole take space, which a file system may tell as data.
     let kind = |offset| bench.disk.allocation(offset, 4096).unwrap().kind;
     assert_eq!([kind(2 << 20), kind((2 << 20) + 8192), kind(1 << 20)], [ExtentKind::Hole, ExtentKind::Hole, ExtentKind::Data]);
 }
