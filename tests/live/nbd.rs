@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use ferry::block::nbd::protocol::{IHAVEOPT, Request, command, option};
 use rustix::process::Signal;
@@ -155,14 +154,13 @@ fn no_write_of_a_client_is_lost_or_late_when_the_guest_moves() {
         let (_export, _) = export(&here, &["--writable"]);
         let socket = socket(&here);
         let (mut writer, mut reader) = (RawClient::connect(&socket, "root"), RawClient::connect(&socket, "root"));
-        let reading = AtomicBool::new(true);
         let mut there = lab.receive(Transport::Unix);
         let migration = lab.migrate(&here, &there.address, &["--mode", mode, "--postcopy-bandwidth", "16M"]);
         let (written, refusal) = std::thread::scope(|scope| {
             scope.spawn(|| {
                 // Large ones, so that the switch finds one in flight.
                 let mut buffer = vec![0; 8 << 20];
-                while reading.load(Ordering::Relaxed) && reader.read(8 << 20, &mut buffer) == Answer::Done {}
+                while reader.read(8 << 20, &mut buffer) == Answer::Done {}
             });
             // Each block is written once, so that every one that was acknowledged must be there.
             let mut written = 0;
@@ -172,7 +170,6 @@ fn no_write_of_a_client_is_lost_or_late_when_the_guest_moves() {
                     other => break other,
                 }
             };
-            reading.store(false, Ordering::Relaxed);
             (written, refusal)
         });
         // ESHUTDOWN, or the old host's end.
