@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use serde_json::{Map, Value};
 
 use super::arguments::parse_address;
 use super::{CliError, interrupt};
@@ -73,14 +74,25 @@ pub(super) fn export(arguments: ExportArguments) -> Result<(), CliError> {
     }
     while !interrupt::take() {
         let event = client.next_event(Instant::now() + POLL).map_err(|error| CliError::Guest(format!("the export has ended: {error}")))?;
-        let deleted =
-            |event: &serde_json::Map<_, serde_json::Value>| event["event"] == "BLOCK_EXPORT_DELETED" && event["data"]["id"] == *id;
-        if event.is_some_and(|event| deleted(&event)) {
-            return Err(CliError::Guest("somebody else has ended the export".into()));
+        if let Some(why) = event.and_then(|event| why_ended(&event, &id)) {
+            return Err(CliError::Guest(format!("the export has ended: {why}")));
         }
     }
     client.execute(&Command::BlockExportDel(BlockExportDel { id, mode: RemoveMode::Hard }))?;
     stop_server(&mut client, started)
+}
+
+/// Why there is nothing left to wait for, if the event tells so.
+fn why_ended(event: &Map<String, Value>, id: &str) -> Option<&'static str> {
+    let (name, data) = (event.get("event")?.as_str()?, event.get("data")?);
+    match name {
+        "BLOCK_EXPORT_DELETED" if data["id"] == id => Some("somebody else has removed it"),
+        // The old host's process waits for its clients to leave. Only the source of a migration has a report.
+        "MIGRATION" if data["status"] == "completed" && data["report"].is_object() => {
+            Some("the guest has moved away, and its disk with it")
+        }
+        _ => None,
+    }
 }
 
 fn address(listen: Option<&str>, qmp: &Path) -> Result<Address, CliError> {

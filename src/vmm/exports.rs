@@ -8,6 +8,7 @@ use super::Vmm;
 use super::monitor::{answer, done, generic};
 use crate::block::disk::Disk;
 use crate::block::export_source::ExportSource;
+use crate::block::nbd::catalogue::ExportInfo;
 use crate::block::nbd::export::Export;
 use crate::block::nbd::meta_context::DirtyExtents;
 use crate::block::nbd::server::ServerAddress;
@@ -76,7 +77,8 @@ impl Vmm {
     }
 
     pub(super) fn query_exports(&self) -> Result<Value, QmpError> {
-        let describe = |export: crate::block::nbd::catalogue::ExportInfo| json!({ "id": export.id, "type": "nbd", "node-name": export.node, "shutting-down": export.shutting_down });
+        let describe =
+            |export: ExportInfo| json!({ "id": export.id, "type": "nbd", "node-name": export.node, "shutting-down": export.shutting_down });
         answer(&self.nbd.exports().into_iter().map(describe).collect::<Vec<_>>())
     }
 }

@@ -225,6 +225,8 @@ fn qmp() -> Vec<Vec<u8>> {
         r#"{"execute": "migrate-set-parameters", "arguments": {"downtime-limit": 50, "max-bandwidth": 125000000}}"#,
         r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": [{"capability": "postcopy-ram", "state": true}]}}"#,
         r#"{"execute": "block-dirty-bitmap-add", "arguments": {"node": "root", "name": "backup", "granularity": 65536}}"#,
+        r#"{"execute": "nbd-server-start", "arguments": {"addr": {"type": "inet", "data": {"host": "::", "port": "10809"}}, "max-connections": 3}}"#,
+        r#"{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "e", "node-name": "root", "bitmaps": ["b", {"node": "root", "name": "c"}]}}"#,
         "garbage\n{\"execute\": \"query-status\"}",
     ];
     commands.map(Vec::from).to_vec()
@@ -235,6 +237,7 @@ fn command_lines() -> Vec<Vec<u8>> {
         "run\n--kernel\nvmlinuz\n--memory\n512M\n--cpus\n2\n--disk\npath=a,,b,id=root,readonly=on\n--serial\nunix:s\n--qmp\nq",
         "receive\n--listen\ntcp:[::1]:4444\n--disk\nid=root,path=/dev/vg/root",
         "migrate\n--qmp\nq\nunix:/run/in\n--mode\nprecopy\n--downtime\n50ms\n--max-bandwidth\n1Gbit\n--postcopy-bandwidth\n125M",
+        "export\n--qmp\nq\nroot\n--listen\ntcp:[::1]:10809\n--name\nn\n--writable\n--bitmap\nb0\n--bitmap\nb1\n--detach",
     ];
     lines.map(Vec::from).to_vec()
 }

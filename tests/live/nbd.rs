@@ -114,7 +114,8 @@ fn writes_of_clients_are_in_the_image_and_in_the_dirty_bitmaps() {
     let lab = Lab::new();
     let disk = lab.disk(SIZE);
     let hardware = Hardware { memory: "64M", cpus: 1, disk: Some(&disk), ..Hardware::default() };
-    let ferry = lab.run(&hardware, "fill=16M rate=1000");
+    let mut ferry = lab.run(&hardware, "fill=16M rate=1000");
+    Guest::booting_at(&mut ferry).beats(1);
     ferry.execute("block-dirty-bitmap-add", json!({ "node": "root", "name": "b0", "granularity": GRANULARITY })).unwrap();
     let before = std::fs::read(&disk.path).unwrap();
     let (_process, uri) = export(&ferry, &["--writable", "--name", "a disk"]);
@@ -151,7 +152,7 @@ fn no_write_of_a_client_is_lost_or_late_when_the_guest_moves() {
         let mut guest = Guest::booting_at(&mut here);
         guest.beats(1);
         here.execute("block-dirty-bitmap-add", json!({ "node": "root", "name": "b0", "granularity": GRANULARITY })).unwrap();
-        let (_export, _) = export(&here, &["--writable"]);
+        let (mut export, _) = export(&here, &["--writable"]);
         let socket = socket(&here);
         let (mut writer, mut reader) = (RawClient::connect(&socket, "root"), RawClient::connect(&socket, "root"));
         let mut there = lab.receive(Transport::Unix);
@@ -177,6 +178,9 @@ fn no_write_of_a_client_is_lost_or_late_when_the_guest_moves() {
         assert!(written > 0);
         migration.succeeds();
         here.ends_with(0);
+        assert_eq!(export.ends_within(LIMIT), Some(End::Status(1)));
+        let said = export.stderr.text_to_end();
+        assert!(said.contains("the export has ended: the guest has moved away"), "{said}");
         guest.moved_to(&mut there);
         let now = std::fs::read(&disk.path).unwrap();
         let block = |number: u64| &now[(number % (SIZE / GRANULARITY) * GRANULARITY) as usize..][..GRANULARITY as usize];
@@ -198,6 +202,7 @@ fn hostile_clients_harm_nobody() {
     let hardware = Hardware { memory: "64M", cpus: 1, disk: Some(&disk), ..Hardware::default() };
     let mut ferry = lab.run(&hardware, "fill=16M rate=1000 disk=on disk_rate=400");
     let mut guest = Guest::booting_at(&mut ferry);
+    guest.writes_blocks(1);
     let (_process, uri) = export(&ferry, &["--writable"]);
     let path = socket(&ferry);
     let option_head = |option: u32, length: u32| [&IHAVEOPT.to_be_bytes()[..], &option.to_be_bytes(), &length.to_be_bytes()].concat();
@@ -258,7 +263,8 @@ fn hostile_clients_harm_nobody() {
 fn qmp_refuses_as_qemu_does() {
     let lab = Lab::new();
     let disk = lab.disk(SIZE);
-    let ferry = lab.run(&Hardware { memory: "64M", cpus: 1, disk: Some(&disk), readonly: true }, "fill=16M rate=1000");
+    let mut ferry = lab.run(&Hardware { memory: "64M", cpus: 1, disk: Some(&disk), readonly: true }, "fill=16M rate=1000");
+    Guest::booting_at(&mut ferry).beats(1);
     let path = lab.path("nbd");
     let start = json!({ "addr": { "type": "unix", "data": { "path": path } }, "max-connections": 2 });
     let add = |more: serde_json::Value| {

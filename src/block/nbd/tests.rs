@@ -54,7 +54,7 @@ struct Bench {
     disk: Arc<Disk>,
     catalogue: Arc<Catalogue>,
     deleted: Arc<Mutex<Vec<String>>>,
-    _directory: TempDir,
+    directory: TempDir,
 }
 
 impl Bench {
@@ -69,7 +69,7 @@ impl Bench {
             let deleted = deleted.clone();
             move |id| deleted.lock().unwrap().push(id.to_owned())
         });
-        let bench = Bench { disk, catalogue, deleted, _directory: directory };
+        let bench = Bench { disk, catalogue, deleted, directory };
         for writable in [false, true] {
             bench.catalogue.add(bench.export(writable)).unwrap();
         }

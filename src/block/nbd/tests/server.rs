@@ -21,7 +21,7 @@ struct Served {
 impl Served {
     fn new(max_connections: Option<usize>) -> Self {
         let bench = Bench::new();
-        let path = bench._directory.path().join("nbd");
+        let path = bench.directory.path().join("nbd");
         let (sender, deleted) = mpsc::channel();
         let server = NbdServer::new(move |id| sender.send(id.to_owned()).unwrap());
         server.start(&ServerAddress::Unix { path: path.clone() }, max_connections).unwrap();
