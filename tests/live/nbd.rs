@@ -115,7 +115,8 @@ fn writes_of_clients_are_in_the_image_and_in_the_dirty_bitmaps() {
     let disk = lab.disk(SIZE);
     let hardware = Hardware { memory: "64M", cpus: 1, disk: Some(&disk), ..Hardware::default() };
     let mut ferry = lab.run(&hardware, "fill=16M rate=1000");
-    Guest::booting_at(&mut ferry).beats(1);
+    let mut guest = Guest::booting_at(&mut ferry);
+    guest.beats(1);
     ferry.execute("block-dirty-bitmap-add", json!({ "node": "root", "name": "b0", "granularity": GRANULARITY })).unwrap();
     let before = std::fs::read(&disk.path).unwrap();
     let (_process, uri) = export(&ferry, &["--writable", "--name", "a disk"]);
@@ -264,7 +265,8 @@ fn qmp_refuses_as_qemu_does() {
     let lab = Lab::new();
     let disk = lab.disk(SIZE);
     let mut ferry = lab.run(&Hardware { memory: "64M", cpus: 1, disk: Some(&disk), readonly: true }, "fill=16M rate=1000");
-    Guest::booting_at(&mut ferry).beats(1);
+    let mut guest = Guest::booting_at(&mut ferry);
+    guest.beats(1);
     let path = lab.path("nbd");
     let start = json!({ "addr": { "type": "unix", "data": { "path": path } }, "max-connections": 2 });
     let add = |more: serde_json::Value| {
