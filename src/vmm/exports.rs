@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::Vmm;
 use super::monitor::{answer, done, generic};
-use crate::block::disk::Disk;
+use crate::block::disk::{Disk, DiskError};
 use crate::block::export_source::ExportSource;
 use crate::block::nbd::catalogue::ExportInfo;
 use crate::block::nbd::export::Export;
@@ -43,8 +43,9 @@ impl Vmm {
             return Err(QmpError::generic("Invalid block export id"));
         }
         let disk = self.disk(&node)?;
-        // Of a guest that is not here, or no longer, nothing can be exported.
-        disk.io().map_err(generic)?;
+        // Of a guest that is not here, or no longer, nothing can be exported. Asked as a request of an export, which giving the disk up waits
+        // for, and not with an I/O of its own, at which it would fail.
+        disk.with_io(|_| Ok(())).map_err(|_| generic(DiskError::NotOwned(node.clone())))?;
         if writable && disk.config().readonly {
             return Err(QmpError::generic("Cannot export read-only node as writable"));
         }
