@@ -1,13 +1,14 @@
 //! A guest's disk: its image, whether this process owns it, and its dirty bitmaps.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use thiserror::Error;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 use super::dirty_bitmap::DirtyBitmaps;
+use super::export_source::{ExportSource, Extent};
 use super::image::{Image, ImageError, LockedImage};
 use super::sidecar::{Sidecar, SidecarError};
 use crate::vm::config::DiskConfig;
@@ -51,6 +52,8 @@ pub struct Disk {
     size: u64,
     block_size: u32,
     ownership: Mutex<Ownership>,
+    /// Held, shared, by every [`Disk::with_io`], and alone while the image is given up.
+    requests: RwLock<()>,
     bitmaps: Arc<DirtyBitmaps>,
     /// Where its persistent bitmaps are stored, if they can be.
     sidecar: Option<Sidecar>,
@@ -74,7 +77,15 @@ impl Disk {
         let storable = !image.is_block_device() && !image.readonly();
         // Beside the file itself and not beside a link to it; a path that leads nowhere now did so a moment ago.
         let sidecar = storable.then(|| Sidecar::beside(&config.path.canonicalize().unwrap_or_else(|_| config.path.clone())));
-        Ok(Arc::new(Disk { config, size, block_size, ownership: Mutex::new(Ownership::Unlocked(image)), bitmaps, sidecar }))
+        Ok(Arc::new(Disk {
+            config,
+            size,
+            block_size,
+            ownership: Mutex::new(Ownership::Unlocked(image)),
+            requests: RwLock::default(),
+            bitmaps,
+            sidecar,
+        }))
     }
 
     /// What the disk was made from.
@@ -133,8 +144,10 @@ impl Disk {
         }
     }
 
-    /// Makes everything written durable and gives the lock up. Fails, and keeps the lock, while a [`DiskIo`] exists.
+    /// Makes everything written durable and gives the lock up. Waits for those in [`Disk::with_io`], and refuses them afterwards. Fails, and
+    /// keeps the lock, while another [`DiskIo`] exists.
     pub fn release(&self) -> Result<(), DiskError> {
+        let _nobody = self.requests.write().unwrap_or_else(PoisonError::into_inner);
         let mut ownership = self.ownership();
         let locked = match std::mem::replace(&mut *ownership, Ownership::Closed) {
             Ownership::Locked(locked) => locked,
@@ -164,12 +177,39 @@ impl Disk {
         }
     }
 
+    /// Carries out one request of somebody other than the guest's device. It should be short, because giving the image up waits for it,
+    /// and must not make another one. `ESHUTDOWN` where the image is not, or no longer, this process's.
+    pub fn with_io<R>(&self, request: impl FnOnce(&DiskIo) -> io::Result<R>) -> io::Result<R> {
+        let _in_flight = self.requests.read().unwrap_or_else(PoisonError::into_inner);
+        let io = self.io().map_err(|_| io::Error::from_raw_os_error(libc::ESHUTDOWN))?;
+        request(&io)
+    }
+
     fn ownership(&self) -> MutexGuard<'_, Ownership> {
         self.ownership.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn image_error(&self, source: ImageError) -> DiskError {
         DiskError::Image { id: self.config.id.clone(), source }
+    }
+}
+
+/// The disk as it is now.
+impl ExportSource for Disk {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    fn read_at(&self, target: &mut [u8], offset: u64) -> io::Result<()> {
+        self.with_io(|io| io.read(&[VolatileSlice::from(target)], offset))
+    }
+
+    fn allocation(&self, offset: u64, length: u64) -> io::Result<Extent> {
+        self.with_io(|io| io.image.allocation(offset, length))
     }
 }
 

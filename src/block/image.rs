@@ -14,6 +14,7 @@ use vm_memory::bitmap::BitmapSlice;
 use super::SECTOR_SIZE;
 use super::sidecar::ImageStamp;
 
+mod allocation;
 mod ioctl;
 mod vectored;
 

@@ -1,8 +1,11 @@
-//! Disks: images and their locks, and the dirty bitmaps that record what the guest changed, stored in a sidecar of the image.
+//! Disks: images and their locks, the dirty bitmaps that record what the guest changed, stored in a sidecar of the image, and exports for
+//! others than the guest.
 
 pub mod dirty_bitmap;
 pub mod disk;
+pub mod export_source;
 pub mod image;
+pub mod nbd;
 pub mod sidecar;
 
 /// Bytes in a sector, the unit of virtio-blk's capacity and addresses whatever the logical block size (virtio 1.2, 5.2.4).

@@ -6,6 +6,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, ValueEnum};
 
 use super::bitmap::BitmapArguments;
+use super::export::ExportArguments;
 use super::options::{ReceiveOptions, RunOptions};
 use super::serial::SerialTarget;
 use super::size::Memory;
@@ -49,6 +50,8 @@ pub(super) enum Subcommand {
     Powerdown(Target),
     /// The dirty bitmaps of a guest's disks: list, add, remove, clear, enable, disable, merge
     Bitmap(BitmapArguments),
+    /// Let NBD clients (nbdcopy, qemu-img, nbdinfo) read a guest's disk while it runs
+    Export(ExportArguments),
     /// Cancel a migration; the guest goes on where it is
     Cancel(Target),
     /// Switch a running migration to postcopy now
@@ -321,7 +324,7 @@ fn refuse_duplicates<'a>(ids: impl Iterator<Item = &'a str>) {
 }
 
 /// Catches slips early; the address itself is resolved by whoever connects.
-fn parse_address(text: &str) -> Result<String, String> {
+pub(super) fn parse_address(text: &str) -> Result<String, String> {
     let well_formed = match text.split_once(':') {
         Some(("tcp", address)) => address.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok()),
         Some(("unix", path)) => !path.is_empty(),

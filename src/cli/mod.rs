@@ -8,6 +8,7 @@ mod control;
 mod disk;
 mod doctor;
 mod duration;
+mod export;
 mod format;
 mod interrupt;
 mod migrate;
@@ -63,6 +64,7 @@ pub fn main() -> ExitCode {
         Subcommand::Resume(target) => control::resume(&target.qmp),
         Subcommand::Powerdown(target) => control::powerdown(&target.qmp),
         Subcommand::Bitmap(arguments) => bitmap::bitmap(arguments),
+        Subcommand::Export(arguments) => export::export(arguments),
         Subcommand::Cancel(target) => control::cancel(&target.qmp),
         Subcommand::StartPostcopy(target) => control::start_postcopy(&target.qmp),
         Subcommand::Continue(target) => control::continue_switchover(&target.qmp),

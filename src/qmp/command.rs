@@ -4,6 +4,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::block_export::{BlockExportAdd, BlockExportDel, NbdServerStart};
 use super::capabilities::CapabilityStatus;
 use super::error::QmpError;
 use super::parameters::MigrateSetParameters;
@@ -116,6 +117,16 @@ commands! {
         /// The hash of a dirty bitmap's bits, to compare it by: answered with
         /// [`BlockDirtyBitmapSha256`](super::response::BlockDirtyBitmapSha256).
         "x-debug-block-dirty-bitmap-sha256" => BlockDirtyBitmapSha256(BlockDirtyBitmap),
+        /// Listens for NBD's clients.
+        "nbd-server-start" => NbdServerStart(NbdServerStart),
+        /// Disconnects all NBD clients and removes all exports.
+        "nbd-server-stop" => NbdServerStop,
+        /// Offers a disk to NBD's clients.
+        "block-export-add" => BlockExportAdd(BlockExportAdd),
+        /// Removes an export.
+        "block-export-del" => BlockExportDel(BlockExportDel),
+        /// The exports: answered with a list of QEMU's `BlockExportInfo`.
+        "query-block-exports" => QueryBlockExports,
     }
 }
 

@@ -25,6 +25,11 @@ pub enum Event {
         /// Counted from 1.
         pass: u32,
     },
+    /// An export is gone, and its id free.
+    BlockExportDeleted {
+        /// Its id.
+        id: String,
+    },
 }
 
 /// Data of SHUTDOWN and RESET.

@@ -1,5 +1,6 @@
 //! The control socket. It speaks QMP (QEMU's docs/interop/qmp-spec.rst): QEMU's clients and scripts drive Ferry as they drive QEMU.
 
+pub mod block_export;
 pub mod capabilities;
 pub mod client;
 pub mod command;

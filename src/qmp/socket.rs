@@ -91,7 +91,7 @@ impl Drop for PathListener {
 }
 
 /// Whether accepting again can work: the client was gone already, or another must first give back a file descriptor.
-fn is_transient(error: &std::io::Error) -> bool {
+pub(crate) fn is_transient(error: &std::io::Error) -> bool {
     use rustix::io::Errno;
     let transient = [Errno::CONNABORTED, Errno::INTR, Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
     Errno::from_io_error(error).is_some_and(|errno| transient.contains(&errno))

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `build` | a machine from its configuration |
 //! | `disks` | what QMP does with disks, and their end |
+//! | `exports` | disks for NBD's clients |
 //! | `guest` | who may run the guest now |
 //! | `monitor` | QMP's commands |
 //! | `outgoing` | giving the guest to another host |
@@ -13,6 +14,7 @@
 
 mod build;
 pub mod disks;
+mod exports;
 mod guest;
 mod incoming;
 mod monitor;
@@ -27,6 +29,7 @@ use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use thiserror::Error;
 
 use crate::block::disk::{Disk, DiskError};
+use crate::block::nbd::server::NbdServer;
 use crate::cli::console::{Console, ConsoleError};
 use crate::cli::options::{ReceiveOptions, RunOptions};
 use crate::memory::dirty_tracker::TrackerChoice;
@@ -115,6 +118,7 @@ struct Vmm {
     machine: Machine,
     disks: Mutex<Vec<Arc<Disk>>>,
     transactions: disks::Transactions,
+    nbd: NbdServer,
     events: Events,
     messages: Sender<Message>,
     outgoing: Mutex<outgoing::Outgoing>,
@@ -197,12 +201,15 @@ impl Main {
     fn new(console: Console, tracker: TrackerChoice, incoming: incoming::Incoming, signals: Signals) -> Result<(Arc<Vmm>, Self), VmmError> {
         let (sender, messages) = unbounded();
         let (vm_sender, vm_events) = unbounded();
+        let events = Events::default();
+        let exports = events.clone();
         let vmm = Arc::new(Vmm {
             guest: Mutex::new(Guest::None),
             machine: Machine::new(console.output()?, tracker, vm_sender),
             disks: Mutex::default(),
             transactions: disks::Transactions::default(),
-            events: Events::default(),
+            nbd: NbdServer::new(move |id| exports.emit(&Event::BlockExportDeleted { id: id.to_owned() })),
+            events,
             messages: sender,
             outgoing: Mutex::default(),
             outgoing_ended: Condvar::new(),
@@ -249,6 +256,8 @@ impl Main {
         };
         vmm.machine.close();
         vmm.incoming.close();
+        // Removes its socket's path; an error is that there is no server.
+        let _ = vmm.nbd.stop();
         // vCPUs stop before the console and the disks go.
         let guest = std::mem::take(&mut *lock(&vmm.guest));
         if vmm.incoming.is_active() {

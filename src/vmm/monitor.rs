@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::{Message, Vmm, disks, lock};
+use crate::block::disk::Disk;
 use crate::migrate::report::Status;
 use crate::qmp::command::{Command, Migrate, MigrateContinue, MigrateIncoming, TransactionAction};
 use crate::qmp::event::{Event, ShutdownReason};
@@ -13,11 +14,11 @@ use crate::qmp::response::StatusInfo;
 use crate::qmp::{Handler, QmpError};
 
 /// What a command without an answer answers.
-fn done() -> Result<Value, QmpError> {
+pub(super) fn done() -> Result<Value, QmpError> {
     Ok(json!({}))
 }
 
-fn answer(value: &impl serde::Serialize) -> Result<Value, QmpError> {
+pub(super) fn answer(value: &impl serde::Serialize) -> Result<Value, QmpError> {
     serde_json::to_value(value).map_err(|error| QmpError::generic(error.to_string()))
 }
 
@@ -81,8 +82,17 @@ impl Handler for Arc<Vmm> {
             Command::BlockDirtyBitmapMerge(merge) => self.alone(TransactionAction::BlockDirtyBitmapMerge(merge)),
             Command::Transaction(transaction) => self.transaction(&transaction.actions),
             Command::BlockDirtyBitmapSha256(bitmap) => answer(&disks::bitmap_sha256(&lock(&self.disks), &bitmap)?),
+            Command::NbdServerStart(arguments) => self.start_nbd_server(arguments),
+            Command::NbdServerStop => self.stop_nbd_server(),
+            Command::BlockExportAdd(arguments) => self.add_export(arguments),
+            Command::BlockExportDel(arguments) => self.delete_export(&arguments),
+            Command::QueryBlockExports => self.query_exports(),
         }
     }
+}
+
+pub(super) fn generic(error: impl std::fmt::Display) -> QmpError {
+    QmpError::generic(error.to_string())
 }
 
 impl Vmm {
@@ -129,6 +139,10 @@ impl Vmm {
 
     fn alone(&self, action: TransactionAction) -> Result<Value, QmpError> {
         self.transaction(&[action])
+    }
+
+    pub(super) fn disk(&self, node: &str) -> Result<Arc<Disk>, QmpError> {
+        lock(&self.disks).iter().find(|disk| disk.config().id == node).cloned().ok_or_else(|| QmpError::device_not_found(node))
     }
 
     fn transaction(&self, actions: &[TransactionAction]) -> Result<Value, QmpError> {

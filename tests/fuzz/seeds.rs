@@ -1,6 +1,7 @@
 //! Where the fuzzer begins: inputs made by Ferry's own encoders, so that they follow every change of a format.
 
 use ferry::block::dirty_bitmap::{BitmapRun, DirtyBitmaps, Granularity};
+use ferry::block::nbd::protocol::{self as nbd_protocol, IHAVEOPT, Request};
 use ferry::block::sidecar::{Contents, ImageStamp, StoredBitmap};
 use ferry::device::serial::SerialPort;
 use ferry::device::virtio::blk::VirtioBlk;
@@ -28,6 +29,7 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "command_line" => command_lines(),
         "destination" => vec![destination(true), destination(false), recovery_of_destination()],
         "machine_state" => vec![machine_state(), setup()],
+        "nbd" => vec![nbd(true), nbd(false)],
         "qmp" => qmp(),
         "serial" => vec![serial()],
         "sidecar" => vec![sidecar()],
@@ -204,6 +206,43 @@ fn sidecar() -> Vec<u8> {
     bytes
 }
 
+/// Every option and every request of an NBD client.
+fn nbd(structured: bool) -> Vec<u8> {
+    use nbd_protocol::{command, command_flag, option, string};
+    let say =
+        |option: u32, data: &[u8]| [&IHAVEOPT.to_be_bytes()[..], &option.to_be_bytes(), &(data.len() as u32).to_be_bytes(), data].concat();
+    let name = if structured { "r" } else { "w" };
+    let info = [&string(name)[..], &2u16.to_be_bytes(), &[0, 1, 0, 2]].concat();
+    let queries = [&string(name)[..], &2u32.to_be_bytes(), &string("base:allocation"), &string("qemu:dirty-bitmap:b")].concat();
+    let mut input = 3u32.to_be_bytes().to_vec();
+    input.extend(say(option::LIST, &[]));
+    input.extend(say(option::INFO, &info));
+    if structured {
+        input.extend(say(option::STRUCTURED_REPLY, &[]));
+        input.extend(say(option::LIST_META_CONTEXT, &queries));
+        input.extend(say(option::SET_META_CONTEXT, &queries));
+    }
+    input.extend(if structured { say(option::GO, &info) } else { say(option::EXPORT_NAME, name.as_bytes()) });
+    let commands = [
+        (command::READ, command_flag::DF),
+        (command::READ, 0),
+        (command::BLOCK_STATUS, command_flag::REQ_ONE),
+        (command::BLOCK_STATUS, 0),
+        (command::WRITE, command_flag::FUA),
+        (command::TRIM, 0),
+        (command::WRITE_ZEROES, command_flag::NO_HOLE),
+        (command::FLUSH, 0),
+        (command::DISC, 0),
+    ];
+    for (command, flags) in commands {
+        input.extend(Request { flags, command, cookie: 7, offset: 512, length: 1024 }.encode());
+        if command == command::WRITE {
+            input.extend([9; 1024]);
+        }
+    }
+    input
+}
+
 fn qmp() -> Vec<Vec<u8>> {
     let commands = [
         r#"{"execute": "qmp_capabilities", "arguments": {"enable": []}, "id": 1}"#,
@@ -213,6 +252,8 @@ fn qmp() -> Vec<Vec<u8>> {
         r#"{"execute": "block-dirty-bitmap-add", "arguments": {"node": "root", "name": "backup", "granularity": 65536}}"#,
         r#"{"execute": "transaction", "arguments": {"actions": [{"type": "abort", "data": {}}]}}"#,
         r#"{"execute": "block-dirty-bitmap-merge", "arguments": {"node": "root", "target": "a", "bitmaps": ["b", {"node": "d", "name": "c"}]}}"#,
+        r#"{"execute": "nbd-server-start", "arguments": {"addr": {"type": "inet", "data": {"host": "::", "port": "10809"}}, "max-connections": 3}}"#,
+        r#"{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "e", "node-name": "root", "bitmaps": ["b", {"node": "root", "name": "c"}]}}"#,
         "garbage\n{\"execute\": \"query-status\"}",
     ];
     commands.map(Vec::from).to_vec()
@@ -223,6 +264,7 @@ fn command_lines() -> Vec<Vec<u8>> {
         "run\n--kernel\nvmlinuz\n--memory\n512M\n--cpus\n2\n--disk\npath=a,,b,id=root,readonly=on\n--serial\nunix:s\n--qmp\nq",
         "receive\n--listen\ntcp:[::1]:4444\n--disk\nid=root,path=/dev/vg/root",
         "migrate\n--qmp\nq\nunix:/run/in\n--mode\nprecopy\n--downtime\n50ms\n--max-bandwidth\n1Gbit\n--postcopy-bandwidth\n125M",
+        "export\n--qmp\nq\nroot\n--listen\ntcp:[::1]:10809\n--name\nn\n--writable\n--bitmap\nb0\n--bitmap\nb1\n--detach",
     ];
     lines.map(Vec::from).to_vec()
 }

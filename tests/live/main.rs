@@ -8,6 +8,7 @@
 //! | `migration` | `ferry migrate` as a user calls it |
 //! | `guest` | what a guest says, followed over all its moves: one unbroken story |
 //! | `disk` | images, checked from outside |
+//! | `nbd_client` | clients of exported disks, Debian's and a raw one |
 //! | `proxy` | a link that can be cut |
 //! | `ram` | a stopped guest's RAM, checked from outside |
 //! | `pagestorm_kernel` | builds the test kernel |
@@ -21,6 +22,7 @@ mod ferry;
 mod guest;
 mod lab;
 mod migration;
+mod nbd_client;
 mod output;
 mod pagestorm_kernel;
 mod process;
@@ -39,6 +41,7 @@ mod faults;
 mod hugetlb;
 mod memory;
 mod moves;
+mod nbd;
 mod persistent_bitmaps;
 mod qemu_client;
 mod recovery;

@@ -8,6 +8,7 @@ use vm_memory::GuestAddress;
 use vm_memory::GuestMemoryBackend;
 
 use super::*;
+use crate::block::export_source::{Extent, ExtentKind};
 use crate::memory::{GuestRam, PageSet};
 
 fn scratch(size: u64) -> (TempDir, PathBuf) {
@@ -153,4 +154,30 @@ fn a_file_that_shrank_is_an_error_and_all_of_the_buffer_is_marked() {
     let mut dirty = PageSet::empty(ram.pages());
     ram.take_device_writes(&mut dirty);
     assert_eq!(dirty.len(), 2);
+}
+
+#[test]
+fn allocation_is_what_was_written_and_what_was_discarded() {
+    let (_directory, path) = scratch(1 << 20);
+    let image = locked(&path);
+    let extents = |from: u64| {
+        let mut at = from;
+        std::iter::from_fn(|| {
+            let extent = (at < 1 << 20).then(|| image.allocation(at, (1 << 20) - at).unwrap())?;
+            at += extent.length;
+            Some((extent.length, extent.kind))
+        })
+        .collect::<Vec<_>>()
+    };
+    assert_eq!(extents(0), [(1 << 20, ExtentKind::Hole)]);
+    // Not on storage yet, and yet no hole.
+    image.image.file.write_all_at(&[0; 8192], 65536).unwrap();
+    let middle = (8192, ExtentKind::Data);
+    assert_eq!(extents(0), [(65536, ExtentKind::Hole), middle, ((1 << 20) - 65536 - 8192, ExtentKind::Hole)]);
+    assert_eq!(extents(65536 + 512)[0], (8192 - 512, ExtentKind::Data));
+    assert_eq!(image.allocation(65536 - 512, 512).unwrap(), Extent { length: 512, kind: ExtentKind::Hole });
+    assert_eq!(image.allocation(65536 - 512, 8192).unwrap(), Extent { length: 512, kind: ExtentKind::Hole });
+    image.discard(65536, 4096).unwrap();
+    assert_eq!(extents(0)[..2], [(65536 + 4096, ExtentKind::Hole), (4096, ExtentKind::Data)]);
+    assert_eq!(image.allocation(1 << 20, 512).unwrap_err().kind(), std::io::ErrorKind::InvalidInput);
 }

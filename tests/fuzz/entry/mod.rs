@@ -6,6 +6,7 @@ mod boot;
 mod command_line;
 mod destination;
 mod machine_state;
+mod nbd;
 mod qmp;
 mod scratch;
 mod serial;
@@ -20,11 +21,12 @@ mod wire;
 pub type Entry = fn(&[u8]);
 
 /// Name and entry function of every target; its corpus is `tests/fuzz/corpus/NAME`.
-pub const TARGETS: [(&str, Entry); 11] = [
+pub const TARGETS: [(&str, Entry); 12] = [
     ("boot", boot::run),
     ("command_line", command_line::run),
     ("destination", destination::run),
     ("machine_state", machine_state::run),
+    ("nbd", nbd::run),
     ("qmp", qmp::run),
     ("serial", serial::run),
     ("sidecar", sidecar::run),
