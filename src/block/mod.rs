@@ -2,6 +2,7 @@
 
 pub mod dirty_bitmap;
 pub mod disk;
+pub mod export_source;
 pub mod image;
 
 /// Bytes in a sector, the unit of virtio-blk's capacity and addresses whatever the logical block size (virtio 1.2, 5.2.4).
