@@ -9,7 +9,8 @@ use vm_memory::bitmap::BitmapSlice;
 
 use super::dirty_bitmap::DirtyBitmaps;
 use super::image::{Image, ImageError, LockedImage};
-use crate::vm::config::DiskConfig;
+use super::io_error::{IoStatus, SharedIoStatus};
+use crate::vm::config::{DiscardMode, DiskConfig};
 
 /// Why a disk cannot change hands.
 #[derive(Debug, Error)]
@@ -38,6 +39,7 @@ pub struct Disk {
     block_size: u32,
     ownership: Mutex<Ownership>,
     bitmaps: Arc<DirtyBitmaps>,
+    io_status: SharedIoStatus,
 }
 
 #[derive(Debug)]
@@ -52,10 +54,18 @@ enum Ownership {
 impl Disk {
     /// Opens the disk's image without locking it.
     pub fn open(config: DiskConfig) -> Result<Arc<Self>, DiskError> {
-        let image = Image::open(&config.path, config.readonly).map_err(|source| DiskError::Image { id: config.id.clone(), source })?;
+        let image = Image::open(&config.path, config.readonly, config.options.cache)
+            .map_err(|source| DiskError::Image { id: config.id.clone(), source })?;
         let bitmaps = DirtyBitmaps::new(image.size());
         let (size, block_size) = (image.size(), image.block_size());
-        Ok(Arc::new(Disk { config, size, block_size, ownership: Mutex::new(Ownership::Unlocked(image)), bitmaps }))
+        Ok(Arc::new(Disk {
+            config,
+            size,
+            block_size,
+            ownership: Mutex::new(Ownership::Unlocked(image)),
+            bitmaps,
+            io_status: SharedIoStatus::default(),
+        }))
     }
 
     /// What the disk was made from.
@@ -78,6 +88,16 @@ impl Disk {
         &self.bitmaps
     }
 
+    /// Whether it waits, with a request that failed, for the guest to be resumed.
+    pub fn io_status(&self) -> IoStatus {
+        self.io_status.get()
+    }
+
+    /// The device says how its last request ended, or that it tries again.
+    pub fn set_io_status(&self, status: IoStatus) {
+        self.io_status.set(status);
+    }
+
     /// Locks the image, or says who has it. Nothing of it that this host cached before is used afterwards. Does nothing if it is locked
     /// already.
     pub fn acquire(&self) -> Result<(), DiskError> {
@@ -88,7 +108,8 @@ impl Disk {
                 *ownership = locked;
                 return Ok(());
             }
-            Ownership::Closed => Image::open(&self.config.path, self.config.readonly).map_err(|source| self.image_error(source))?,
+            Ownership::Closed => Image::open(&self.config.path, self.config.readonly, self.config.options.cache)
+                .map_err(|source| self.image_error(source))?,
         };
         match image.lock() {
             Ok(locked) => {
@@ -132,7 +153,9 @@ impl Disk {
     /// Access to the disk's content, for as long as the value lives.
     pub fn io(&self) -> Result<DiskIo, DiskError> {
         match &*self.ownership() {
-            Ownership::Locked(image) => Ok(DiskIo { image: image.clone(), bitmaps: self.bitmaps.clone() }),
+            Ownership::Locked(image) => {
+                Ok(DiskIo { image: image.clone(), bitmaps: self.bitmaps.clone(), discard: self.config.options.discard })
+            }
             _ => Err(DiskError::NotOwned(self.config.id.clone())),
         }
     }
@@ -152,6 +175,7 @@ impl Disk {
 pub struct DiskIo {
     image: Arc<LockedImage>,
     bitmaps: Arc<DirtyBitmaps>,
+    discard: DiscardMode,
 }
 
 impl DiskIo {
@@ -166,13 +190,17 @@ impl DiskIo {
         self.recorded(offset, length, self.image.write_vectored_at(source, offset))
     }
 
-    /// Discards; see [`LockedImage::discard`].
+    /// Discards, unless the disk ignores that; see [`LockedImage::discard`].
     pub fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
+        if self.discard == DiscardMode::Ignore {
+            return Ok(());
+        }
         self.recorded(offset, length, self.image.discard(offset, length))
     }
 
     /// Writes zeros; see [`LockedImage::write_zeroes`].
     pub fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
+        let unmap = unmap && self.discard == DiscardMode::Unmap;
         self.recorded(offset, length, self.image.write_zeroes(offset, length, unmap))
     }
 

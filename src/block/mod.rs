@@ -4,6 +4,7 @@ pub mod dirty_bitmap;
 pub mod disk;
 pub mod export_source;
 pub mod image;
+pub mod io_error;
 
 /// Bytes in a sector, the unit of virtio-blk's capacity and addresses whatever the logical block size (virtio 1.2, 5.2.4).
 pub const SECTOR_SIZE: u64 = 512;

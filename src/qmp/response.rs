@@ -5,6 +5,8 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::block::io_error::IoStatus;
+
 /// The guest's run state (the subset of QEMU's `RunState` that Ferry has).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -13,6 +15,8 @@ pub enum RunState {
     Running,
     /// A person stopped it.
     Paused,
+    /// A disk failed, with `rerror` or `werror` to stop the guest; `cont` tries again.
+    IoError,
     /// A destination that waits for its guest.
     Inmigrate,
     /// Paused for the switch.
@@ -93,5 +97,11 @@ impl BlockInfo {
                 "dirty-bitmaps": dirty_bitmaps,
             },
         }))
+    }
+
+    /// With this `io-status`; `ok` without.
+    pub fn with_io_status(mut self, status: IoStatus) -> Self {
+        self.0["io-status"] = json!(status);
+        self
     }
 }

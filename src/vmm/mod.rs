@@ -25,6 +25,7 @@ use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use thiserror::Error;
 
 use crate::block::disk::{Disk, DiskError};
+use crate::block::io_error::BlockIoError;
 use crate::cli::console::{Console, ConsoleError};
 use crate::cli::options::{ReceiveOptions, RunOptions};
 use crate::memory::dirty_tracker::TrackerChoice;
@@ -105,6 +106,8 @@ enum Message {
     DryRun,
     /// No guest came, and none will.
     NotReceived(String),
+    /// A disk's image failed a request.
+    DiskFailed(BlockIoError),
 }
 
 /// The owner of one guest, shared by the main loop, QMP's clients and migrations.
@@ -180,9 +183,13 @@ impl Main {
     fn new(console: Console, tracker: TrackerChoice, incoming: incoming::Incoming, signals: Signals) -> Result<(Arc<Vmm>, Self), VmmError> {
         let (sender, messages) = unbounded();
         let (vm_sender, vm_events) = unbounded();
+        let failures = sender.clone();
+        let on_disk_error = move |error| {
+            let _ = failures.send(Message::DiskFailed(error));
+        };
         let vmm = Arc::new(Vmm {
             guest: Mutex::new(Guest::None),
-            machine: Machine::new(console.output()?, tracker, vm_sender),
+            machine: Machine::new(console.output()?, tracker, vm_sender, on_disk_error),
             disks: Mutex::default(),
             events: Events::default(),
             messages: sender,
@@ -267,6 +274,7 @@ impl Main {
                 }
                 return Ok(Some(()));
             }
+            Message::DiskFailed(error) => vmm.disk_failed(error),
             Message::DryRun => vmm.wait_again()?,
             Message::NotReceived(reason) => {
                 self.shutdown(vmm, ShutdownReason::HostError);

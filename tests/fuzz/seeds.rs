@@ -201,7 +201,7 @@ fn command_lines() -> Vec<Vec<u8>> {
 }
 
 fn setup() -> Vec<u8> {
-    let disks = vec![DiskConfig { id: "root".into(), path: "disk.img".into(), readonly: false }];
+    let disks = vec![DiskConfig { id: "root".into(), path: "disk.img".into(), readonly: false, options: Default::default() }];
     let config = GuestConfig {
         name: "guest".into(),
         cpus: 2,
