@@ -97,7 +97,7 @@ pub struct Image {
     block_device: bool,
     size: u64,
     block_size: u32,
-    direct: Option<Direct>,
+    direct: Option<Box<Direct>>,
     /// The error of a flush that failed.
     flush_failed: AtomicI32,
 }
@@ -151,7 +151,7 @@ impl Image {
                 Some(direct) if !size.is_multiple_of(direct.block()) => {
                     return Err(ImageError::DirectSize { path, size, block: direct.block() });
                 }
-                some => some,
+                some => some.map(Box::new),
             },
         };
         Ok(Image { file, path, readonly, block_device, size, block_size, direct, flush_failed: AtomicI32::new(0) })
@@ -264,7 +264,7 @@ impl LockedImage {
                 })
             }
             direct => {
-                let _changing = direct.as_ref().map(Direct::changing);
+                let _changing = direct.as_ref().map(|direct| direct.changing());
                 vectored::write_all_at(&self.image.file, source, offset)
             }
         }
@@ -294,7 +294,7 @@ impl LockedImage {
     /// Tells the storage that the range is not needed; its content is undefined afterwards. Storage that cannot use the advice ignores it.
     pub fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
         self.check_range(offset, length)?;
-        let _changing = self.image.direct.as_ref().map(Direct::changing);
+        let _changing = self.image.direct.as_ref().map(|direct| direct.changing());
         let discarded = match self.image.block_device {
             true => ioctl::discard(&self.image.file, offset, length),
             false => self.fallocate(FallocateFlags::PUNCH_HOLE, offset, length).map_err(io::Error::from),
@@ -314,7 +314,7 @@ impl LockedImage {
         }
         let first = if unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
         for mode in [first, FallocateFlags::ZERO_RANGE] {
-            let changing = self.image.direct.as_ref().map(Direct::changing);
+            let changing = self.image.direct.as_ref().map(|direct| direct.changing());
             let zeroed = self.fallocate(mode, offset, length).map_err(io::Error::from);
             drop(changing);
             match zeroed {

@@ -295,7 +295,7 @@ fn virtio_blk(kind: u32) -> [u8; 0x260] {
 fn virtio_mmio(choice: u8) -> Vec<u8> {
     let mut input = Vec::new();
     if choice == 1 {
-        let device = VirtioMmio::new(GuestRam::allocate(2 << 20).expect("RAM"), VirtioBlk::new(disk())).expect("a device");
+        let device = VirtioMmio::new(GuestRam::allocate(2 << 20).expect("RAM"), VirtioBlk::new(disk(), |_| {})).expect("a device");
         let DeviceState { state, .. } = device.save().expect("a state");
         input.push(state.len() as u8);
         input.extend(state);

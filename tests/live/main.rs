@@ -34,6 +34,8 @@ mod bitmaps;
 mod control;
 mod convergence;
 mod dirty_tracking;
+mod disk_errors;
+mod disk_options;
 mod ends;
 mod faults;
 mod hugetlb;
