@@ -154,17 +154,42 @@ pub struct DirtyBitmaps {
     bitmaps: RwLock<Vec<DirtyBitmap>>,
 }
 
+/// The right to change the disk's content, and the duty to mark what was changed.
+#[derive(Debug)]
+pub struct Recording<'a>(RwLockReadGuard<'a, Vec<DirtyBitmap>>);
+
+impl Recording<'_> {
+    /// Records a change of `length` bytes at `offset` in every bitmap that is recording. A range beyond the disk's end is cut off there.
+    pub fn mark(self, offset: u64, length: u64) {
+        for bitmap in self.0.iter() {
+            bitmap.mark(offset, length);
+        }
+    }
+}
+
+/// The bitmaps of a disk whose content nothing changes meanwhile.
+#[derive(Debug)]
+pub struct HeldBitmaps<'a>(#[expect(dead_code, reason = "held, not used")] RwLockWriteGuard<'a, Vec<DirtyBitmap>>);
+
 impl DirtyBitmaps {
     /// No bitmaps, for a disk of `disk_size` bytes.
     pub fn new(disk_size: u64) -> Arc<Self> {
         Arc::new(DirtyBitmaps { disk_size, bitmaps: RwLock::default() })
     }
 
-    /// Records a change of `length` bytes at `offset` in every bitmap that is recording. A range beyond the disk's end is cut off there.
+    /// To be called before a change and marked after it. Waits for an operation on bitmaps that is going on.
+    pub fn recording(&self) -> Recording<'_> {
+        Recording(self.read())
+    }
+
+    /// Records a change that cannot be told apart from its mark.
     pub fn mark(&self, offset: u64, length: u64) {
-        for bitmap in self.read().iter() {
-            bitmap.mark(offset, length);
-        }
+        self.recording().mark(offset, length);
+    }
+
+    /// Holds the bitmaps alone. Waits for the changes of content that are going on.
+    pub fn hold(&self) -> HeldBitmaps<'_> {
+        HeldBitmaps(self.write())
     }
 
     /// Adds an empty bitmap.

@@ -1,15 +1,17 @@
 //! A guest's disk: its image, whether this process owns it, and its dirty bitmaps.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use thiserror::Error;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 use super::dirty_bitmap::DirtyBitmaps;
+use super::export_source::Extent;
 use super::image::{Image, ImageError, LockedImage};
 use super::io_error::{IoStatus, SharedIoStatus};
+use super::snapshot::Snapshots;
 use crate::vm::config::{DiscardMode, DiskConfig};
 
 /// Why a disk cannot change hands.
@@ -38,7 +40,10 @@ pub struct Disk {
     size: u64,
     block_size: u32,
     ownership: Mutex<Ownership>,
+    /// Held, shared, by every [`Disk::with_io`], and alone while the image is given up.
+    requests: RwLock<()>,
     bitmaps: Arc<DirtyBitmaps>,
+    snapshots: Arc<Snapshots>,
     io_status: SharedIoStatus,
 }
 
@@ -63,7 +68,9 @@ impl Disk {
             size,
             block_size,
             ownership: Mutex::new(Ownership::Unlocked(image)),
+            requests: RwLock::default(),
             bitmaps,
+            snapshots: Arc::default(),
             io_status: SharedIoStatus::default(),
         }))
     }
@@ -86,6 +93,11 @@ impl Disk {
     /// The disk's dirty bitmaps.
     pub fn bitmaps(&self) -> &Arc<DirtyBitmaps> {
         &self.bitmaps
+    }
+
+    /// The disk's snapshots.
+    pub fn snapshots(&self) -> &Arc<Snapshots> {
+        &self.snapshots
     }
 
     /// Whether it waits, with a request that failed, for the guest to be resumed.
@@ -127,8 +139,10 @@ impl Disk {
         }
     }
 
-    /// Makes everything written durable and gives the lock up. Fails, and keeps the lock, while a [`DiskIo`] exists.
+    /// Makes everything written durable and gives the lock up, which breaks the disk's snapshots. Waits for those in [`Disk::with_io`], and
+    /// refuses them afterwards. Fails, and keeps the lock, while another [`DiskIo`] exists.
     pub fn release(&self) -> Result<(), DiskError> {
+        let _nobody = self.requests.write().unwrap_or_else(PoisonError::into_inner);
         let mut ownership = self.ownership();
         let locked = match std::mem::replace(&mut *ownership, Ownership::Closed) {
             Ownership::Locked(locked) => locked,
@@ -146,6 +160,8 @@ impl Disk {
             *ownership = Ownership::Locked(Arc::new(locked));
             return Err(self.image_error(ImageError::Io { action: "flush", path, source }));
         }
+        // Before anybody else can write to the image.
+        self.snapshots.break_all("the disk has been given up, for the guest to run on another host");
         *ownership = Ownership::Unlocked(locked.unlock().map_err(|source| self.image_error(source))?);
         Ok(())
     }
@@ -153,11 +169,22 @@ impl Disk {
     /// Access to the disk's content, for as long as the value lives.
     pub fn io(&self) -> Result<DiskIo, DiskError> {
         match &*self.ownership() {
-            Ownership::Locked(image) => {
-                Ok(DiskIo { image: image.clone(), bitmaps: self.bitmaps.clone(), discard: self.config.options.discard })
-            }
+            Ownership::Locked(image) => Ok(DiskIo {
+                image: image.clone(),
+                bitmaps: self.bitmaps.clone(),
+                snapshots: self.snapshots.clone(),
+                discard: self.config.options.discard,
+            }),
             _ => Err(DiskError::NotOwned(self.config.id.clone())),
         }
+    }
+
+    /// Carries out one request of somebody other than the guest's device. It should be short, because giving the image up waits for it.
+    /// `ESHUTDOWN` where the image is not, or no longer, this process's.
+    pub fn with_io<R>(&self, request: impl FnOnce(&DiskIo) -> io::Result<R>) -> io::Result<R> {
+        let _in_flight = self.requests.read().unwrap_or_else(PoisonError::into_inner);
+        let io = self.io().map_err(|_| io::Error::from_raw_os_error(libc::ESHUTDOWN))?;
+        request(&io)
     }
 
     fn ownership(&self) -> MutexGuard<'_, Ownership> {
@@ -175,6 +202,7 @@ impl Disk {
 pub struct DiskIo {
     image: Arc<LockedImage>,
     bitmaps: Arc<DirtyBitmaps>,
+    snapshots: Arc<Snapshots>,
     discard: DiscardMode,
 }
 
@@ -184,24 +212,29 @@ impl DiskIo {
         self.image.read_vectored_at(target, offset)
     }
 
+    /// What takes space; see [`LockedImage::allocation`].
+    pub fn allocation(&self, offset: u64, length: u64) -> io::Result<Extent> {
+        self.image.allocation(offset, length)
+    }
+
     /// Writes from guest memory.
     pub fn write<B: BitmapSlice>(&self, source: &[VolatileSlice<B>], offset: u64) -> io::Result<()> {
         let length = source.iter().fold(0u64, |sum, slice| sum.saturating_add(slice.len() as u64));
-        self.recorded(offset, length, self.image.write_vectored_at(source, offset))
+        self.changed(offset, length, || self.image.write_vectored_at(source, offset))
     }
 
     /// Discards, unless the disk ignores that; see [`LockedImage::discard`].
     pub fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
-        if self.discard == DiscardMode::Ignore {
+        if self.discard == DiscardMode::Ignore || self.snapshots.spares_discard(length) {
             return Ok(());
         }
-        self.recorded(offset, length, self.image.discard(offset, length))
+        self.changed(offset, length, || self.image.discard(offset, length))
     }
 
     /// Writes zeros; see [`LockedImage::write_zeroes`].
     pub fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
         let unmap = unmap && self.discard == DiscardMode::Unmap;
-        self.recorded(offset, length, self.image.write_zeroes(offset, length, unmap))
+        self.changed(offset, length, || self.image.write_zeroes(offset, length, unmap))
     }
 
     /// Makes everything written so far durable.
@@ -209,9 +242,13 @@ impl DiskIo {
         self.image.flush()
     }
 
-    fn recorded(&self, offset: u64, length: u64, done: io::Result<()>) -> io::Result<()> {
+    fn changed(&self, offset: u64, length: u64, change: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        // First: no snapshot is taken between what is copied for the present ones and the change.
+        let recording = self.bitmaps.recording();
+        self.snapshots.before_change(&self.image, offset, length);
+        let done = change();
         // After the change, before anybody is told of it: see the module of the bitmaps.
-        self.bitmaps.mark(offset, length);
+        recording.mark(offset, length);
         done
     }
 }

@@ -15,6 +15,7 @@ use vm_memory::bitmap::BitmapSlice;
 use super::SECTOR_SIZE;
 use crate::vm::config::CacheMode;
 
+mod allocation;
 mod direct;
 mod ioctl;
 mod vectored;
