@@ -104,6 +104,10 @@ commands! {
         "block-dirty-bitmap-enable" => BlockDirtyBitmapEnable(BlockDirtyBitmap),
         /// Makes a dirty bitmap ignore writes.
         "block-dirty-bitmap-disable" => BlockDirtyBitmapDisable(BlockDirtyBitmap),
+        /// Freezes a point in time of a disk, for exports. Ferry's own.
+        "block-snapshot-add" => BlockSnapshotAdd(BlockSnapshot),
+        /// Removes a frozen point in time. Ferry's own.
+        "block-snapshot-remove" => BlockSnapshotRemove(BlockSnapshot),
     }
 }
 
@@ -185,6 +189,16 @@ pub struct BlockDirtyBitmap {
     /// Id of the disk.
     pub node: String,
     /// Name of the bitmap.
+    pub name: String,
+}
+
+/// A disk's snapshot by name: arguments of the `block-snapshot-` commands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockSnapshot {
+    /// Id of the disk.
+    pub node: String,
+    /// Name of the snapshot, unique among all disks and snapshots.
     pub name: String,
 }
 

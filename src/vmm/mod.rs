@@ -9,6 +9,7 @@
 //! | `outgoing` | giving the guest to another host |
 //! | `incoming` | receiving it from one |
 //! | `signals` | SIGTERM and its like |
+//! | `snapshots` | frozen points in time of its disks |
 
 mod build;
 mod guest;
@@ -16,6 +17,7 @@ mod incoming;
 mod monitor;
 mod outgoing;
 mod signals;
+mod snapshots;
 
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -115,6 +117,7 @@ struct Vmm {
     guest: Mutex<Guest>,
     machine: Machine,
     disks: Mutex<Vec<Arc<Disk>>>,
+    snapshots: snapshots::Snapshots,
     events: Events,
     messages: Sender<Message>,
     outgoing: Mutex<outgoing::Outgoing>,
@@ -191,6 +194,7 @@ impl Main {
             guest: Mutex::new(Guest::None),
             machine: Machine::new(console.output()?, tracker, vm_sender, on_disk_error),
             disks: Mutex::default(),
+            snapshots: snapshots::Snapshots::default(),
             events: Events::default(),
             messages: sender,
             outgoing: Mutex::default(),

@@ -92,6 +92,14 @@ impl Handler for Arc<Vmm> {
             Command::BlockDirtyBitmapDisable(BlockDirtyBitmap { node, name }) => {
                 self.disk(&node)?.bitmaps().set_enabled(&name, false).map_err(generic).and_then(|()| done())
             }
+            Command::BlockSnapshotAdd(snapshot) => {
+                let disks = lock(&self.disks).clone();
+                self.snapshots.add(&disks, &snapshot).and_then(|()| done())
+            }
+            Command::BlockSnapshotRemove(snapshot) => {
+                let disks = lock(&self.disks).clone();
+                self.snapshots.remove(&disks, &snapshot).and_then(|()| done())
+            }
         }
     }
 }

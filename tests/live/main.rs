@@ -44,6 +44,7 @@ mod moves;
 mod qemu_client;
 mod recovery;
 mod reports;
+mod snapshots;
 mod strangers;
 mod streams;
 mod switchover;

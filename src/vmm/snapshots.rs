@@ -1,0 +1,54 @@
+//! Snapshots of the guest's disks, as QMP asks for them.
+
+use std::sync::{Arc, Mutex};
+
+use super::lock;
+use crate::block::disk::Disk;
+use crate::block::snapshot::{PreparedSnapshot, Snapshot, SnapshotError};
+use crate::qmp::QmpError;
+use crate::qmp::command::BlockSnapshot;
+
+fn generic(error: impl std::fmt::Display) -> QmpError {
+    QmpError::generic(error.to_string())
+}
+
+fn disk<'a>(disks: &'a [Arc<Disk>], id: &str) -> Result<&'a Arc<Disk>, QmpError> {
+    disks.iter().find(|disk| disk.config().id == id).ok_or_else(|| QmpError::device_not_found(id))
+}
+
+/// Who adds snapshots for QMP: one at a time, so that no two have the same name.
+#[derive(Debug, Default)]
+pub(super) struct Snapshots(Mutex<()>);
+
+impl Snapshots {
+    /// `block-snapshot-add`: between two changes of the disk.
+    pub fn add(&self, disks: &[Arc<Disk>], BlockSnapshot { node, name }: &BlockSnapshot) -> Result<(), QmpError> {
+        let _alone = lock(&self.0);
+        let disk = disk(disks, node)?;
+        let prepared = prepare(disks, disk, name)?;
+        prepared.install(&disk.bitmaps().hold());
+        Ok(())
+    }
+
+    /// `block-snapshot-remove`.
+    pub fn remove(&self, disks: &[Arc<Disk>], BlockSnapshot { node, name }: &BlockSnapshot) -> Result<(), QmpError> {
+        let disk = disk(disks, node)?;
+        match disk.snapshots().remove(name) {
+            true => Ok(()),
+            false => Err(generic(SnapshotError::NotFound { disk: node.clone(), name: name.clone() })),
+        }
+    }
+}
+
+/// Makes a snapshot of `disk` ready, whose name must be no other node's: disks and snapshots have one name space.
+pub(super) fn prepare(disks: &[Arc<Disk>], disk: &Arc<Disk>, name: &str) -> Result<PreparedSnapshot, QmpError> {
+    if disks.iter().any(|disk| disk.config().id == name) || find(disks, name).is_some() {
+        return Err(generic(SnapshotError::Exists(name.to_owned())));
+    }
+    PreparedSnapshot::new(disk, name).map_err(generic)
+}
+
+/// The snapshot of any disk that has this name.
+pub(super) fn find(disks: &[Arc<Disk>], name: &str) -> Option<Snapshot> {
+    disks.iter().find_map(|disk| Snapshot::find(disk, name))
+}
