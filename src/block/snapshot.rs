@@ -42,6 +42,9 @@ pub enum SnapshotError {
         /// The name.
         name: String,
     },
+    /// Which parts of the disk are kept would take too much memory.
+    #[error("disk {0} is larger than 128 TiB, the most that a snapshot can keep account of")]
+    TooLarge(String),
     /// The image is not this process's.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -55,6 +58,8 @@ pub enum SnapshotError {
     },
 }
 
+/// Largest disk in bytes: 128 TiB, for which a snapshot takes 256 MiB of memory.
+const MAX_SIZE: u64 = 128 << 40;
 /// Longest name of a snapshot in bytes: that of QEMU's node names.
 pub const MAX_NAME: usize = 31;
 
@@ -149,6 +154,9 @@ impl PreparedSnapshot {
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
         if !(1..=MAX_NAME).contains(&name.len()) || !name.bytes().all(allowed) {
             return Err(SnapshotError::Name(name.to_owned()));
+        }
+        if disk.size() > MAX_SIZE {
+            return Err(SnapshotError::TooLarge(disk.config().id.clone()));
         }
         // Of a guest that is not here, or no longer, there is no such moment.
         disk.io()?;

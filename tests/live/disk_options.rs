@@ -36,6 +36,7 @@ fn a_disk_with_direct_io_that_ignores_discards_moves_with_its_options() {
     here.ends_with(0);
     // The file system may take more for its own account of what is zero.
     assert!(blocks() >= before, "{} of {before}", blocks());
-    let (count, digest) = disk.snapshot().check(guest.fact("disk", "magic"));
-    assert_eq!((count, digest), (guest.fact("disk", "data_blocks"), guest.fact("disk", "digest")));
+    // The guest has read back all that it knows; what it discarded is still there.
+    let (count, _) = disk.snapshot().check(guest.fact("disk", "magic"));
+    assert!(count > guest.fact("disk", "data_blocks"), "{count}");
 }

@@ -186,3 +186,20 @@ fn direct_io_takes_buffers_at_any_address_and_past_the_page_cache() {
     let expected = |at: usize| if (1536..2560).contains(&at) || (4096..4608).contains(&at) { 0 } else { content[at - 512] };
     assert!((512..66048).all(|at| zeroed[at] == expected(at)));
 }
+
+#[test]
+fn where_direct_io_is_not_possible_it_is_said_why() {
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use std::os::fd::AsRawFd;
+    let open = |flags, size| {
+        let file = memfd_create("image", flags).unwrap();
+        ftruncate(&file, size).unwrap();
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        Image::open(Path::new(&path), false, CacheMode::None).map(drop).unwrap_err().to_string()
+    };
+    let error = open(MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, 2 << 20);
+    assert!(error.contains("without direct I/O, which cache=none needs; use cache=writeback"), "{error}");
+    // Memory had none before Linux 6.6.
+    let error = open(MemfdFlags::empty(), 5 * 512);
+    assert!(error.contains("2560 bytes, which is not a whole number of blocks of 4096 bytes") || error.contains("without"), "{error}");
+}
