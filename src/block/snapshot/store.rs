@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -66,8 +67,12 @@ impl Store {
         let mut clusters = range.start / CLUSTER..range.end.div_ceil(CLUSTER);
         if self.broken.get().is_none() && !clusters.clone().all(|cluster| self.is_copied(cluster)) {
             let mut buffer = self.copying.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Err(error) = clusters.try_for_each(|cluster| self.copy(image, cluster, &mut buffer)) {
+            // Looked at again: another writer may have broken it meanwhile.
+            if self.broken.get().is_none()
+                && let Err(error) = clusters.try_for_each(|cluster| self.copy(image, cluster, &mut buffer))
+            {
                 self.break_because(format!("what the guest was about to change could not be kept: {error}"));
+                self.free();
             }
         }
         // The bits, or that it is broken, before the change, for the reader's fence.
@@ -98,10 +103,14 @@ impl Store {
 
     /// Ends the snapshot for its readers; the first reason stays.
     pub(super) fn break_because(&self, reason: String) {
-        if self.broken.set(reason).is_ok() {
-            // Its space is better used otherwise; readers look whether it is broken after they have read. One that cannot be freed now is
-            // freed with the file.
-            let _ = self.file.set_len(0);
+        let _ = self.broken.set(reason);
+    }
+
+    /// Empties the file of a broken snapshot: others may need the space. On a thread, because the guest waits and a large file takes its time;
+    /// what cannot be freed now is freed with the file.
+    fn free(&self) {
+        if let Ok(file) = self.file.try_clone() {
+            let _ = thread::Builder::new().name("free snapshot".into()).spawn(move || file.set_len(0));
         }
     }
 
