@@ -77,7 +77,7 @@ fn body<'a>(bytes: &'a [u8], magic: &[u8], newest: u16, what: &str) -> Result<(u
     match parts.map(|(version, body)| (u16::from_le_bytes(*version), body)) {
         Some((version, body)) if (1..=newest).contains(&version) => Ok((version, body)),
         _ => Err(format!(
-            "the guest's {what} is not of a version up to {newest}; the destination needs at least the source's version of Ferry"
+            "the guest's {what} is not of version {newest} or an older one; the destination needs at least the source's version of Ferry"
         )),
     }
 }
@@ -118,7 +118,7 @@ mod tests {
             assert!(decode_setup(&damaged, 512).unwrap_err().contains("damaged"));
         }
         for version in [0, 3] {
-            assert!(decode_setup(&with_version(version, bytes.len()), 512).unwrap_err().contains("version up to 2"));
+            assert!(decode_setup(&with_version(version, bytes.len()), 512).unwrap_err().contains("version 2 or an older one"));
         }
     }
 
