@@ -10,8 +10,10 @@ use vm_memory::bitmap::BitmapSlice;
 use super::dirty_bitmap::DirtyBitmaps;
 use super::export_source::{ExportSource, Extent};
 use super::image::{Image, ImageError, LockedImage};
+use super::io_error::{IoStatus, SharedIoStatus};
 use super::sidecar::{Sidecar, SidecarError};
-use crate::vm::config::DiskConfig;
+use super::snapshot::Snapshots;
+use crate::vm::config::{DiscardMode, DiskConfig};
 
 mod persistence;
 
@@ -57,6 +59,8 @@ pub struct Disk {
     bitmaps: Arc<DirtyBitmaps>,
     /// Where its persistent bitmaps are stored, if they can be.
     sidecar: Option<Sidecar>,
+    snapshots: Arc<Snapshots>,
+    io_status: SharedIoStatus,
 }
 
 #[derive(Debug)]
@@ -71,7 +75,8 @@ enum Ownership {
 impl Disk {
     /// Opens the disk's image without locking it.
     pub fn open(config: DiskConfig) -> Result<Arc<Self>, DiskError> {
-        let image = Image::open(&config.path, config.readonly).map_err(|source| DiskError::Image { id: config.id.clone(), source })?;
+        let image = Image::open(&config.path, config.readonly, config.options.cache)
+            .map_err(|source| DiskError::Image { id: config.id.clone(), source })?;
         let bitmaps = DirtyBitmaps::new(image.size());
         let (size, block_size) = (image.size(), image.block_size());
         let storable = !image.is_block_device() && !image.readonly();
@@ -85,6 +90,8 @@ impl Disk {
             requests: RwLock::default(),
             bitmaps,
             sidecar,
+            snapshots: Arc::default(),
+            io_status: SharedIoStatus::default(),
         }))
     }
 
@@ -108,6 +115,21 @@ impl Disk {
         &self.bitmaps
     }
 
+    /// The disk's snapshots.
+    pub fn snapshots(&self) -> &Arc<Snapshots> {
+        &self.snapshots
+    }
+
+    /// Whether it waits, with a request that failed, for the guest to be resumed.
+    pub fn io_status(&self) -> IoStatus {
+        self.io_status.get()
+    }
+
+    /// The device says how its last request ended, or that it tries again.
+    pub fn set_io_status(&self, status: IoStatus) {
+        self.io_status.set(status);
+    }
+
     /// Locks the image, or says who has it. Nothing of it that this host cached before is used afterwards. Does nothing if it is locked
     /// already. Stored bitmaps are not brought back: the guest's come with it.
     pub fn acquire(&self) -> Result<(), DiskError> {
@@ -126,7 +148,8 @@ impl Disk {
                 *ownership = locked;
                 return Ok(false);
             }
-            Ownership::Closed => Image::open(&self.config.path, self.config.readonly).map_err(|source| self.image_error(source))?,
+            Ownership::Closed => Image::open(&self.config.path, self.config.readonly, self.config.options.cache)
+                .map_err(|source| self.image_error(source))?,
         };
         match image.lock() {
             Ok(locked) => {
@@ -144,8 +167,8 @@ impl Disk {
         }
     }
 
-    /// Makes everything written durable and gives the lock up. Waits for those in [`Disk::with_io`], and refuses them afterwards. Fails, and
-    /// keeps the lock, while another [`DiskIo`] exists.
+    /// Makes everything written durable and gives the lock up, which breaks the disk's snapshots. Waits for those in [`Disk::with_io`], and
+    /// refuses them afterwards. Fails, and keeps the lock, while another [`DiskIo`] exists.
     pub fn release(&self) -> Result<(), DiskError> {
         let _nobody = self.requests.write().unwrap_or_else(PoisonError::into_inner);
         let mut ownership = self.ownership();
@@ -165,6 +188,8 @@ impl Disk {
             *ownership = Ownership::Locked(Arc::new(locked));
             return Err(self.image_error(ImageError::Io { action: "flush", path, source }));
         }
+        // Before anybody else can write to the image.
+        self.snapshots.break_all("the disk has been given up, for the guest to run on another host");
         *ownership = Ownership::Unlocked(locked.unlock().map_err(|source| self.image_error(source))?);
         Ok(())
     }
@@ -172,7 +197,12 @@ impl Disk {
     /// Access to the disk's content, for as long as the value lives.
     pub fn io(&self) -> Result<DiskIo, DiskError> {
         match &*self.ownership() {
-            Ownership::Locked(image) => Ok(DiskIo { image: image.clone(), bitmaps: self.bitmaps.clone() }),
+            Ownership::Locked(image) => Ok(DiskIo {
+                image: image.clone(),
+                bitmaps: self.bitmaps.clone(),
+                snapshots: self.snapshots.clone(),
+                discard: self.config.options.discard,
+            }),
             _ => Err(DiskError::NotOwned(self.config.id.clone())),
         }
     }
@@ -219,6 +249,8 @@ impl ExportSource for Disk {
 pub struct DiskIo {
     image: Arc<LockedImage>,
     bitmaps: Arc<DirtyBitmaps>,
+    snapshots: Arc<Snapshots>,
+    discard: DiscardMode,
 }
 
 impl DiskIo {
@@ -227,20 +259,29 @@ impl DiskIo {
         self.image.read_vectored_at(target, offset)
     }
 
+    /// What takes space; see [`LockedImage::allocation`].
+    pub fn allocation(&self, offset: u64, length: u64) -> io::Result<Extent> {
+        self.image.allocation(offset, length)
+    }
+
     /// Writes from guest memory.
     pub fn write<B: BitmapSlice>(&self, source: &[VolatileSlice<B>], offset: u64) -> io::Result<()> {
         let length = source.iter().fold(0u64, |sum, slice| sum.saturating_add(slice.len() as u64));
-        self.recorded(offset, length, || self.image.write_vectored_at(source, offset))
+        self.changed(offset, length, || self.image.write_vectored_at(source, offset))
     }
 
-    /// Discards; see [`LockedImage::discard`].
+    /// Discards, unless the disk ignores that; see [`LockedImage::discard`].
     pub fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.recorded(offset, length, || self.image.discard(offset, length))
+        if self.discard == DiscardMode::Ignore || self.snapshots.spares_discard(length) {
+            return Ok(());
+        }
+        self.changed(offset, length, || self.image.discard(offset, length))
     }
 
     /// Writes zeros; see [`LockedImage::write_zeroes`].
     pub fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
-        self.recorded(offset, length, || self.image.write_zeroes(offset, length, unmap))
+        let unmap = unmap && self.discard == DiscardMode::Unmap;
+        self.changed(offset, length, || self.image.write_zeroes(offset, length, unmap))
     }
 
     /// Makes everything written so far durable.
@@ -248,8 +289,10 @@ impl DiskIo {
         self.image.flush()
     }
 
-    fn recorded(&self, offset: u64, length: u64, change: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    fn changed(&self, offset: u64, length: u64, change: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        // First: no snapshot is taken between what is copied for the present ones and the change.
         let recording = self.bitmaps.recording();
+        self.snapshots.before_change(&self.image, offset, length);
         let done = change();
         // After the change, before anybody is told of it: see the module of the bitmaps.
         recording.mark(offset, length);

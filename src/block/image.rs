@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use rustix::fs::{Advice, FallocateFlags};
 use rustix::io::Errno;
@@ -13,10 +14,14 @@ use vm_memory::bitmap::BitmapSlice;
 
 use super::SECTOR_SIZE;
 use super::sidecar::ImageStamp;
+use crate::vm::config::CacheMode;
 
 mod allocation;
+mod direct;
 mod ioctl;
 mod vectored;
+
+use direct::Direct;
 
 /// Why an image cannot be used.
 #[derive(Debug, Error)]
@@ -44,6 +49,25 @@ pub enum ImageError {
         path: PathBuf,
         /// Its size in bytes.
         size: u64,
+    },
+    /// `cache=none` is not possible.
+    #[error("disk image {path} is on a file system without direct I/O, which cache=none needs; use cache=writeback")]
+    NoDirectIo {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Direct I/O moves whole blocks.
+    #[error(
+        "disk image {path} has {size} bytes, which is not a whole number of blocks of {block} bytes, as cache=none needs here; resize it, or \
+         use cache=writeback"
+    )]
+    DirectSize {
+        /// The image.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// Bytes in a block.
+        block: u64,
     },
     /// Another open of the image, in this process or another, holds a lock that excludes ours.
     #[error("disk image {path} is in use by another runner{}; stop that one first", if *.readonly { ", which may write to it" } else { "" })]
@@ -75,6 +99,9 @@ pub struct Image {
     block_device: bool,
     size: u64,
     block_size: u32,
+    direct: Option<Box<Direct>>,
+    /// The error of a flush that failed.
+    flush_failed: AtomicI32,
 }
 
 /// Taking the lock failed; the image is given back.
@@ -90,7 +117,7 @@ pub struct LockError {
 
 impl Image {
     /// Opens the file or block device at `path` and measures it. Takes no lock.
-    pub fn open(path: &Path, readonly: bool) -> Result<Self, ImageError> {
+    pub fn open(path: &Path, readonly: bool, cache: CacheMode) -> Result<Self, ImageError> {
         let path = path.to_owned();
         let io_error = |action, source| ImageError::Io { action, path: path.clone(), source };
         let image_kind = |kind: std::fs::FileType| kind.is_block_device() || kind.is_file();
@@ -100,8 +127,12 @@ impl Image {
             return Err(ImageError::Kind { path });
         }
         // O_NONBLOCK has no effect on files and disks; it keeps a path that names a pipe from blocking us before it is refused.
-        let options = OpenOptions::new().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(&path);
-        let mut file = options.map_err(|source| ImageError::Open { path: path.clone(), source })?;
+        let direct = if cache == CacheMode::None { libc::O_DIRECT } else { 0 };
+        let options = OpenOptions::new().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK | direct).open(&path);
+        let mut file = options.map_err(|source| match source.raw_os_error() {
+            Some(libc::EINVAL) if cache == CacheMode::None => ImageError::NoDirectIo { path: path.clone() },
+            _ => ImageError::Open { path: path.clone(), source },
+        })?;
         let kind = file.metadata().map_err(|source| io_error("examine", source))?.file_type();
         let block_device = kind.is_block_device();
         if !image_kind(kind) {
@@ -115,7 +146,17 @@ impl Image {
             true => rustix::fs::ioctl_blksszget(&file).map_err(|errno| io_error("measure the blocks of", errno.into()))?,
             false => SECTOR_SIZE as u32,
         };
-        Ok(Image { file, path, readonly, block_device, size, block_size })
+        let direct = match cache {
+            CacheMode::Writeback => None,
+            CacheMode::None => match Direct::of(&file).map_err(|source| io_error("examine", source))? {
+                None => return Err(ImageError::NoDirectIo { path }),
+                Some(direct) if !size.is_multiple_of(direct.block()) => {
+                    return Err(ImageError::DirectSize { path, size, block: direct.block() });
+                }
+                some => some.map(Box::new),
+            },
+        };
+        Ok(Image { file, path, readonly, block_device, size, block_size, direct, flush_failed: AtomicI32::new(0) })
     }
 
     /// Takes the image's open file description lock (`F_OFD_SETLK`, fcntl(2)): a shared one for a reader, an exclusive one for a writer.
@@ -184,9 +225,12 @@ impl LockedImage {
     }
 
     /// Drops what this host has cached of the image, so that what another host wrote to shared storage is read from there. To be called when
-    /// the image is taken over, before the first read.
+    /// the image is taken over, before the first read. Direct I/O reads no cache.
     pub fn invalidate_cache(&self) -> Result<(), ImageError> {
         let image = &self.image;
+        if image.direct.is_some() {
+            return Ok(());
+        }
         if image.block_device {
             match ioctl::flush_buffers(&image.file) {
                 // BLKFLSBUF is for the superuser; the advice below is all that others have.
@@ -197,23 +241,45 @@ impl LockedImage {
         rustix::fs::fadvise(&image.file, 0, None, Advice::DontNeed).map_err(|errno| self.error("drop the cache of", errno.into()))
     }
 
-    /// Reads into guest memory without a copy and marks what was written there, after it was written. If the read fails, all of `target`
-    /// is marked, because some of it may have changed.
+    /// Reads into guest memory, without a copy where its alignment allows, and marks what was written there, after it was written. If the
+    /// read fails, all that may have changed is marked.
     pub fn read_vectored_at<B: BitmapSlice>(&self, target: &[VolatileSlice<B>], offset: u64) -> io::Result<()> {
-        self.check_range(offset, vectored::length(target)?)?;
-        vectored::read_exact_at(&self.image.file, target, offset)
+        let length = vectored::length(target)?;
+        self.check_range(offset, length)?;
+        match &self.image.direct {
+            Some(direct) if !direct.suits(target, offset) => {
+                let mut at = 0;
+                direct.read(&self.image.file, offset, length, |bytes| {
+                    vectored::scatter(target, at, bytes);
+                    at += bytes.len();
+                })
+            }
+            _ => vectored::read_exact_at(&self.image.file, target, offset),
+        }
     }
 
-    /// Writes from guest memory without a copy.
+    /// Writes from guest memory, without a copy where its alignment allows.
     pub fn write_vectored_at<B: BitmapSlice>(&self, source: &[VolatileSlice<B>], offset: u64) -> io::Result<()> {
-        self.check_range(offset, vectored::length(source)?)?;
-        vectored::write_all_at(&self.image.file, source, offset)
+        let length = vectored::length(source)?;
+        self.check_range(offset, length)?;
+        match &self.image.direct {
+            Some(direct) if !direct.suits(source, offset) => {
+                let mut at = 0;
+                direct.write(&self.image.file, offset, length, |bytes| {
+                    vectored::gather(source, at, bytes);
+                    at += bytes.len();
+                })
+            }
+            direct => {
+                let _changing = direct.as_ref().map(|direct| direct.changing());
+                vectored::write_all_at(&self.image.file, source, offset)
+            }
+        }
     }
 
     /// Reads exactly `target.len()` bytes.
     pub fn read_at(&self, target: &mut [u8], offset: u64) -> io::Result<()> {
-        self.check_range(offset, target.len() as u64)?;
-        self.image.file.read_exact_at(target, offset)
+        self.read_vectored_at(&[VolatileSlice::from(target)], offset)
     }
 
     /// Size and time of the last change, by which a change by others is noticed later. Nothing where no such time exists, as for a block
@@ -222,19 +288,32 @@ impl LockedImage {
         if self.image.block_device {
             return Ok(None);
         }
+        self.flush()?;
         self.image.file.sync_all()?;
         let metadata = self.image.file.metadata()?;
         Ok(Some(ImageStamp { size: metadata.len(), seconds: metadata.mtime(), nanoseconds: metadata.mtime_nsec() }))
     }
 
-    /// Makes everything written so far durable (fdatasync(2)).
+    /// Makes everything written so far durable (fdatasync(2)). Once it has failed it fails for as long as the image is open: the kernel may
+    /// have dropped what it could not write, and says so only once.
     pub fn flush(&self) -> io::Result<()> {
-        self.image.file.sync_data()
+        let Image { file, direct, flush_failed, .. } = &self.image;
+        match flush_failed.load(Ordering::Relaxed) {
+            0 => {}
+            errno => return Err(io::Error::from_raw_os_error(errno)),
+        }
+        file.sync_data().inspect_err(|error| {
+            // Direct I/O reports a failed write when it is made.
+            if let Some(errno) = error.raw_os_error().filter(|_| direct.is_none()) {
+                flush_failed.store(errno, Ordering::Relaxed);
+            }
+        })
     }
 
     /// Tells the storage that the range is not needed; its content is undefined afterwards. Storage that cannot use the advice ignores it.
     pub fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
         self.check_range(offset, length)?;
+        let _changing = self.image.direct.as_ref().map(|direct| direct.changing());
         let discarded = match self.image.block_device {
             true => ioctl::discard(&self.image.file, offset, length),
             false => self.fallocate(FallocateFlags::PUNCH_HOLE, offset, length).map_err(io::Error::from),
@@ -254,7 +333,10 @@ impl LockedImage {
         }
         let first = if unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
         for mode in [first, FallocateFlags::ZERO_RANGE] {
-            match self.fallocate(mode, offset, length).map_err(io::Error::from) {
+            let changing = self.image.direct.as_ref().map(|direct| direct.changing());
+            let zeroed = self.fallocate(mode, offset, length).map_err(io::Error::from);
+            drop(changing);
+            match zeroed {
                 Err(error) if is_unsupported(&error) => {}
                 done => return done,
             }
@@ -264,11 +346,15 @@ impl LockedImage {
 
     fn write_zeroes_by_hand(&self, offset: u64, length: u64) -> io::Result<()> {
         static ZEROES: [u8; 1 << 16] = [0; 1 << 16];
+        let Image { file, direct, .. } = &self.image;
+        if let Some(direct) = direct {
+            return direct.write(file, offset, length, |bytes| bytes.fill(0));
+        }
         let mut done = 0;
         while done < length {
             let count = (length - done).min(ZEROES.len() as u64);
             let chunk = ZEROES.get(..count as usize).unwrap_or(&ZEROES);
-            self.image.file.write_all_at(chunk, offset + done)?;
+            file.write_all_at(chunk, offset + done)?;
             done += count;
         }
         Ok(())

@@ -101,8 +101,10 @@ pub(super) struct RunArguments {
     /// set aside (hugetlb), here and wherever the guest moves.
     #[arg(long, value_name = "SIZE[,lock=on][,hugepages=2M]", default_value = "512M", value_parser = size::parse_memory)]
     memory: Memory,
-    /// Raw disk image or block device; may be given several times. A comma in the path is written as two
-    #[arg(long = "disk", value_name = "path=P,id=ID[,readonly=on]", value_parser = disk::parse_disk)]
+    /// Raw disk image or block device; may be given several times. A comma in the path is written as two. Options: readonly=on;
+    /// cache=none past the host's page cache; discard=ignore keeps the space of what the guest discards; werror=enospc|report|stop and
+    /// rerror=report|stop: what a failed write or read does, give the guest an I/O error or pause it (enospc: pause where the storage is full)
+    #[arg(long = "disk", value_name = "path=P,id=ID[,OPTION=VALUE]...", value_parser = disk::parse_disk)]
     disks: Vec<DiskConfig>,
     #[command(flatten)]
     host: HostArguments,

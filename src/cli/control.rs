@@ -23,6 +23,19 @@ pub(super) fn status(qmp: &Path) -> Result<(), CliError> {
         _ => String::new(),
     };
     println!("guest      {}{waiting}", guest["status"].as_str().unwrap_or("unknown"));
+    if guest["status"] == "io-error" {
+        for disk in client.execute(&Command::QueryBlock)?.as_array().into_iter().flatten() {
+            let what = match disk["io-status"].as_str() {
+                Some("nospace") => "has no room left on its storage",
+                Some("failed") => "failed",
+                _ => continue,
+            };
+            println!(
+                "disk       {} {what}; the guest is paused, and `ferry resume` lets it try again",
+                disk["device"].as_str().unwrap_or("?")
+            );
+        }
+    }
     let migration = client.execute(&Command::QueryMigrate)?;
     let Some(status) = migration["status"].as_str() else { return Ok(()) };
     println!("migration  {status}{}", describe(&migration));

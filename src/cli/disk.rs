@@ -1,26 +1,31 @@
-//! `--disk path=P,id=ID[,readonly=on]`.
+//! `--disk path=P,id=ID[,readonly=on][,cache=none][,discard=ignore][,werror=stop][,rerror=stop]`.
 
 use std::path::PathBuf;
 
-use crate::vm::config::DiskConfig;
+use crate::vm::config::{CacheMode, DiscardMode, DiskConfig, DiskOptions, ReadErrorAction, WriteErrorAction};
 
 /// Reads a disk of `ferry run`.
 pub(super) fn parse_disk(text: &str) -> Result<DiskConfig, String> {
-    let pairs = Pairs::parse(text)?;
-    let readonly = match pairs.readonly.as_deref() {
-        None | Some("off") => false,
-        Some("on") => true,
-        Some(other) => return Err(format!("readonly is on or off, not '{other}'")),
+    let mut pairs = Pairs::parse(text)?;
+    let readonly = pairs.choice("readonly", &[("off", false), ("on", true)])?;
+    let options = DiskOptions {
+        cache: pairs.choice("cache", &[("writeback", CacheMode::Writeback), ("none", CacheMode::None)])?,
+        discard: pairs.choice("discard", &[("unmap", DiscardMode::Unmap), ("ignore", DiscardMode::Ignore)])?,
+        werror: pairs.choice(
+            "werror",
+            &[("enospc", WriteErrorAction::Enospc), ("report", WriteErrorAction::Report), ("stop", WriteErrorAction::Stop)],
+        )?,
+        rerror: pairs.choice("rerror", &[("report", ReadErrorAction::Report), ("stop", ReadErrorAction::Stop)])?,
     };
     let (id, path) = pairs.id_and_path()?;
-    Ok(DiskConfig { id, path, readonly })
+    Ok(DiskConfig { id, path, readonly, options })
 }
 
 /// Reads a disk of `ferry receive`.
 pub(super) fn parse_mapping(text: &str) -> Result<(String, PathBuf), String> {
     let pairs = Pairs::parse(text)?;
-    if pairs.readonly.is_some() {
-        return Err("whether a disk is read-only comes from the source; give id and path".into());
+    if let Some((key, _)) = pairs.0.iter().find(|(key, _)| !matches!(*key, "path" | "id")) {
+        return Err(format!("a disk's {key} comes from the source; give id and path"));
     }
     pairs.id_and_path()
 }
@@ -31,34 +36,44 @@ pub(super) fn duplicate<'a>(ids: impl Iterator<Item = &'a str>) -> Option<&'a st
     ids.into_iter().find(|id| !seen.insert(*id))
 }
 
-#[derive(Default)]
-struct Pairs {
-    path: Option<String>,
-    id: Option<String>,
-    readonly: Option<String>,
-}
+/// What a disk has.
+const KEYS: [&str; 7] = ["path", "id", "readonly", "cache", "discard", "werror", "rerror"];
+
+struct Pairs(Vec<(&'static str, String)>);
 
 impl Pairs {
     fn parse(text: &str) -> Result<Self, String> {
-        let mut pairs = Pairs::default();
+        let mut pairs: Vec<(&'static str, String)> = Vec::new();
         for pair in split_at_single_commas(text) {
             let (key, value) = pair.split_once('=').ok_or_else(|| format!("'{pair}' is not KEY=VALUE"))?;
-            let slot = match key {
-                "path" => &mut pairs.path,
-                "id" => &mut pairs.id,
-                "readonly" => &mut pairs.readonly,
-                _ => return Err(format!("a disk has path, id and readonly, not '{key}'")),
-            };
-            if slot.replace(value.to_string()).is_some() {
+            let known = KEYS.iter().find(|known| **known == key);
+            let key = known.ok_or_else(|| format!("a disk has {}, not '{key}'", KEYS.join(", ")))?;
+            if pairs.iter().any(|(other, _)| other == key) {
                 return Err(format!("'{key}' is given twice"));
             }
+            pairs.push((key, value.to_string()));
         }
-        Ok(pairs)
+        Ok(Pairs(pairs))
     }
 
-    fn id_and_path(self) -> Result<(String, PathBuf), String> {
-        let path = self.path.filter(|path| !path.is_empty()).ok_or("the path is missing: path=FILE")?;
-        let id = self.id.ok_or("the id is missing: id=NAME")?;
+    fn take(&mut self, key: &str) -> Option<String> {
+        let index = self.0.iter().position(|(other, _)| *other == key)?;
+        Some(self.0.swap_remove(index).1)
+    }
+
+    /// The value that the key's word stands for; without one, the default.
+    fn choice<T: Copy + Default>(&mut self, key: &str, choices: &[(&str, T)]) -> Result<T, String> {
+        let Some(given) = self.take(key) else { return Ok(T::default()) };
+        let found = choices.iter().find(|(word, _)| *word == given).map(|(_, value)| *value);
+        found.ok_or_else(|| {
+            let words: Vec<_> = choices.iter().map(|(word, _)| *word).collect();
+            format!("{key} is {}, not '{given}'", words.join(" or "))
+        })
+    }
+
+    fn id_and_path(mut self) -> Result<(String, PathBuf), String> {
+        let path = self.take("path").filter(|path| !path.is_empty()).ok_or("the path is missing: path=FILE")?;
+        let id = self.take("id").ok_or("the id is missing: id=NAME")?;
         if !DiskConfig::is_id(&id) {
             let longest = DiskConfig::MAX_ID;
             return Err(format!("an id has 1 to {longest} letters, digits, '-', '_' or '.', unlike '{id}'"));
@@ -89,9 +104,13 @@ mod tests {
 
     #[test]
     fn keys_come_in_any_order() {
-        let disk = DiskConfig { id: "root".into(), path: "/a b=c".into(), readonly: true };
+        let disk = DiskConfig { id: "root".into(), path: "/a b=c".into(), readonly: true, options: Default::default() };
         assert_eq!(parse_disk("readonly=on,path=/a b=c,id=root"), Ok(disk));
         assert_eq!(parse_mapping("id=x,path=y"), Ok(("x".into(), "y".into())));
+        let disk = parse_disk("path=x,rerror=stop,id=y,cache=none,werror=report,discard=ignore").unwrap();
+        let DiskOptions { cache, discard, werror, rerror } = disk.options;
+        assert_eq!((cache, discard), (CacheMode::None, DiscardMode::Ignore));
+        assert_eq!((werror, rerror), (WriteErrorAction::Report, ReadErrorAction::Stop));
     }
 
     #[test]
@@ -106,15 +125,17 @@ mod tests {
             ("path=x,id=a/b", "1 to 20"),
             ("path=x,id=a-name-that-is-too-long", "1 to 20"),
             ("path=x,id=y,id=z", "twice"),
-            ("path=x,id=y,readonly=yes", "on or off"),
-            ("path=x,id=y,cache=none", "'cache'"),
+            ("path=x,id=y,readonly=yes", "off or on, not 'yes'"),
+            ("path=x,id=y,cache=unsafe", "writeback or none, not 'unsafe'"),
+            ("path=x,id=y,werror=ignore", "enospc or report or stop"),
+            ("path=x,id=y,aio=native", "'aio'"),
             ("path=x,id=y,", "not KEY=VALUE"),
         ];
         for (text, expected) in bad {
             let error = parse_disk(text).unwrap_err();
             assert!(error.contains(expected), "{text}: {error}");
         }
-        assert!(parse_mapping("id=x,path=y,readonly=on").is_err());
+        assert!(parse_mapping("id=x,path=y,cache=none").unwrap_err().contains("cache comes from the source"));
         assert_eq!(duplicate(["a", "b", "a"].into_iter()), Some("a"));
     }
 
@@ -126,7 +147,7 @@ mod tests {
         }
 
         #[test]
-        fn any_text_is_survived(text in "((path|id|readonly)=)?\\PC*") {
+        fn any_text_is_survived(text in "((path|id|readonly|cache)=)?\\PC*") {
             let _ = parse_disk(&text);
         }
     }

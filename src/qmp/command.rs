@@ -9,7 +9,8 @@ use super::capabilities::CapabilityStatus;
 use super::error::QmpError;
 use super::parameters::MigrateSetParameters;
 pub use super::transaction::{
-    BlockDirtyBitmap, BlockDirtyBitmapAdd, BlockDirtyBitmapMerge, BlockDirtyBitmapMergeSource, Transaction, TransactionAction,
+    BlockDirtyBitmap, BlockDirtyBitmapAdd, BlockDirtyBitmapMerge, BlockDirtyBitmapMergeSource, BlockSnapshot, Transaction,
+    TransactionAction,
 };
 use crate::migrate::report::Status;
 
@@ -127,6 +128,10 @@ commands! {
         "block-export-del" => BlockExportDel(BlockExportDel),
         /// The exports: answered with a list of QEMU's `BlockExportInfo`.
         "query-block-exports" => QueryBlockExports,
+        /// Freezes a point in time of a disk, for exports. Ferry's own.
+        "block-snapshot-add" => BlockSnapshotAdd(BlockSnapshot),
+        /// Removes a frozen point in time. Ferry's own.
+        "block-snapshot-remove" => BlockSnapshotRemove(BlockSnapshot),
     }
 }
 

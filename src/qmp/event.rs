@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use crate::block::io_error::BlockIoError;
 use crate::migrate::report::{Report, Status};
 
 /// An event, named and shaped as QEMU's.
@@ -18,6 +19,8 @@ pub enum Event {
     Shutdown(ShutdownCause),
     /// The guest restarts.
     Reset(ShutdownCause),
+    /// A request failed at the disk's image.
+    BlockIoError(BlockIoError),
     /// The migration's status changed.
     Migration(MigrationEvent),
     /// A pass of precopy began.

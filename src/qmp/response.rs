@@ -5,6 +5,8 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::block::io_error::IoStatus;
+
 /// The guest's run state (the subset of QEMU's `RunState` that Ferry has).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -13,6 +15,8 @@ pub enum RunState {
     Running,
     /// A person stopped it.
     Paused,
+    /// A disk failed, with `rerror` or `werror` to stop the guest; `cont` tries again.
+    IoError,
     /// A destination that waits for its guest.
     Inmigrate,
     /// Paused for the switch.
@@ -86,11 +90,20 @@ pub struct BlockDeviceInfo(Value);
 impl BlockDeviceInfo {
     /// A raw disk `id` of `size` bytes at `path`.
     pub fn new(id: &str, path: &Path, size: u64, readonly: bool, dirty_bitmaps: &[BlockDirtyInfo]) -> Self {
+        Self::of("raw", id, path, size, readonly, dirty_bitmaps)
+    }
+
+    /// A snapshot `name` of the raw disk of `size` bytes at `path`.
+    pub fn snapshot(name: &str, path: &Path, size: u64) -> Self {
+        Self::of("snapshot-access", name, path, size, true, &[])
+    }
+
+    fn of(driver: &str, id: &str, path: &Path, size: u64, readonly: bool, dirty_bitmaps: &[BlockDirtyInfo]) -> Self {
         let file = path.to_string_lossy();
         let mut info = json!({
             "node-name": id,
             "file": file,
-            "drv": "raw",
+            "drv": driver,
             "ro": readonly,
             "encrypted": false,
             "detect_zeroes": "off",
@@ -124,5 +137,11 @@ impl BlockInfo {
             "io-status": "ok",
             "inserted": inserted,
         }))
+    }
+
+    /// With this `io-status`; `ok` without.
+    pub fn with_io_status(mut self, status: IoStatus) -> Self {
+        self.0["io-status"] = json!(status);
+        self
     }
 }

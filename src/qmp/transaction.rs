@@ -53,6 +53,16 @@ pub enum BlockDirtyBitmapMergeSource {
     External(BlockDirtyBitmap),
 }
 
+/// A disk's snapshot by name: arguments of the `block-snapshot-` commands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockSnapshot {
+    /// Id of the disk.
+    pub node: String,
+    /// Name of the snapshot, unique among all disks and snapshots.
+    pub name: String,
+}
+
 /// Arguments of `transaction`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -96,6 +106,8 @@ pub enum TransactionAction {
     BlockDirtyBitmapDisable(BlockDirtyBitmap),
     /// As the command of this name.
     BlockDirtyBitmapMerge(BlockDirtyBitmapMerge),
+    /// As the command of this name.
+    BlockSnapshotAdd(BlockSnapshot),
     /// Fails, for tests.
     Abort {},
 }
@@ -116,6 +128,7 @@ impl TransactionAction {
                 });
                 std::iter::once(merge.node.as_str()).chain(others).collect()
             }
+            TransactionAction::BlockSnapshotAdd(snapshot) => vec![&snapshot.node],
             TransactionAction::Abort {} => Vec::new(),
         }
     }

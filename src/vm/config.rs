@@ -46,6 +46,64 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// Whether the guest may only read it.
     pub readonly: bool,
+    /// How it is used. Encoded apart from the rest, which is older.
+    #[serde(skip)]
+    pub options: DiskOptions,
+}
+
+/// How a disk's image is used (`--disk ...,cache=,discard=,werror=,rerror=`), with QEMU's words.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskOptions {
+    /// Through the host's page cache or past it.
+    pub cache: CacheMode,
+    /// What becomes of the guest's discards.
+    pub discard: DiscardMode,
+    /// What a failed write does.
+    pub werror: WriteErrorAction,
+    /// What a failed read does.
+    pub rerror: ReadErrorAction,
+}
+
+/// `cache=`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CacheMode {
+    /// Through the host's page cache; durable when the guest flushes.
+    #[default]
+    Writeback,
+    /// Past the host's page cache (`O_DIRECT`); durable when the guest flushes.
+    None,
+}
+
+/// `discard=`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiscardMode {
+    /// The image's space is freed.
+    #[default]
+    Unmap,
+    /// They succeed and do nothing.
+    Ignore,
+}
+
+/// `werror=`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WriteErrorAction {
+    /// A full storage pauses the guest, any other error is the guest's.
+    #[default]
+    Enospc,
+    /// The guest gets an I/O error.
+    Report,
+    /// The guest is paused.
+    Stop,
+}
+
+/// `rerror=`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ReadErrorAction {
+    /// The guest gets an I/O error.
+    #[default]
+    Report,
+    /// The guest is paused.
+    Stop,
 }
 
 impl DiskConfig {

@@ -9,6 +9,7 @@ use crossbeam_channel::Sender;
 
 use super::{VmmError, lock};
 use crate::block::disk::Disk;
+use crate::block::io_error::BlockIoError;
 use crate::device::serial::SerialPort;
 use crate::device::virtio::blk::VirtioBlk;
 use crate::device::virtio::mmio::VirtioMmio;
@@ -26,6 +27,7 @@ pub(super) struct Machine {
     serial: Mutex<Option<Arc<SerialPort>>>,
     tracker: TrackerChoice,
     events: Sender<VmEvent>,
+    on_disk_error: Arc<dyn Fn(BlockIoError) + Send + Sync>,
 }
 
 type Output = Box<dyn Write + Send>;
@@ -53,13 +55,20 @@ impl Write for SharedOutput {
 }
 
 impl Machine {
-    /// Machines whose serial port writes to `console`, whose dirty pages can be tracked as `tracker` says, and which report to `events`.
-    pub fn new(console: Output, tracker: TrackerChoice, events: Sender<VmEvent>) -> Self {
+    /// Machines whose serial port writes to `console`, whose dirty pages can be tracked as `tracker` says, and which report to `events`
+    /// and, of their disks, to `on_disk_error`; see [`VirtioBlk::new`].
+    pub fn new(
+        console: Output,
+        tracker: TrackerChoice,
+        events: Sender<VmEvent>,
+        on_disk_error: impl Fn(BlockIoError) + Send + Sync + 'static,
+    ) -> Self {
         Machine {
             console: Arc::new(Console { output: Mutex::new(console), closed: AtomicBool::new(false) }),
             serial: Mutex::default(),
             tracker,
             events,
+            on_disk_error: Arc::new(on_disk_error),
         }
     }
 
@@ -69,7 +78,9 @@ impl Machine {
         for (slot, disk) in disks.iter().enumerate() {
             let attach = |reason: String| VmmError::Attach { id: disk.config().id.clone(), reason };
             let (address, gsi) = layout::virtio_slot(slot).ok_or(VmError::Slot(slot))?;
-            let device = VirtioMmio::new(vm.ram().clone(), VirtioBlk::new(disk.clone())).map_err(|error| attach(error.to_string()))?;
+            let on_error = self.on_disk_error.clone();
+            let device = VirtioBlk::new(disk.clone(), move |error| on_error(error));
+            let device = VirtioMmio::new(vm.ram().clone(), device).map_err(|error| attach(error.to_string()))?;
             device.connect(vm.fd(), address, gsi).map_err(|error| attach(error.to_string()))?;
             vm.attach_virtio(slot, device.bus_device(), device)?;
         }

@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
-use super::lock;
+use super::{lock, snapshots};
 use crate::block::dirty_bitmap::{BitmapError, Granularity, HeldBitmaps};
 use crate::block::disk::Disk;
+use crate::block::snapshot::{PreparedSnapshot, SnapshotError};
 use crate::qmp::QmpError;
-use crate::qmp::command::{BlockDirtyBitmap, BlockDirtyBitmapAdd, BlockDirtyBitmapMergeSource, TransactionAction};
+use crate::qmp::command::{BlockDirtyBitmap, BlockDirtyBitmapAdd, BlockDirtyBitmapMergeSource, BlockSnapshot, TransactionAction};
 use crate::qmp::response::{BlockDeviceInfo, BlockDirtyBitmapSha256, BlockDirtyInfo, BlockInfo};
 
 fn generic(error: impl std::fmt::Display) -> QmpError {
@@ -25,12 +26,16 @@ fn find<'a>(disks: &'a [Arc<Disk>], node: &str) -> Option<&'a Arc<Disk>> {
 
 /// Answer to `query-block`.
 pub fn block_infos(disks: &[Arc<Disk>]) -> Vec<BlockInfo> {
-    disks.iter().map(|disk| BlockInfo::new(&disk.config().id, &block_device_info(disk))).collect()
+    disks.iter().map(|disk| BlockInfo::new(&disk.config().id, &block_device_info(disk)).with_io_status(disk.io_status())).collect()
 }
 
-/// Answer to `query-named-block-nodes`.
+/// Answer to `query-named-block-nodes`: each disk and its snapshots.
 pub fn named_block_nodes(disks: &[Arc<Disk>]) -> Vec<BlockDeviceInfo> {
-    disks.iter().map(|disk| block_device_info(disk)).collect()
+    let snapshots = |disk: &Disk| -> Vec<_> {
+        let info = |name: String| BlockDeviceInfo::snapshot(&name, &disk.config().path, disk.size());
+        disk.snapshots().names().into_iter().map(info).collect()
+    };
+    disks.iter().flat_map(|disk| std::iter::once(block_device_info(disk)).chain(snapshots(disk))).collect()
 }
 
 /// Answer to `x-debug-block-dirty-bitmap-sha256`.
@@ -48,7 +53,8 @@ pub fn close(disks: &[Arc<Disk>]) {
     }
 }
 
-/// Who changes dirty bitmaps for QMP: one transaction at a time, so that the names in the sidecars are those of the bitmaps in memory.
+/// Who changes dirty bitmaps and adds snapshots for QMP: one transaction at a time, so that the names in the sidecars are those of the bitmaps
+/// in memory, and no two snapshots have the same name.
 #[derive(Debug, Default)]
 pub struct Transactions(Mutex<()>);
 
@@ -60,14 +66,15 @@ impl Transactions {
         for action in actions {
             for node in action.nodes() {
                 let missing = || match action {
-                    TransactionAction::BlockDirtyBitmapAdd(_) => QmpError::device_not_found(node),
+                    TransactionAction::BlockDirtyBitmapAdd(_) | TransactionAction::BlockSnapshotAdd(_) => QmpError::device_not_found(node),
                     _ => node_not_found(node),
                 };
                 concerned.insert(node, find(disks, node).ok_or_else(missing)?);
             }
         }
+        let prepared = prepare_snapshots(actions, disks, &concerned)?;
         let listed = list_added(actions, &concerned)?;
-        let done = carry_out(actions, &concerned);
+        let done = carry_out(actions, &concerned, prepared);
         let removed = actions.iter().filter_map(|action| match action {
             TransactionAction::BlockDirtyBitmapRemove(bitmap) => Some(bitmap.node.as_str()),
             _ => None,
@@ -80,6 +87,24 @@ impl Transactions {
         }
         done
     }
+}
+
+/// Makes ready what takes its time or can fail of the snapshots, by disk.
+fn prepare_snapshots<'a>(
+    actions: &'a [TransactionAction],
+    disks: &[Arc<Disk>],
+    concerned: &BTreeMap<&str, &Arc<Disk>>,
+) -> Result<Vec<(&'a str, PreparedSnapshot)>, QmpError> {
+    let (mut prepared, mut names) = (Vec::new(), BTreeSet::new());
+    for action in actions {
+        let TransactionAction::BlockSnapshotAdd(BlockSnapshot { node, name }) = action else { continue };
+        if !names.insert(name) {
+            return Err(generic(SnapshotError::Exists(name.clone())));
+        }
+        let disk = concerned.get(node.as_str()).ok_or_else(|| node_not_found(node))?;
+        prepared.push((node.as_str(), snapshots::prepare(disks, disk, name)?));
+    }
+    Ok(prepared)
 }
 
 /// Writes the names of persistent bitmaps that are about to be added to the sidecars; returns the disks, which may have no place for them.
@@ -116,11 +141,21 @@ fn granularity(add: &BlockDirtyBitmapAdd) -> Result<Granularity, QmpError> {
     add.granularity.map_or(Ok(Granularity::default()), |bytes| Granularity::new(bytes.into())).map_err(generic)
 }
 
-fn carry_out(actions: &[TransactionAction], disks: &BTreeMap<&str, &Arc<Disk>>) -> Result<(), QmpError> {
+fn carry_out(
+    actions: &[TransactionAction],
+    disks: &BTreeMap<&str, &Arc<Disk>>,
+    snapshots: Vec<(&str, PreparedSnapshot)>,
+) -> Result<(), QmpError> {
     // In the order of the ids: see `DirtyBitmaps::hold`.
     let mut held: BTreeMap<&str, HeldBitmaps<'_>> = disks.iter().map(|(node, disk)| (*node, disk.bitmaps().hold())).collect();
     for action in actions {
         act(action, &mut held)?;
+    }
+    // From here on nothing fails.
+    for (node, snapshot) in snapshots {
+        if let Some(bitmaps) = held.get(node) {
+            snapshot.install(bitmaps);
+        }
     }
     held.into_values().for_each(HeldBitmaps::commit);
     Ok(())
@@ -155,6 +190,8 @@ fn act(action: &TransactionAction, held: &mut BTreeMap<&str, HeldBitmaps<'_>>) -
             }
             of(&merge.node, &mut |bitmaps| bitmaps.merge(&merge.target, &sources))
         }
+        // Prepared before, and installed when all else is done.
+        TransactionAction::BlockSnapshotAdd(_) => Ok(()),
         TransactionAction::Abort {} => Err(QmpError::generic("Transaction aborted using Abort action")),
     }
 }

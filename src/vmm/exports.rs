@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::Vmm;
 use super::monitor::{answer, done, generic};
+use super::{Vmm, lock, snapshots};
 use crate::block::disk::{Disk, DiskError};
 use crate::block::export_source::ExportSource;
 use crate::block::nbd::catalogue::ExportInfo;
@@ -42,16 +42,24 @@ impl Vmm {
         {
             return Err(QmpError::generic("Invalid block export id"));
         }
-        let disk = self.disk(&node)?;
+        let snapshot = snapshots::find(&lock(&self.disks), &node);
+        let disk = match &snapshot {
+            Some(snapshot) => snapshot.disk().clone(),
+            None => self.disk(&node)?,
+        };
         // Of a guest that is not here, or no longer, nothing can be exported. Asked as a request of an export, which giving the disk up waits
         // for, and not with an I/O of its own, at which it would fail.
         disk.with_io(|_| Ok(())).map_err(|_| generic(DiskError::NotOwned(node.clone())))?;
-        if writable && disk.config().readonly {
+        if writable && (disk.config().readonly || snapshot.is_some()) {
             return Err(QmpError::generic("Cannot export read-only node as writable"));
         }
         let bitmaps = bitmaps.iter().map(|bitmap| self.copy_bitmap(&disk, bitmap)).collect::<Result<_, _>>()?;
         let name = name.unwrap_or_else(|| node.clone());
-        let (source, writable): (Arc<dyn ExportSource>, _) = (disk.clone(), writable.then_some(disk));
+        let source: Arc<dyn ExportSource> = match snapshot {
+            Some(snapshot) => Arc::new(snapshot),
+            None => disk.clone(),
+        };
+        let writable = writable.then_some(disk);
         self.nbd.add(Export { id, node, name, description, source, writable, bitmaps }).map_err(generic)?;
         done()
     }

@@ -11,6 +11,7 @@
 //! | `outgoing` | giving the guest to another host |
 //! | `incoming` | receiving it from one |
 //! | `signals` | SIGTERM and its like |
+//! | `snapshots` | frozen points in time of its disks |
 
 mod build;
 pub mod disks;
@@ -20,6 +21,7 @@ mod incoming;
 mod monitor;
 mod outgoing;
 mod signals;
+mod snapshots;
 
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -29,6 +31,7 @@ use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use thiserror::Error;
 
 use crate::block::disk::{Disk, DiskError};
+use crate::block::io_error::BlockIoError;
 use crate::block::nbd::server::NbdServer;
 use crate::cli::console::{Console, ConsoleError};
 use crate::cli::options::{ReceiveOptions, RunOptions};
@@ -110,6 +113,8 @@ enum Message {
     DryRun,
     /// No guest came, and none will.
     NotReceived(String),
+    /// A disk's image failed a request.
+    DiskFailed(BlockIoError),
 }
 
 /// The owner of one guest, shared by the main loop, QMP's clients and migrations.
@@ -203,9 +208,13 @@ impl Main {
         let (vm_sender, vm_events) = unbounded();
         let events = Events::default();
         let exports = events.clone();
+        let failures = sender.clone();
+        let on_disk_error = move |error| {
+            let _ = failures.send(Message::DiskFailed(error));
+        };
         let vmm = Arc::new(Vmm {
             guest: Mutex::new(Guest::None),
-            machine: Machine::new(console.output()?, tracker, vm_sender),
+            machine: Machine::new(console.output()?, tracker, vm_sender, on_disk_error),
             disks: Mutex::default(),
             transactions: disks::Transactions::default(),
             nbd: NbdServer::new(move |id| exports.emit(&Event::BlockExportDeleted { id: id.to_owned() })),
@@ -295,6 +304,7 @@ impl Main {
                 }
                 return Ok(Some(()));
             }
+            Message::DiskFailed(error) => vmm.disk_failed(error),
             Message::DryRun => vmm.wait_again()?,
             Message::NotReceived(reason) => {
                 self.shutdown(vmm, ShutdownReason::HostError);

@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::{Message, Vmm, disks, lock};
+use super::guest::Guest;
+use super::{Message, Vmm, disks, lock, snapshots};
 use crate::block::disk::Disk;
+use crate::block::io_error::{BlockIoError, ErrorAction, IoStatus};
 use crate::migrate::report::Status;
 use crate::qmp::command::{Command, Migrate, MigrateContinue, MigrateIncoming, TransactionAction};
 use crate::qmp::event::{Event, ShutdownReason};
 use crate::qmp::query_migrate::query_migrate;
-use crate::qmp::response::StatusInfo;
+use crate::qmp::response::{RunState, StatusInfo};
 use crate::qmp::{Handler, QmpError};
 
 /// What a command without an answer answers.
@@ -26,7 +28,10 @@ impl Handler for Arc<Vmm> {
     fn execute(&self, command: Command) -> Result<Value, QmpError> {
         match command {
             Command::QueryStatus => {
-                let status = lock(&self.guest).run_state();
+                let status = match lock(&self.guest).run_state() {
+                    RunState::Paused if self.disk_waits() => RunState::IoError,
+                    status => status,
+                };
                 answer(&StatusInfo::new(status, self.incoming.waiting()))
             }
             Command::Stop => self.stop(),
@@ -82,6 +87,8 @@ impl Handler for Arc<Vmm> {
             Command::BlockDirtyBitmapMerge(merge) => self.alone(TransactionAction::BlockDirtyBitmapMerge(merge)),
             Command::Transaction(transaction) => self.transaction(&transaction.actions),
             Command::BlockDirtyBitmapSha256(bitmap) => answer(&disks::bitmap_sha256(&lock(&self.disks), &bitmap)?),
+            Command::BlockSnapshotAdd(snapshot) => self.alone(TransactionAction::BlockSnapshotAdd(snapshot)),
+            Command::BlockSnapshotRemove(snapshot) => snapshots::remove(&lock(&self.disks), &snapshot).and_then(|()| done()),
             Command::NbdServerStart(arguments) => self.start_nbd_server(arguments),
             Command::NbdServerStop => self.stop_nbd_server(),
             Command::BlockExportAdd(arguments) => self.add_export(arguments),
@@ -106,6 +113,33 @@ impl Vmm {
     /// Locks every disk's image, which a paused guest that has just arrived does not yet have.
     pub fn own_disks(&self) -> Result<(), String> {
         lock(&self.disks).iter().try_for_each(|disk| disk.acquire()).map_err(|error| error.to_string())
+    }
+
+    /// Whether a disk waits for the guest to be resumed.
+    fn disk_waits(&self) -> bool {
+        lock(&self.disks).iter().any(|disk| disk.io_status() != IoStatus::Ok)
+    }
+
+    /// Tells of a disk's failure, and pauses the guest if that is what is to be done.
+    pub fn disk_failed(&self, error: BlockIoError) {
+        let (id, reason, action) = (error.device.clone(), error.reason.clone(), error.action);
+        // Before STOP, as in QEMU.
+        self.events.emit(&Event::BlockIoError(error));
+        if action == ErrorAction::Report {
+            return;
+        }
+        let mut guest = lock(&self.guest);
+        // A guest that was resumed meanwhile has tried again; one that a migration has stopped tries again where it goes on.
+        if !matches!(*guest, Guest::Running(_)) || !self.disk_waits() {
+            return;
+        }
+        match guest.pause() {
+            Ok(_) => {
+                self.events.emit(&Event::Stop);
+                eprintln!("ferry: disk {id} failed: {reason}; the guest is paused, and `ferry resume` lets it try again\r");
+            }
+            Err(refusal) => eprintln!("ferry: disk {id} failed: {reason}; {refusal}\r"),
+        }
     }
 
     fn stop(&self) -> Result<Value, QmpError> {

@@ -10,7 +10,7 @@ use std::time::Instant;
 use ferry::block::dirty_bitmap::{DirtyBitmaps, Granularity};
 use ferry::block::disk::{Disk, DiskIo};
 use ferry::memory::GuestRam;
-use ferry::vm::config::DiskConfig;
+use ferry::vm::config::{DiskConfig, DiskOptions};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 const DISK: u64 = 256 << 20;
@@ -61,7 +61,7 @@ fn main() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk");
     File::create(&path).unwrap().set_len(DISK).unwrap();
-    let disk = Disk::open(DiskConfig { id: "root".into(), path, readonly: false }).unwrap();
+    let disk = Disk::open(DiskConfig { id: "root".into(), path, readonly: false, options: DiskOptions::default() }).unwrap();
     disk.acquire().unwrap();
     let (io, ram) = (disk.io().unwrap(), GuestRam::allocate(2 << 20).unwrap());
     // Once over the disk before it counts.

@@ -270,7 +270,7 @@ fn command_lines() -> Vec<Vec<u8>> {
 }
 
 fn setup() -> Vec<u8> {
-    let disks = vec![DiskConfig { id: "root".into(), path: "disk.img".into(), readonly: false }];
+    let disks = vec![DiskConfig { id: "root".into(), path: "disk.img".into(), readonly: false, options: Default::default() }];
     let config = GuestConfig {
         name: "guest".into(),
         cpus: 2,
@@ -364,7 +364,7 @@ fn virtio_blk(kind: u32) -> [u8; 0x260] {
 fn virtio_mmio(choice: u8) -> Vec<u8> {
     let mut input = Vec::new();
     if choice == 1 {
-        let device = VirtioMmio::new(GuestRam::allocate(2 << 20).expect("RAM"), VirtioBlk::new(disk())).expect("a device");
+        let device = VirtioMmio::new(GuestRam::allocate(2 << 20).expect("RAM"), VirtioBlk::new(disk(), |_| {})).expect("a device");
         let DeviceState { state, .. } = device.save().expect("a state");
         input.push(state.len() as u8);
         input.extend(state);

@@ -27,7 +27,7 @@ impl TestDisk {
 
     /// Whether nobody has it.
     pub fn is_free(&self) -> bool {
-        let config = DiskConfig { id: "root".into(), path: self.path.clone(), readonly: false };
+        let config = DiskConfig { id: "root".into(), path: self.path.clone(), readonly: false, options: Default::default() };
         Disk::open(config).unwrap().acquire().is_ok()
     }
 

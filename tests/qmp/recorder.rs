@@ -13,7 +13,7 @@ use ferry::qmp::parameters::MigrateParameters;
 use ferry::qmp::query_migrate::query_migrate;
 use ferry::qmp::response::{RunState, StatusInfo};
 use ferry::qmp::{Command, Event, Events, Handler, QmpError, Server};
-use ferry::vm::config::DiskConfig;
+use ferry::vm::config::{DiskConfig, DiskOptions};
 use ferry::vmm::disks::{self, Transactions};
 use serde_json::{Value, json};
 
@@ -107,7 +107,7 @@ impl Recorder {
         let disk = |(id, size): (&str, u64)| {
             let path = directory.join(id);
             File::create(&path).unwrap().set_len(size).unwrap();
-            let disk = Disk::open(DiskConfig { id: id.into(), path, readonly: false }).unwrap();
+            let disk = Disk::open(DiskConfig { id: id.into(), path, readonly: false, options: DiskOptions::default() }).unwrap();
             disk.acquire().unwrap();
             disk
         };

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::*;
 use crate::block::dirty_bitmap::{BitmapInfo, Granularity, RunLimits};
+use crate::vm::config::DiskOptions;
 
 const SIZE: u64 = 1 << 20;
 
@@ -46,7 +47,7 @@ impl Place {
 }
 
 fn open(path: &Path, readonly: bool) -> Arc<Disk> {
-    Disk::open(DiskConfig { id: "root".into(), path: path.into(), readonly }).unwrap()
+    Disk::open(DiskConfig { id: "root".into(), path: path.into(), readonly, options: DiskOptions::default() }).unwrap()
 }
 
 fn add(disk: &Disk, name: &str) {

@@ -19,13 +19,13 @@ fn scratch(size: u64) -> (TempDir, PathBuf) {
 }
 
 fn locked(path: &Path) -> LockedImage {
-    Image::open(path, false).unwrap().lock().unwrap()
+    Image::open(path, false, CacheMode::Writeback).unwrap().lock().unwrap()
 }
 
 #[test]
 fn what_is_no_image_is_refused_in_words() {
     let (directory, path) = scratch(1000);
-    let words = |path: &Path| Image::open(path, true).unwrap_err().to_string();
+    let words = |path: &Path| Image::open(path, true, CacheMode::Writeback).unwrap_err().to_string();
     assert!(words(&path).contains("1000 bytes"));
     assert!(words(directory.path()).contains("neither a regular file nor a block device"));
     assert!(words(&directory.path().join("none")).contains("No such file"));
@@ -36,7 +36,7 @@ fn what_is_no_image_is_refused_in_words() {
 #[test]
 fn writers_exclude_everybody_and_readers_only_writers() {
     let (_directory, path) = scratch(4096);
-    let open = |readonly| Image::open(&path, readonly).unwrap();
+    let open = |readonly| Image::open(&path, readonly, CacheMode::Writeback).unwrap();
     let writer = open(false).lock().unwrap();
     let refused = open(false).lock().unwrap_err();
     assert!(refused.to_string().contains("disk.img is in use by another runner"), "{refused}");
@@ -76,7 +76,7 @@ fn the_lock_excludes_other_processes() {
         assert_eq!(output.read(&mut byte).unwrap(), 1, "the child ended: {}", String::from_utf8_lossy(&said));
         said.extend(byte);
     }
-    let refused = Image::open(&path, true).unwrap().lock().unwrap_err();
+    let refused = Image::open(&path, true, CacheMode::Writeback).unwrap().lock().unwrap_err();
     assert!(matches!(refused.error, ImageError::InUse { .. }));
     drop(child.stdin.take());
     output.read_to_end(&mut said).unwrap();
@@ -180,4 +180,53 @@ fn allocation_is_what_was_written_and_what_was_discarded() {
     image.discard(65536, 4096).unwrap();
     assert_eq!(extents(0)[..2], [(65536 + 4096, ExtentKind::Hole), (4096, ExtentKind::Data)]);
     assert_eq!(image.allocation(1 << 20, 512).unwrap_err().kind(), std::io::ErrorKind::InvalidInput);
+}
+
+#[test]
+fn direct_io_takes_buffers_at_any_address_and_past_the_page_cache() {
+    let (_directory, path) = scratch(1 << 20);
+    let image = Image::open(&path, false, CacheMode::None).unwrap().lock().unwrap();
+    let ram = GuestRam::allocate(8 << 20).unwrap();
+    let content: Vec<u8> = (0..65536u32).map(|index| (index % 253) as u8).collect();
+    // An odd address, an odd end, and a whole page between.
+    let pieces = [(1u64, 4095usize), (8192, 4096), (16_385, 57_345)];
+    let slices = pieces.map(|(at, length)| ram.memory().get_slice(GuestAddress(at), length).unwrap());
+    vectored::scatter(&slices, 0, &content);
+    image.write_vectored_at(&slices, 512).unwrap();
+    assert_eq!(fs::read(&path).unwrap()[512..66048], content);
+    slices.iter().for_each(|slice| slice.copy_from(&[0u8; 57_345][..slice.len()]));
+    ram.take_device_writes(&mut PageSet::empty(ram.pages()));
+    image.read_vectored_at(&slices, 512).unwrap();
+    let mut back = vec![0; 65536];
+    vectored::gather(&slices, 0, &mut back);
+    assert_eq!(back, content);
+    let mut dirty = PageSet::empty(ram.pages());
+    ram.take_device_writes(&mut dirty);
+    assert_eq!(dirty.runs().map(|run| (run.first.0, run.count)).collect::<Vec<_>>(), [(0, 1), (2, 1), (4, 15)]);
+    let mut small = [0; 1024];
+    image.read_at(&mut small, 1024).unwrap();
+    assert_eq!(small, content[512..1536]);
+    image.write_zeroes_by_hand(1536, 1024).unwrap();
+    image.write_zeroes(4096, 512, false).unwrap();
+    image.flush().unwrap();
+    let zeroed = fs::read(&path).unwrap();
+    let expected = |at: usize| if (1536..2560).contains(&at) || (4096..4608).contains(&at) { 0 } else { content[at - 512] };
+    assert!((512..66048).all(|at| zeroed[at] == expected(at)));
+}
+
+#[test]
+fn where_direct_io_is_not_possible_it_is_said_why() {
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use std::os::fd::AsRawFd;
+    let open = |flags, size| {
+        let file = memfd_create("image", flags).unwrap();
+        ftruncate(&file, size).unwrap();
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        Image::open(Path::new(&path), false, CacheMode::None).map(drop).unwrap_err().to_string()
+    };
+    let error = open(MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, 2 << 20);
+    assert!(error.contains("without direct I/O, which cache=none needs; use cache=writeback"), "{error}");
+    // Memory had none before Linux 6.6.
+    let error = open(MemfdFlags::empty(), 5 * 512);
+    assert!(error.contains("2560 bytes, which is not a whole number of blocks of 4096 bytes") || error.contains("without"), "{error}");
 }

@@ -38,6 +38,34 @@ pub(super) fn write_all_at<B: BitmapSlice>(file: &File, source: &[VolatileSlice<
     })
 }
 
+/// Copies `bytes` to byte `at` of `target` and what follows.
+pub(super) fn scatter<B: BitmapSlice>(target: &[VolatileSlice<B>], at: usize, mut bytes: &[u8]) {
+    for slice in from(target, at) {
+        slice.copy_from(bytes);
+        bytes = bytes.get(slice.len()..).unwrap_or_default();
+    }
+}
+
+/// Fills `bytes` from byte `at` of `source` on.
+pub(super) fn gather<B: BitmapSlice>(source: &[VolatileSlice<B>], at: usize, mut bytes: &mut [u8]) {
+    for slice in from(source, at) {
+        let copied = slice.copy_to(bytes);
+        bytes = bytes.get_mut(copied..).unwrap_or_default();
+    }
+}
+
+/// What `slices` have from byte `at` on.
+fn from<'a, 'm, B: BitmapSlice>(
+    slices: &'a [VolatileSlice<'m, B>],
+    mut at: usize,
+) -> impl Iterator<Item = VolatileSlice<'m, B>> + use<'a, 'm, B> {
+    slices.iter().filter_map(move |slice| {
+        let skipped = at.min(slice.len());
+        at -= skipped;
+        slice.offset(skipped).ok().filter(|rest| !rest.is_empty())
+    })
+}
+
 /// Calls `call` until all of `slices` is done; it may do less than it is asked for.
 fn transfer<B: BitmapSlice>(
     slices: &[VolatileSlice<B>],

@@ -13,7 +13,7 @@ use super::negotiation::{Offer, Session, negotiate};
 use super::protocol::*;
 use super::transmission::serve;
 use crate::block::disk::Disk;
-use crate::vm::config::DiskConfig;
+use crate::vm::config::{DiskConfig, DiskOptions};
 
 mod negotiation;
 mod server;
@@ -62,7 +62,7 @@ impl Bench {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.img");
         std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
-        let disk = Disk::open(DiskConfig { id: "root".into(), path, readonly: false }).unwrap();
+        let disk = Disk::open(DiskConfig { id: "root".into(), path, readonly: false, options: DiskOptions::default() }).unwrap();
         disk.acquire().unwrap();
         let deleted: Arc<Mutex<Vec<String>>> = Arc::default();
         let catalogue = Catalogue::new({

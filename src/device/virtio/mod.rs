@@ -37,6 +37,15 @@ pub enum DriverError {
     Status,
 }
 
+/// What became of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Processed {
+    /// It is done, and this many bytes were written to it.
+    Done(u32),
+    /// It cannot be done now. It goes back to the queue, and the device does nothing until it was paused and resumed.
+    Held,
+}
+
 /// What stands behind a transport: a device with one queue.
 pub trait VirtioDevice: Send + Sync + 'static {
     /// What the device must hold to do its work. The transport opens it at resume and drops it at pause.
@@ -57,6 +66,12 @@ pub trait VirtioDevice: Send + Sync + 'static {
     /// Opens what the work needs, or says why it may not be done here.
     fn open_backend(&self) -> Result<Self::Backend, String>;
 
-    /// Processes the chain to its end and returns how many bytes it wrote to it. `features` are those negotiated.
-    fn process<'m>(&self, backend: &Self::Backend, features: u64, memory: &'m GuestMemory, chain: Chain<'m>) -> Result<u32, DriverError>;
+    /// Processes the chain. `features` are those negotiated.
+    fn process<'m>(
+        &self,
+        backend: &Self::Backend,
+        features: u64,
+        memory: &'m GuestMemory,
+        chain: Chain<'m>,
+    ) -> Result<Processed, DriverError>;
 }

@@ -10,7 +10,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::interrupt::Interrupt;
-use super::{DriverError, VirtioDevice};
+use super::{DriverError, Processed, VirtioDevice};
 use crate::memory::GuestRam;
 
 /// How long a pause waits for the request in flight.
@@ -42,10 +42,18 @@ struct Shared<D: VirtioDevice> {
     idle: Condvar,
 }
 
+/// Why the thread stopped working.
+enum Stopped {
+    /// There is nothing to do, or it was asked to.
+    Idle,
+    /// A request cannot be done now.
+    Held,
+}
+
 /// The thread takes queue and backend out for as long as it works, so that no lock is held then.
 struct State<B> {
     queue: Option<ActiveQueue>,
-    /// Nothing while paused.
+    /// Nothing while paused, or held up by a request that cannot be done.
     backend: Option<B>,
     busy: bool,
     quit: bool,
@@ -186,9 +194,13 @@ impl<D: VirtioDevice> Shared<D> {
             if let (Some(active), Some(opened)) = (&mut queue, &mut backend) {
                 state.busy = true;
                 drop(state);
-                if self.process(active, opened).is_err() {
-                    self.interrupt.set_needs_reset();
-                    queue = None;
+                match self.process(active, opened) {
+                    Ok(Stopped::Idle) => {}
+                    Ok(Stopped::Held) => backend = None,
+                    Err(_) => {
+                        self.interrupt.set_needs_reset();
+                        queue = None;
+                    }
                 }
                 state = self.lock();
             }
@@ -197,30 +209,41 @@ impl<D: VirtioDevice> Shared<D> {
         }
     }
 
-    /// Works until the queue is empty or the thread is asked to stop.
-    fn process(&self, active: &mut ActiveQueue, backend: &D::Backend) -> Result<(), DriverError> {
+    /// Works until the queue is empty, the thread is asked to stop, or a request cannot be done.
+    fn process(&self, active: &mut ActiveQueue, backend: &D::Backend) -> Result<Stopped, DriverError> {
         let (queue, memory) = (&mut active.queue, self.ram.memory());
         loop {
             queue.disable_notification(memory)?;
             // What is available now is one batch with one notification at its end: a driver that keeps adding does not put it off.
             let available = queue.avail_idx(memory, Ordering::Acquire)?.0.wrapping_sub(queue.next_avail());
-            let mut used = false;
+            let (mut used, mut held) = (false, false);
             for _ in 0..available {
                 if self.stop.load(Ordering::Relaxed) {
                     break;
                 }
+                let next_avail = queue.next_avail();
                 let Some(chain) = queue.iter(memory)?.next() else { break };
                 let head = chain.head_index();
-                let written = self.device.process(backend, active.features, memory, chain)?;
-                queue.add_used(memory, head, written)?;
+                match self.device.process(backend, active.features, memory, chain)? {
+                    Processed::Done(written) => queue.add_used(memory, head, written)?,
+                    Processed::Held => {
+                        // As if it had not been looked at: it is saved with the queue and done again here or at another host.
+                        queue.set_next_avail(next_avail);
+                        held = true;
+                        break;
+                    }
+                }
                 used = true;
             }
             if used && queue.needs_notification(memory)? {
                 self.interrupt.used_buffer();
             }
+            if held {
+                return Ok(Stopped::Held);
+            }
             // Whoever stops the thread kicks it afterwards.
             if self.stop.load(Ordering::Relaxed) || !queue.enable_notification(memory)? {
-                return Ok(());
+                return Ok(Stopped::Idle);
             }
         }
     }

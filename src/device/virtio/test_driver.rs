@@ -13,7 +13,7 @@ use crate::block::disk::Disk;
 use crate::device::Device;
 use crate::device::bus::Bus;
 use crate::memory::{GuestRam, PageSet};
-use crate::vm::config::DiskConfig;
+use crate::vm::config::{DiskConfig, DiskOptions};
 use crate::vm::layout::VIRTIO_SIZE;
 
 pub(super) const BASE: u64 = 0xd000_0000;
@@ -42,10 +42,14 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A file of `size` bytes, a disk on it that is locked, and the directory that keeps both.
 pub(super) fn scratch_disk(size: u64, readonly: bool) -> (tempfile::TempDir, Arc<Disk>) {
+    scratch_disk_with(size, readonly, DiskOptions::default())
+}
+
+pub(super) fn scratch_disk_with(size: u64, readonly: bool, options: DiskOptions) -> (tempfile::TempDir, Arc<Disk>) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk.img");
     std::fs::File::create(&path).unwrap().set_len(size).unwrap();
-    let disk = Disk::open(DiskConfig { id: "root".into(), path, readonly }).unwrap();
+    let disk = Disk::open(DiskConfig { id: "root".into(), path, readonly, options }).unwrap();
     disk.acquire().unwrap();
     (directory, disk)
 }
@@ -65,7 +69,11 @@ pub(super) type Piece = (u64, u32, u16);
 impl TestDriver {
     /// A device for `disk`, paused and not yet set up by the driver.
     pub(super) fn paused(disk: Arc<Disk>, ram: GuestRam) -> Self {
-        let device = VirtioMmio::new(ram.clone(), VirtioBlk::new(disk)).unwrap();
+        Self::paused_with(VirtioBlk::new(disk, |_| {}), ram)
+    }
+
+    pub(super) fn paused_with(device: VirtioBlk, ram: GuestRam) -> Self {
+        let device = VirtioMmio::new(ram.clone(), device).unwrap();
         let mut bus = Bus::default();
         bus.insert(BASE, VIRTIO_SIZE, device.bus_device()).unwrap();
         TestDriver { ram, device, bus, size: 16, avail: 0, used: 0 }

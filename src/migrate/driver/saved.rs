@@ -4,24 +4,37 @@
 use super::owner::MachineSetup;
 use crate::memory::PAGE_SIZE;
 use crate::vm::MachineState;
-use crate::vm::config::DiskConfig;
+use crate::vm::config::{DiskConfig, DiskOptions};
 
 const SETUP_MAGIC: &[u8] = b"FRYS";
 const GUEST_MAGIC: &[u8] = b"FRYG";
-/// Version of both encodings; [`MachineState`] has one of its own.
-const VERSION: u16 = 1;
+/// Version of the setup. Version 1 ended before the disks' options.
+const SETUP_VERSION: u16 = 2;
+/// Version of the stopped guest; [`MachineState`] has one of its own.
+const GUEST_VERSION: u16 = 1;
 
-/// Encodes the setup: magic number, version, postcard.
+/// Encodes the setup: magic number, version, postcard of the setup and of the disks' options.
 pub fn encode_setup(setup: &MachineSetup) -> Result<Vec<u8>, String> {
-    postcard::to_extend(setup, header(SETUP_MAGIC)).map_err(|error| format!("the guest's configuration cannot be encoded: {error}"))
+    let options: Vec<DiskOptions> = setup.config.disks.iter().map(|disk| disk.options).collect();
+    let encoded = postcard::to_extend(&(setup, options), header(SETUP_MAGIC, SETUP_VERSION));
+    encoded.map_err(|error| format!("the guest's configuration cannot be encoded: {error}"))
 }
 
 /// Decodes a setup for a guest of `ram_pages` pages of RAM.
 pub fn decode_setup(bytes: &[u8], ram_pages: u64) -> Result<MachineSetup, String> {
-    let setup: MachineSetup = match postcard::take_from_bytes(body(bytes, SETUP_MAGIC, "configuration")?) {
-        Ok((setup, [])) => setup,
-        _ => return Err("the guest's configuration is damaged".into()),
+    let damaged = || String::from("the guest's configuration is damaged");
+    let (version, body) = body(bytes, SETUP_MAGIC, SETUP_VERSION, "configuration")?;
+    let (mut setup, rest): (MachineSetup, _) = postcard::take_from_bytes(body).map_err(|_| damaged())?;
+    let (options, rest) = match version {
+        1 => (vec![DiskOptions::default(); setup.config.disks.len()], rest),
+        _ => postcard::take_from_bytes::<Vec<DiskOptions>>(rest).map_err(|_| damaged())?,
     };
+    if !rest.is_empty() || options.len() != setup.config.disks.len() {
+        return Err(damaged());
+    }
+    for (disk, options) in setup.config.disks.iter_mut().zip(options) {
+        disk.options = options;
+    }
     let MachineSetup { config, disk_sizes, .. } = &setup;
     if ram_pages.checked_mul(PAGE_SIZE as u64) != Some(config.memory) {
         return Err(format!("the source announced {ram_pages} pages of RAM for a guest of {} bytes", config.memory));
@@ -38,7 +51,7 @@ pub fn decode_setup(bytes: &[u8], ram_pages: u64) -> Result<MachineSetup, String
 
 /// Encodes a stopped guest: magic number, version, whether it ran (0 or 1), the machine's own encoding.
 pub fn encode_guest(was_running: bool, state: &MachineState) -> Result<Vec<u8>, String> {
-    let mut bytes = header(GUEST_MAGIC);
+    let mut bytes = header(GUEST_MAGIC, GUEST_VERSION);
     bytes.push(was_running.into());
     bytes.extend(state.to_bytes().map_err(|error| format!("the guest's state cannot be encoded: {error}"))?);
     Ok(bytes)
@@ -46,7 +59,7 @@ pub fn encode_guest(was_running: bool, state: &MachineState) -> Result<Vec<u8>, 
 
 /// Decodes a stopped guest.
 pub fn decode_guest(bytes: &[u8]) -> Result<(bool, MachineState), String> {
-    let (was_running, state) = match body(bytes, GUEST_MAGIC, "state")? {
+    let (was_running, state) = match body(bytes, GUEST_MAGIC, GUEST_VERSION, "state")?.1 {
         [0, state @ ..] => (false, state),
         [1, state @ ..] => (true, state),
         _ => return Err("the guest's state does not tell whether the guest ran".into()),
@@ -54,28 +67,58 @@ pub fn decode_guest(bytes: &[u8]) -> Result<(bool, MachineState), String> {
     Ok((was_running, MachineState::from_bytes(state).map_err(|error| format!("the guest's state: {error}"))?))
 }
 
-fn header(magic: &[u8]) -> Vec<u8> {
-    [magic, &VERSION.to_le_bytes()].concat()
+fn header(magic: &[u8], version: u16) -> Vec<u8> {
+    [magic, &version.to_le_bytes()].concat()
 }
 
-fn body<'a>(bytes: &'a [u8], magic: &[u8], what: &str) -> Result<&'a [u8], String> {
-    let body = bytes.strip_prefix(magic).and_then(|rest| rest.strip_prefix(&VERSION.to_le_bytes()));
-    body.ok_or_else(|| format!("the guest's {what} is not of version {VERSION}; both sides must run the same version of Ferry"))
+/// The version, from 1 to `newest`, and what comes after it.
+fn body<'a>(bytes: &'a [u8], magic: &[u8], newest: u16, what: &str) -> Result<(u16, &'a [u8]), String> {
+    let parts = bytes.strip_prefix(magic).and_then(|rest| rest.split_first_chunk::<2>());
+    match parts.map(|(version, body)| (u16::from_le_bytes(*version), body)) {
+        Some((version, body)) if (1..=newest).contains(&version) => Ok((version, body)),
+        _ => Err(format!(
+            "the guest's {what} is not of version {newest} or an older one; the destination needs at least the source's version of Ferry"
+        )),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::config::GuestConfig;
+    use crate::vm::config::{CacheMode, DiscardMode, GuestConfig, ReadErrorAction, WriteErrorAction};
     use crate::vm::facts::MachineFacts;
 
     fn setup(id: &str) -> MachineSetup {
-        let disks = vec![DiskConfig { id: id.into(), path: "disk.img".into(), readonly: false }];
+        let disks = vec![DiskConfig { id: id.into(), path: "disk.img".into(), readonly: false, options: DiskOptions::default() }];
         let (name, kernel, initrd, cmdline) = ("guest".into(), "vmlinuz".into(), None, String::new());
         MachineSetup {
             config: GuestConfig { name, cpus: 1, memory: 2 << 20, lock_memory: false, hugepages: false, kernel, initrd, cmdline, disks },
             facts: MachineFacts { cpuid: Vec::new(), cpus: 1, tsc_khz: 1, msrs: Vec::new(), xsave_size: 4096 },
             disk_sizes: vec![512],
+        }
+    }
+
+    #[test]
+    fn options_of_disks_go_along_and_version_1_had_none() {
+        let mut sent = setup("root");
+        let options = DiskOptions {
+            cache: CacheMode::None,
+            discard: DiscardMode::Ignore,
+            werror: WriteErrorAction::Stop,
+            rerror: ReadErrorAction::Stop,
+        };
+        sent.config.disks[0].options = options;
+        let bytes = encode_setup(&sent).unwrap();
+        assert_eq!(decode_setup(&bytes, 512).unwrap().config, sent.config);
+        let with_version = |version: u16, length: usize| [SETUP_MAGIC, &version.to_le_bytes(), &bytes[6..length]].concat();
+        // The count of disks and four bytes of options.
+        let old = decode_setup(&with_version(1, bytes.len() - 5), 512).unwrap();
+        assert_eq!(old.config.disks[0].options, DiskOptions::default());
+        for damaged in [with_version(1, bytes.len()), with_version(2, bytes.len() - 5), with_version(2, bytes.len() - 1)] {
+            assert!(decode_setup(&damaged, 512).unwrap_err().contains("damaged"));
+        }
+        for version in [0, 3] {
+            assert!(decode_setup(&with_version(version, bytes.len()), 512).unwrap_err().contains("version 2 or an older one"));
         }
     }
 

@@ -4,8 +4,8 @@
 use std::sync::{Arc, LazyLock};
 
 use ferry::block::disk::Disk;
-use ferry::device::virtio::VirtioDevice;
 use ferry::device::virtio::blk::VirtioBlk;
+use ferry::device::virtio::{Processed, VirtioDevice};
 use ferry::memory::GuestRam;
 use ferry::vm::config::DiskConfig;
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
@@ -25,7 +25,7 @@ pub const QUEUE: u16 = 16;
 pub fn disk() -> Arc<Disk> {
     static DISK: LazyLock<Arc<Disk>> = LazyLock::new(|| {
         let (file, path) = scratch::file(&[0x5a; 65536]);
-        let disk = Disk::open(DiskConfig { id: "root".into(), path, readonly: false }).expect("a disk");
+        let disk = Disk::open(DiskConfig { id: "root".into(), path, readonly: false, options: Default::default() }).expect("a disk");
         disk.acquire().expect("its lock");
         drop(file);
         disk
@@ -38,7 +38,7 @@ pub fn run(data: &[u8]) {
     let ram = GuestRam::allocate(2 << 20).expect("RAM");
     let content = &content[..content.len().min(0x4000)];
     ram.memory().write_slice(content, GuestAddress(DESC)).expect("it fits");
-    let device = VirtioBlk::new(disk());
+    let device = VirtioBlk::new(disk(), |_| {});
     let io = device.open_backend().expect("the lock is there");
     let state = QueueState {
         max_size: 256,
@@ -58,7 +58,7 @@ pub fn run(data: &[u8]) {
         let Some(chain) = chains.next() else { return };
         let head = chain.head_index();
         // Descriptors point to RAM, which nobody copies: 256 slices are all there is to allocate.
-        let Ok(written) = within(1 << 16, || device.process(&io, features, ram.memory(), chain)) else { return };
+        let Ok(Processed::Done(written)) = within(1 << 16, || device.process(&io, features, ram.memory(), chain)) else { return };
         if queue.add_used(ram.memory(), head, written).is_err() {
             return;
         }

@@ -15,7 +15,7 @@ const VERSION: u16 = 1;
 pub fn run(data: &[u8]) {
     let Some((&choice, mut rest)) = data.split_first() else { return };
     let ram = GuestRam::allocate(2 << 20).expect("RAM");
-    let device = VirtioMmio::new(ram.clone(), VirtioBlk::new(disk())).expect("a device");
+    let device = VirtioMmio::new(ram.clone(), VirtioBlk::new(disk(), |_| {})).expect("a device");
     if choice > 0 {
         let (state, after) = rest.split_at(rest.len().min(usize::from(choice)));
         rest = after;
@@ -41,7 +41,7 @@ pub fn run(data: &[u8]) {
     }
     device.pause().expect("paused");
     let saved = device.save().expect("a state");
-    let other = VirtioMmio::new(ram, VirtioBlk::new(disk())).expect("a device");
+    let other = VirtioMmio::new(ram, VirtioBlk::new(disk(), |_| {})).expect("a device");
     other.restore(&saved).expect("what was saved is taken");
     assert_eq!(other.save().expect("a state"), saved);
 }

@@ -7,11 +7,13 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::Bytes;
 
-use super::super::DriverError;
+use super::super::{DriverError, Processed};
 use super::config::{MAX_DISCARD_SECTORS, MAX_ZEROES_SECTORS};
+use super::errors::Errors;
 use super::request::{GuestSlice, Operation, Request, SectorRange, Status};
 use crate::block::SECTOR_SIZE;
 use crate::block::disk::{Disk, DiskIo};
+use crate::block::io_error::{ErrorAction, IoOperation};
 use crate::memory::ram::GuestMemory;
 
 /// A range of the disk in bytes, within the disk.
@@ -25,26 +27,46 @@ pub(super) struct Executor<'a> {
     pub(super) io: &'a DiskIo,
     /// Negotiated features.
     pub(super) features: u64,
+    pub(super) errors: &'a Errors,
+}
+
+/// Why a request was not done.
+enum Failure {
+    /// It is the driver's fault.
+    Refused(Status),
+    /// It is the image's.
+    Io(IoOperation, io::Error),
+}
+
+impl From<Status> for Failure {
+    fn from(status: Status) -> Self {
+        Failure::Refused(status)
+    }
 }
 
 impl Executor<'_> {
-    /// Executes the request, writes its status, and returns how many bytes were written from the first writable one on.
-    pub(super) fn execute(&self, memory: &GuestMemory, request: Request<'_>) -> Result<u32, DriverError> {
-        let (status, data) = match request.operation.and_then(|operation| self.operate(operation)) {
+    /// Executes the request, writes its status, and returns how many bytes were written from the first writable one on. One that the
+    /// image failed and that is to be done again has no status yet.
+    pub(super) fn execute(&self, memory: &GuestMemory, request: Request<'_>) -> Result<Processed, DriverError> {
+        let (status, data) = match request.operation.map_err(Failure::from).and_then(|operation| self.operate(operation)) {
             Ok(data) => (Status::Ok, data),
-            Err(status) => (status, 0),
+            Err(Failure::Refused(status)) => (status, 0),
+            Err(Failure::Io(operation, error)) => match self.errors.failed(self.disk, operation, &error) {
+                ErrorAction::Report => (Status::IoError, 0),
+                ErrorAction::Stop => return Ok(Processed::Held),
+            },
         };
         memory.write_obj(status as u8, request.status).map_err(|_| DriverError::Status)?;
         // The status only counts as written if all that comes before it was (virtio 1.2, 2.7.8.2).
-        Ok(if data == request.writable { data.saturating_add(1) } else { data })
+        Ok(Processed::Done(if data == request.writable { data.saturating_add(1) } else { data }))
     }
 
     /// Returns how many bytes of data were written to guest memory.
-    fn operate(&self, operation: Operation<'_>) -> Result<u32, Status> {
+    fn operate(&self, operation: Operation<'_>) -> Result<u32, Failure> {
         match operation {
             Operation::In { sector, data } => {
                 let range = self.range_of_data(sector, &data)?;
-                self.io.read(&data, range.offset).map_err(failed)?;
+                self.io.read(&data, range.offset).map_err(|error| Failure::Io(IoOperation::Read, error))?;
                 Ok(u32::try_from(range.length).unwrap_or(u32::MAX))
             }
             Operation::Out { sector, data } => {
@@ -81,7 +103,7 @@ impl Executor<'_> {
     }
 
     /// A driver that did not take FLUSH cannot ask for durability, so every write is durable for it (virtio 1.2, 5.2.6.2).
-    fn write_through(&self) -> Result<u32, Status> {
+    fn write_through(&self) -> Result<u32, Failure> {
         if self.negotiated(VIRTIO_BLK_F_FLUSH).is_err() {
             self.io.flush().map_err(failed)?;
         }
@@ -130,6 +152,6 @@ impl Executor<'_> {
     }
 }
 
-fn failed(_: io::Error) -> Status {
-    Status::IoError
+fn failed(error: io::Error) -> Failure {
+    Failure::Io(IoOperation::Write, error)
 }

@@ -1,6 +1,7 @@
 //! virtio-blk (virtio 1.2, 5.2): a disk for the guest.
 
 mod config;
+mod errors;
 mod execute;
 pub mod request;
 
@@ -8,8 +9,9 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use super::{Chain, DriverError, VirtioDevice};
+use super::{Chain, DriverError, Processed, VirtioDevice};
 use crate::block::disk::{Disk, DiskIo};
+use crate::block::io_error::{BlockIoError, IoStatus};
 use crate::memory::ram::GuestMemory;
 
 /// A disk as a virtio device.
@@ -18,16 +20,19 @@ pub struct VirtioBlk {
     disk: Arc<Disk>,
     features: u64,
     config: [u8; config::SIZE],
+    errors: errors::Errors,
 }
 
 impl VirtioBlk {
-    /// The device for `disk`.
-    pub fn new(disk: Arc<Disk>) -> Self {
+    /// The device for `disk`. `on_error` hears of requests that the image fails, on the device's thread: of each that is to stop the guest,
+    /// and of not more than one in a second that is reported to it, because a guest can make them come as fast as it likes.
+    pub fn new(disk: Arc<Disk>, on_error: impl Fn(BlockIoError) + Send + Sync + 'static) -> Self {
         let readonly = disk.config().readonly;
         VirtioBlk {
             id: format!("virtio-blk:{}", disk.config().id),
             features: config::features(readonly),
             config: config::space(disk.size(), disk.block_size(), readonly),
+            errors: errors::Errors::new(on_error),
             disk,
         }
     }
@@ -58,11 +63,13 @@ impl VirtioDevice for VirtioBlk {
     }
 
     fn open_backend(&self) -> Result<DiskIo, String> {
-        self.disk.io().map_err(|error| error.to_string())
+        let io = self.disk.io().map_err(|error| error.to_string())?;
+        self.disk.set_io_status(IoStatus::Ok);
+        Ok(io)
     }
 
-    fn process<'m>(&self, io: &DiskIo, features: u64, memory: &'m GuestMemory, chain: Chain<'m>) -> Result<u32, DriverError> {
+    fn process<'m>(&self, io: &DiskIo, features: u64, memory: &'m GuestMemory, chain: Chain<'m>) -> Result<Processed, DriverError> {
         let request = request::Request::parse(memory, chain)?;
-        execute::Executor { disk: &self.disk, io, features }.execute(memory, request)
+        execute::Executor { disk: &self.disk, io, features, errors: &self.errors }.execute(memory, request)
     }
 }

@@ -121,7 +121,7 @@ fn a_disk_that_cannot_be_given_up_keeps_the_guest_here() {
     let open = |id: &str| {
         let path = directory.path().join(id);
         let _ = std::fs::File::create_new(&path).map(|file| file.set_len(1 << 20).unwrap());
-        Disk::open(DiskConfig { id: id.into(), path, readonly: false }).unwrap()
+        Disk::open(DiskConfig { id: id.into(), path, readonly: false, options: Default::default() }).unwrap()
     };
     let ours = [open("first"), open("second")];
     ours.iter().for_each(|disk| disk.acquire().unwrap());

@@ -126,7 +126,7 @@ fn disk(directory: &tempfile::TempDir, size: u64, id: &str) -> Arc<Disk> {
     if !path.exists() {
         std::fs::File::create(&path).unwrap().set_len(size).unwrap();
     }
-    Disk::open(DiskConfig { id: id.into(), path, readonly: false }).unwrap()
+    Disk::open(DiskConfig { id: id.into(), path, readonly: false, options: Default::default() }).unwrap()
 }
 
 /// Moves a guest with a disk; returns the ranges of the bitmap `backup` as they arrived, and the warnings.
