@@ -179,8 +179,8 @@ impl Disk {
         }
     }
 
-    /// Carries out one request of somebody other than the guest's device. It should be short, because giving the image up waits for it.
-    /// `ESHUTDOWN` where the image is not, or no longer, this process's.
+    /// Carries out one request of somebody other than the guest's device. It should be short, because giving the image up waits for it,
+    /// and must not make another one. `ESHUTDOWN` where the image is not, or no longer, this process's.
     pub fn with_io<R>(&self, request: impl FnOnce(&DiskIo) -> io::Result<R>) -> io::Result<R> {
         let _in_flight = self.requests.read().unwrap_or_else(PoisonError::into_inner);
         let io = self.io().map_err(|_| io::Error::from_raw_os_error(libc::ESHUTDOWN))?;

@@ -158,8 +158,9 @@ impl PreparedSnapshot {
         if disk.size() > MAX_SIZE {
             return Err(SnapshotError::TooLarge(disk.config().id.clone()));
         }
-        // Of a guest that is not here, or no longer, there is no such moment.
-        disk.io()?;
+        // Of a guest that is not here, or no longer, there is no such moment. Asked as a request that giving the disk up waits for: it fails
+        // where somebody else has I/O.
+        disk.with_io(|_| Ok(())).map_err(|_| DiskError::NotOwned(disk.config().id.clone()))?;
         let directory = temporary::directory();
         let file = temporary::create(&directory).map_err(|source| SnapshotError::Temporary { directory, source })?;
         Ok(Self::with_file(disk, name, file))
@@ -168,6 +169,16 @@ impl PreparedSnapshot {
     fn with_file(disk: &Arc<Disk>, name: &str, file: std::fs::File) -> Self {
         let store = Store::new(name.to_owned(), disk.size(), file, disk.snapshots().count.clone());
         PreparedSnapshot { disk: disk.clone(), store: Arc::new(store) }
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// The name that it will have.
+    pub fn name(&self) -> &str {
+        &self.store.name
     }
 
     /// Now is the moment: `_held` are the disk's bitmaps, and while they are held nothing changes the disk.

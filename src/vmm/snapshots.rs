@@ -22,11 +22,12 @@ pub(super) struct Snapshots(Mutex<()>);
 
 impl Snapshots {
     /// `block-snapshot-add`: between two changes of the disk.
-    pub fn add(&self, disks: &[Arc<Disk>], BlockSnapshot { node, name }: &BlockSnapshot) -> Result<(), QmpError> {
+    pub fn add(&self, disks: &[Arc<Disk>], snapshot: &BlockSnapshot) -> Result<(), QmpError> {
         let _alone = lock(&self.0);
-        let disk = disk(disks, node)?;
-        let prepared = prepare(disks, disk, name)?;
-        prepared.install(&disk.bitmaps().hold());
+        for prepared in prepare(disks, [snapshot])? {
+            let disk = prepared.disk().clone();
+            prepared.install(&disk.bitmaps().hold());
+        }
         Ok(())
     }
 
@@ -40,12 +41,21 @@ impl Snapshots {
     }
 }
 
-/// Makes a snapshot of `disk` ready, whose name must be no other node's: disks and snapshots have one name space.
-pub(super) fn prepare(disks: &[Arc<Disk>], disk: &Arc<Disk>, name: &str) -> Result<PreparedSnapshot, QmpError> {
-    if disks.iter().any(|disk| disk.config().id == name) || find(disks, name).is_some() {
-        return Err(generic(SnapshotError::Exists(name.to_owned())));
+/// Makes snapshots ready, to be installed at one moment. Their names must be no other node's: disks and snapshots have one name space.
+pub(super) fn prepare<'a>(
+    disks: &[Arc<Disk>],
+    asked: impl IntoIterator<Item = &'a BlockSnapshot>,
+) -> Result<Vec<PreparedSnapshot>, QmpError> {
+    let mut prepared: Vec<PreparedSnapshot> = Vec::new();
+    for BlockSnapshot { node, name } in asked {
+        let disk = disk(disks, node)?;
+        let taken = disks.iter().any(|disk| disk.config().id == *name) || find(disks, name).is_some();
+        if taken || prepared.iter().any(|other| other.name() == name) {
+            return Err(generic(SnapshotError::Exists(name.clone())));
+        }
+        prepared.push(PreparedSnapshot::new(disk, name).map_err(generic)?);
     }
-    PreparedSnapshot::new(disk, name).map_err(generic)
+    Ok(prepared)
 }
 
 /// The snapshot of any disk that has this name.
