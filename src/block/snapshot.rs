@@ -60,6 +60,8 @@ pub enum SnapshotError {
 
 /// Largest disk in bytes: 128 TiB, for which a snapshot takes 256 MiB of memory.
 const MAX_SIZE: u64 = 128 << 40;
+/// How far extents of what was kept reach at most, in bytes. Whoever asks for one after the other does not have all of the rest looked at each time.
+const MAX_KEPT_EXTENT: u64 = 64 << 20;
 /// Longest name of a snapshot in bytes: that of QEMU's node names.
 pub const MAX_NAME: usize = 31;
 
@@ -263,11 +265,11 @@ impl ExportSource for Snapshot {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         loop {
-            let (place, end) = self.store.place(&range);
+            let (place, end) = self.store.place(&(range.start..range.end.min(range.start + MAX_KEPT_EXTENT)));
             let extent = match place {
                 Place::Store => self.store.allocation(&(range.start..end)),
                 Place::Image => {
-                    let extent = self.disk.with_io(|io| io.allocation(range.start, end - range.start))?;
+                    let extent = self.disk.with_io(|io| io.allocation(range.start, length))?;
                     Extent { length: self.store.unchanged(&(range.start..range.start + extent.length)), ..extent }
                 }
             };
