@@ -60,6 +60,8 @@ pub enum SnapshotError {
 
 /// Largest disk in bytes: 128 TiB, for which a snapshot takes 256 MiB of memory.
 const MAX_SIZE: u64 = 128 << 40;
+/// How far extents of what was kept reach at most, in bytes. Whoever asks for one after the other does not have all of the rest looked at each time.
+const MAX_KEPT_EXTENT: u64 = 64 << 20;
 /// Longest name of a snapshot in bytes: that of QEMU's node names.
 pub const MAX_NAME: usize = 31;
 
@@ -158,7 +160,12 @@ impl PreparedSnapshot {
         if disk.size() > MAX_SIZE {
             return Err(SnapshotError::TooLarge(disk.config().id.clone()));
         }
+<<<<<<< HEAD
         // Of a guest that is not here, or no longer, there is no such moment.
+=======
+        // Of a guest that is not here, or no longer, there is no such moment. Asked as a request that giving the disk up waits for: it fails
+        // where somebody else has I/O.
+>>>>>>> snapshot
         disk.with_io(|_| Ok(())).map_err(|_| DiskError::NotOwned(disk.config().id.clone()))?;
         let directory = temporary::directory();
         let file = temporary::create(&directory).map_err(|source| SnapshotError::Temporary { directory, source })?;
@@ -168,6 +175,16 @@ impl PreparedSnapshot {
     fn with_file(disk: &Arc<Disk>, name: &str, file: std::fs::File) -> Self {
         let store = Store::new(name.to_owned(), disk.size(), file, disk.snapshots().count.clone());
         PreparedSnapshot { disk: disk.clone(), store: Arc::new(store) }
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// The name that it will have.
+    pub fn name(&self) -> &str {
+        &self.store.name
     }
 
     /// Now is the moment: `_held` are the disk's bitmaps, and while they are held nothing changes the disk.
@@ -252,11 +269,11 @@ impl ExportSource for Snapshot {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         loop {
-            let (place, end) = self.store.place(&range);
+            let (place, end) = self.store.place(&(range.start..range.end.min(range.start + MAX_KEPT_EXTENT)));
             let extent = match place {
                 Place::Store => self.store.allocation(&(range.start..end)),
                 Place::Image => {
-                    let extent = self.disk.with_io(|io| io.allocation(range.start, end - range.start))?;
+                    let extent = self.disk.with_io(|io| io.allocation(range.start, length))?;
                     Extent { length: self.store.unchanged(&(range.start..range.start + extent.length)), ..extent }
                 }
             };

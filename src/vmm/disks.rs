@@ -81,7 +81,7 @@ impl Transactions {
         });
         let stale: BTreeSet<&str> = if done.is_ok() { removed.collect() } else { listed };
         let stale = stale.iter().filter_map(|node| concerned.get(node));
-        for disk in stale.filter(|disk| disk.refuses_persistent().is_none() && disk.io().is_ok()) {
+        for disk in stale.filter(|disk| disk.refuses_persistent().is_none() && disk.with_io(|_| Ok(())).is_ok()) {
             // A name too much is shown after a crash, and can be removed then.
             let _ = disk.list_persistent(&[]).inspect_err(|error| eprintln!("ferry: {error}\r"));
         }
