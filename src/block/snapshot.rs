@@ -160,12 +160,8 @@ impl PreparedSnapshot {
         if disk.size() > MAX_SIZE {
             return Err(SnapshotError::TooLarge(disk.config().id.clone()));
         }
-<<<<<<< HEAD
-        // Of a guest that is not here, or no longer, there is no such moment.
-=======
         // Of a guest that is not here, or no longer, there is no such moment. Asked as a request that giving the disk up waits for: it fails
         // where somebody else has I/O.
->>>>>>> snapshot
         disk.with_io(|_| Ok(())).map_err(|_| DiskError::NotOwned(disk.config().id.clone()))?;
         let directory = temporary::directory();
         let file = temporary::create(&directory).map_err(|source| SnapshotError::Temporary { directory, source })?;

@@ -8,7 +8,7 @@ use crate::vm::config::{DiskConfig, DiskOptions};
 
 const SETUP_MAGIC: &[u8] = b"FRYS";
 const GUEST_MAGIC: &[u8] = b"FRYG";
-/// Version of the setup. Version 1 ended before the disks' options.
+/// Version of the setup. Version 1 ended before the disks' options, and is what is sent where they are all as they were then.
 const SETUP_VERSION: u16 = 2;
 /// Version of the stopped guest; [`MachineState`] has one of its own.
 const GUEST_VERSION: u16 = 1;
@@ -16,7 +16,10 @@ const GUEST_VERSION: u16 = 1;
 /// Encodes the setup: magic number, version, postcard of the setup and of the disks' options.
 pub fn encode_setup(setup: &MachineSetup) -> Result<Vec<u8>, String> {
     let options: Vec<DiskOptions> = setup.config.disks.iter().map(|disk| disk.options).collect();
-    let encoded = postcard::to_extend(&(setup, options), header(SETUP_MAGIC, SETUP_VERSION));
+    let encoded = match options.iter().all(|options| *options == DiskOptions::default()) {
+        true => postcard::to_extend(setup, header(SETUP_MAGIC, 1)),
+        false => postcard::to_extend(&(setup, options), header(SETUP_MAGIC, SETUP_VERSION)),
+    };
     encoded.map_err(|error| format!("the guest's configuration cannot be encoded: {error}"))
 }
 
