@@ -8,7 +8,7 @@ use super::*;
 use crate::block::sidecar::Contents;
 use crate::vm::config::DiskConfig;
 
-const SIZE: u64 = 1 << 20;
+const SIZE: u64 = 8 << 20;
 const GRANULARITY: u64 = 512;
 
 fn disks(directory: &Path, readonly: bool) -> Vec<Arc<Disk>> {
@@ -90,8 +90,10 @@ fn a_transaction_is_one_moment_on_all_disks() {
         while !ended.load(Ordering::Acquire) {
             let then = json!({ "name": "then", "granularity": GRANULARITY, "disabled": true });
             let merge = json!({ "target": "then", "bitmaps": ["live"] });
-            // `b` last: a write between the actions would be in it alone.
-            let actions = [of("add", "a", then.clone()), of("add", "b", then), of("merge", "a", merge.clone()), of("merge", "b", merge)];
+            let mut actions = vec![of("add", "a", then.clone()), of("add", "b", then), of("merge", "a", merge.clone())];
+            // So that there is time for a write, which would be in `b` alone.
+            actions.extend((0..50).map(|_| of("enable", "a", json!({ "name": "live" }))));
+            actions.push(of("merge", "b", merge));
             carry_out(&disks, json!(actions)).unwrap();
             let [a, b] = [&disks[0], &disks[1]].map(|disk| disk.bitmaps().info()[1].count);
             assert!(a == b || a == b + GRANULARITY, "{a} bytes of a and {b} of b");
