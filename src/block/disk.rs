@@ -35,7 +35,7 @@ pub enum DiskError {
     #[error("disk {0}: its image is still in use by a device that is not paused")]
     InUse(String),
     /// The file of its persistent bitmaps says no.
-    #[error("disk {id}: {source}")]
+    #[error("disk {id}: {source}; persistent dirty bitmaps are kept beside the image, so its directory must be writable")]
     Sidecar {
         /// Which disk.
         id: String,

@@ -213,3 +213,6 @@ fn block_device_info(disk: &Disk) -> BlockDeviceInfo {
     let config = disk.config();
     BlockDeviceInfo::new(&config.id, &config.path, disk.size(), config.readonly, &bitmaps)
 }
+
+#[cfg(test)]
+mod tests;

@@ -62,11 +62,13 @@ impl Bits {
         if offset >= end {
             return;
         }
-        let (first, last) = (offset / self.granularity.bytes(), (end - 1) / self.granularity.bytes());
+        // A power of two: this is done for every write.
+        let shift = self.granularity.bytes().trailing_zeros();
+        let (first, last) = (offset >> shift, (end - 1) >> shift);
         for index in first / 64..=last / 64 {
             let from = first.max(index * 64) % 64;
             let to = last.min(index * 64 + 63) % 64;
-            self.or_word(index, !0 << from & !0 >> (63 - to));
+            self.or_valid(index, !0 << from & !0 >> (63 - to));
         }
     }
 
@@ -79,10 +81,15 @@ impl Bits {
     pub(super) fn or_word(&self, index: u64, bits: u64) {
         let left = self.disk_size.div_ceil(self.granularity.bytes()).saturating_sub(index.saturating_mul(64));
         let valid = if left >= 64 { !0 } else { (1 << left) - 1 };
+        self.or_valid(index, bits & valid);
+    }
+
+    fn or_valid(&self, index: u64, bits: u64) {
+        // A look first: what is set already, as most is after a while, stays in every processor's cache.
         if let Some(word) = self.words.get(index as usize)
-            && bits & valid & !word.load(Relaxed) != 0
+            && bits & !word.load(Relaxed) != 0
         {
-            word.fetch_or(bits & valid, Relaxed);
+            word.fetch_or(bits, Relaxed);
         }
     }
 

@@ -51,8 +51,11 @@ impl Sidecar {
             };
         }
         let temporary = with_suffix(&self.path, ".new");
+        // Of a write that was interrupted.
+        let _ = fs::remove_file(&temporary);
         let replace = || {
-            let mut file = BufWriter::new(OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?);
+            // A new file: a link of this name leads nowhere that should be written.
+            let mut file = BufWriter::new(OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?);
             contents.encode_to(&mut file)?;
             file.flush()?;
             // Before it has the name: a crash must not leave the name on half a file.
