@@ -1,11 +1,10 @@
 //! Typed answers of the query commands, in QEMU's shapes.
 
-use std::path::Path;
-
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::block::io_error::IoStatus;
+use crate::vm::config::{CacheMode, DiskConfig};
 
 /// The guest's run state (the subset of QEMU's `RunState` that Ferry has).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -88,35 +87,36 @@ pub struct BlockDirtyBitmapSha256 {
 pub struct BlockDeviceInfo(Value);
 
 impl BlockDeviceInfo {
-    /// A raw disk `id` of `size` bytes at `path`.
-    pub fn new(id: &str, path: &Path, size: u64, readonly: bool, dirty_bitmaps: &[BlockDirtyInfo]) -> Self {
-        Self::of("raw", id, path, size, readonly, dirty_bitmaps)
+    /// A raw disk of `size` bytes.
+    pub fn new(disk: &DiskConfig, size: u64, dirty_bitmaps: &[BlockDirtyInfo]) -> Self {
+        let mut info = Self::of("raw", &disk.id, disk, size);
+        info["ro"] = json!(disk.readonly);
+        if !dirty_bitmaps.is_empty() {
+            info["dirty-bitmaps"] = json!(dirty_bitmaps);
+        }
+        BlockDeviceInfo(info)
     }
 
-    /// A snapshot `name` of the raw disk of `size` bytes at `path`.
-    pub fn snapshot(name: &str, path: &Path, size: u64) -> Self {
-        Self::of("snapshot-access", name, path, size, true, &[])
+    /// A snapshot `name` of a raw disk of `size` bytes.
+    pub fn snapshot(name: &str, disk: &DiskConfig, size: u64) -> Self {
+        BlockDeviceInfo(Self::of("snapshot-access", name, disk, size))
     }
 
-    fn of(driver: &str, id: &str, path: &Path, size: u64, readonly: bool, dirty_bitmaps: &[BlockDirtyInfo]) -> Self {
-        let file = path.to_string_lossy();
-        let mut info = json!({
-            "node-name": id,
+    fn of(driver: &str, name: &str, disk: &DiskConfig, size: u64) -> Value {
+        let file = disk.path.to_string_lossy();
+        json!({
+            "node-name": name,
             "file": file,
             "drv": driver,
-            "ro": readonly,
+            "ro": true,
             "encrypted": false,
             "detect_zeroes": "off",
             "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0,
             "write_threshold": 0,
             "backing_file_depth": 0,
-            "cache": { "writeback": true, "direct": false, "no-flush": false },
+            "cache": { "writeback": true, "direct": disk.options.cache == CacheMode::None, "no-flush": false },
             "image": { "filename": file, "format": "raw", "virtual-size": size },
-        });
-        if let (Some(info), false) = (info.as_object_mut(), dirty_bitmaps.is_empty()) {
-            info.insert("dirty-bitmaps".into(), json!(dirty_bitmaps));
-        }
-        BlockDeviceInfo(info)
+        })
     }
 }
 

@@ -32,7 +32,7 @@ pub fn block_infos(disks: &[Arc<Disk>]) -> Vec<BlockInfo> {
 /// Answer to `query-named-block-nodes`: each disk and its snapshots.
 pub fn named_block_nodes(disks: &[Arc<Disk>]) -> Vec<BlockDeviceInfo> {
     let snapshots = |disk: &Disk| -> Vec<_> {
-        let info = |name: String| BlockDeviceInfo::snapshot(&name, &disk.config().path, disk.size());
+        let info = |name: String| BlockDeviceInfo::snapshot(&name, disk.config(), disk.size());
         disk.snapshots().names().into_iter().map(info).collect()
     };
     disks.iter().flat_map(|disk| std::iter::once(block_device_info(disk)).chain(snapshots(disk))).collect()
@@ -210,8 +210,7 @@ fn block_device_info(disk: &Disk) -> BlockDeviceInfo {
             inconsistent: bitmap.inconsistent,
         })
         .collect();
-    let config = disk.config();
-    BlockDeviceInfo::new(&config.id, &config.path, disk.size(), config.readonly, &bitmaps)
+    BlockDeviceInfo::new(disk.config(), disk.size(), &bitmaps)
 }
 
 #[cfg(test)]

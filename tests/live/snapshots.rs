@@ -37,7 +37,7 @@ fn snapshots_come_and_go_while_the_guest_writes_and_moves() {
         ("block-snapshot-add", "root", "a", "the name 'a' is taken"),
         ("block-snapshot-add", "root", "root", "the name 'root' is taken"),
         ("block-snapshot-add", "root", "a/b", "has 1 to 31 letters"),
-        ("block-snapshot-add", "other", "c", "no disk with the id 'other'"),
+        ("block-snapshot-add", "other", "c", "device='other'"),
         ("block-snapshot-remove", "root", "c", "disk root has no snapshot 'c'"),
     ] {
         let refusal = here.refusal(command, json!({ "node": node, "name": name }));

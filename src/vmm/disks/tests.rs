@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::block::sidecar::Contents;
-use crate::vm::config::DiskConfig;
+use crate::vm::config::{DiskConfig, DiskOptions};
 
 const SIZE: u64 = 8 << 20;
 const GRANULARITY: u64 = 512;
@@ -15,7 +15,7 @@ fn disks(directory: &Path, readonly: bool) -> Vec<Arc<Disk>> {
     let disk = |id: &str| {
         let path = directory.join(id);
         File::options().create(true).truncate(false).write(true).open(&path).unwrap().set_len(SIZE).unwrap();
-        let disk = Disk::open(DiskConfig { id: id.into(), path, readonly }).unwrap();
+        let disk = Disk::open(DiskConfig { id: id.into(), path, readonly, options: DiskOptions::default() }).unwrap();
         disk.acquire().unwrap();
         disk
     };
