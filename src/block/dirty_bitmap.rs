@@ -192,6 +192,17 @@ impl Recording<'_> {
     }
 }
 
+/// What a bitmap held at one moment.
+#[derive(Debug)]
+pub struct BitmapCopy(Bits);
+
+impl BitmapCopy {
+    /// The first extent from the byte `offset`, which lies before `end`, and at most up to there: its length, and whether it is dirty.
+    pub fn extent(&self, offset: u64, end: u64) -> (u64, bool) {
+        self.0.extent(offset, end)
+    }
+}
+
 impl DirtyBitmaps {
     /// No bitmaps, for a disk of `disk_size` bytes.
     pub fn new(disk_size: u64) -> Arc<Self> {
@@ -247,6 +258,16 @@ impl DirtyBitmaps {
     pub fn dirty_ranges(&self, name: &str) -> Result<Vec<std::ops::Range<u64>>, BitmapError> {
         let bitmap = get(&self.read(), name)?.clone();
         if bitmap.inconsistent { Err(BitmapError::Inconsistent(bitmap.name)) } else { Ok(bitmap.bits.ranges()) }
+    }
+
+    /// What the bitmap holds now, to be looked at while it goes on recording.
+    pub fn copy(&self, name: &str) -> Result<BitmapCopy, BitmapError> {
+        let bitmap = get(&self.read(), name)?.clone();
+        match bitmap {
+            DirtyBitmap { inconsistent: true, .. } => Err(BitmapError::Inconsistent(bitmap.name)),
+            bitmap if !bitmap.is_idle() => Err(BitmapError::Busy(bitmap.name)),
+            bitmap => Ok(BitmapCopy(bitmap.bits.copy())),
+        }
     }
 
     /// SHA-256 of the bitmap's words in little-endian order, as QEMU's `x-debug-block-dirty-bitmap-sha256` has it. Of a bitmap that is

@@ -1,11 +1,12 @@
 //! A guest's disk: its image, whether this process owns it, and its dirty bitmaps.
 
 use std::io;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use thiserror::Error;
-use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{Bytes, VolatileSlice};
 
 use super::dirty_bitmap::DirtyBitmaps;
 use super::export_source::{ExportSource, Extent};
@@ -13,6 +14,7 @@ use super::image::{Image, ImageError, LockedImage};
 use super::io_error::{IoStatus, SharedIoStatus};
 use super::sidecar::{Sidecar, SidecarError};
 use super::snapshot::Snapshots;
+use crate::memory::PAGE_SIZE;
 use crate::vm::config::{DiscardMode, DiskConfig};
 
 mod persistence;
@@ -133,11 +135,7 @@ impl Disk {
     /// Locks the image, or says who has it. Nothing of it that this host cached before is used afterwards. Does nothing if it is locked
     /// already. Stored bitmaps are not brought back: the guest's come with it.
     pub fn acquire(&self) -> Result<(), DiskError> {
-        let mut ownership = self.ownership();
-        if self.lock_image(&mut ownership)? {
-            self.revoke_stored().inspect_err(|_| *ownership = Ownership::Closed)?;
-        }
-        Ok(())
+        self.lock_image(&mut self.ownership()).map(drop)
     }
 
     /// False if it is locked already.
@@ -167,8 +165,8 @@ impl Disk {
         }
     }
 
-    /// Makes everything written durable and gives the lock up, which breaks the disk's snapshots. Waits for those in [`Disk::with_io`], and
-    /// refuses them afterwards. Fails, and keeps the lock, while another [`DiskIo`] exists.
+    /// Makes everything written durable and gives the lock up. Waits for those in [`Disk::with_io`], and refuses them afterwards; the disk's
+    /// snapshots are to be [broken](Snapshots::break_all) before others write. Fails, and keeps the lock, while another [`DiskIo`] exists.
     pub fn release(&self) -> Result<(), DiskError> {
         let _nobody = self.requests.write().unwrap_or_else(PoisonError::into_inner);
         let mut ownership = self.ownership();
@@ -188,8 +186,6 @@ impl Disk {
             *ownership = Ownership::Locked(Arc::new(locked));
             return Err(self.image_error(ImageError::Io { action: "flush", path, source }));
         }
-        // Before anybody else can write to the image.
-        self.snapshots.break_all("the disk has been given up, for the guest to run on another host");
         *ownership = Ownership::Unlocked(locked.unlock().map_err(|source| self.image_error(source))?);
         Ok(())
     }
@@ -267,12 +263,15 @@ impl DiskIo {
     /// Writes from guest memory.
     pub fn write<B: BitmapSlice>(&self, source: &[VolatileSlice<B>], offset: u64) -> io::Result<()> {
         let length = source.iter().fold(0u64, |sum, slice| sum.saturating_add(slice.len() as u64));
+        // A page that is missing in a postcopy is waited for here and not with the bitmaps held, for which the rest of the migration waits.
+        source.iter().for_each(touch);
         self.changed(offset, length, || self.image.write_vectored_at(source, offset))
     }
 
-    /// Discards, unless the disk ignores that; see [`LockedImage::discard`].
+    /// Discards, unless the disk ignores that or there is a snapshot, for which all of it would have to be copied first; see
+    /// [`LockedImage::discard`].
     pub fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
-        if self.discard == DiscardMode::Ignore || self.snapshots.spares_discard(length) {
+        if self.discard == DiscardMode::Ignore || self.snapshots.exist() {
             return Ok(());
         }
         self.changed(offset, length, || self.image.discard(offset, length))
@@ -297,6 +296,15 @@ impl DiskIo {
         // After the change, before anybody is told of it: see the module of the bitmaps.
         recording.mark(offset, length);
         done
+    }
+}
+
+/// Reads a byte of each page.
+fn touch<B: BitmapSlice>(slice: &VolatileSlice<B>) {
+    let offsets = (0..slice.len()).step_by(PAGE_SIZE).chain(slice.len().checked_sub(1));
+    for offset in offsets {
+        // Within the slice.
+        let _ = slice.load::<u8>(offset, Ordering::Relaxed);
     }
 }
 

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{Advice, FallocateFlags};
 use rustix::io::Errno;
@@ -101,7 +101,7 @@ pub struct Image {
     block_size: u32,
     direct: Option<Box<Direct>>,
     /// The error of a flush that failed.
-    flush_failed: AtomicI32,
+    flush_failed: AtomicBool,
 }
 
 /// Taking the lock failed; the image is given back.
@@ -156,7 +156,7 @@ impl Image {
                 some => some.map(Box::new),
             },
         };
-        Ok(Image { file, path, readonly, block_device, size, block_size, direct, flush_failed: AtomicI32::new(0) })
+        Ok(Image { file, path, readonly, block_device, size, block_size, direct, flush_failed: AtomicBool::new(false) })
     }
 
     /// Takes the image's open file description lock (`F_OFD_SETLK`, fcntl(2)): a shared one for a reader, an exclusive one for a writer.
@@ -298,16 +298,12 @@ impl LockedImage {
     /// have dropped what it could not write, and says so only once.
     pub fn flush(&self) -> io::Result<()> {
         let Image { file, direct, flush_failed, .. } = &self.image;
-        match flush_failed.load(Ordering::Relaxed) {
-            0 => {}
-            errno => return Err(io::Error::from_raw_os_error(errno)),
+        if flush_failed.load(Ordering::Relaxed) {
+            // Also where the storage was full: room does not bring back what was dropped.
+            return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        file.sync_data().inspect_err(|error| {
-            // Direct I/O reports a failed write when it is made.
-            if let Some(errno) = error.raw_os_error().filter(|_| direct.is_none()) {
-                flush_failed.store(errno, Ordering::Relaxed);
-            }
-        })
+        // Direct I/O reports a failed write when it is made.
+        file.sync_data().inspect_err(|_| flush_failed.store(direct.is_none(), Ordering::Relaxed))
     }
 
     /// Tells the storage that the range is not needed; its content is undefined afterwards. Storage that cannot use the advice ignores it.

@@ -21,10 +21,6 @@ use store::{Place, Store};
 mod store;
 mod temporary;
 
-/// A discard of more than this does nothing while there is a snapshot, in bytes: it frees space that is not needed, and to copy it first would take
-/// as much elsewhere, while the guest waits.
-const MAX_COPIED_DISCARD: u64 = 64 << 20;
-
 /// Why there is no such snapshot.
 #[derive(Debug, Error)]
 pub enum SnapshotError {
@@ -100,7 +96,7 @@ impl Snapshots {
     /// [`DirtyBitmaps::recording`](super::dirty_bitmap::DirtyBitmaps::recording) held until after the change.
     pub(super) fn before_change(&self, image: &LockedImage, offset: u64, length: u64) {
         // What is installed is seen here, because nobody installs while changes go on.
-        if self.count.load(Ordering::Relaxed) == 0 {
+        if !self.exist() {
             return;
         }
         let size = image.image().size();
@@ -110,13 +106,13 @@ impl Snapshots {
         }
     }
 
-    /// Whether a discard of `length` bytes is better left undone.
-    pub(super) fn spares_discard(&self, length: u64) -> bool {
-        length > MAX_COPIED_DISCARD && self.count.load(Ordering::Relaxed) > 0
+    /// Whether there are any.
+    pub(super) fn exist(&self) -> bool {
+        self.count.load(Ordering::Relaxed) > 0
     }
 
-    /// Ends them all for their readers.
-    pub(super) fn break_all(&self, reason: &str) {
+    /// Ends them all for their readers: somebody else is about to write to the image.
+    pub fn break_all(&self, reason: &str) {
         self.stores().iter().for_each(|store| store.break_because(reason.to_owned()));
     }
 
@@ -171,16 +167,6 @@ impl PreparedSnapshot {
     fn with_file(disk: &Arc<Disk>, name: &str, file: std::fs::File) -> Self {
         let store = Store::new(name.to_owned(), disk.size(), file, disk.snapshots().count.clone());
         PreparedSnapshot { disk: disk.clone(), store: Arc::new(store) }
-    }
-
-    /// The disk.
-    pub fn disk(&self) -> &Arc<Disk> {
-        &self.disk
-    }
-
-    /// The name that it will have.
-    pub fn name(&self) -> &str {
-        &self.store.name
     }
 
     /// Now is the moment: `_held` are the disk's bitmaps, and while they are held nothing changes the disk.

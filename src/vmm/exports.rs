@@ -6,11 +6,11 @@ use serde_json::{Value, json};
 
 use super::monitor::{answer, done, generic};
 use super::{Vmm, lock, snapshots};
+use crate::block::dirty_bitmap::{BitmapCopy, BitmapError};
 use crate::block::disk::{Disk, DiskError};
 use crate::block::export_source::ExportSource;
 use crate::block::nbd::catalogue::ExportInfo;
 use crate::block::nbd::export::Export;
-use crate::block::nbd::meta_context::DirtyExtents;
 use crate::block::nbd::server::ServerAddress;
 use crate::qmp::QmpError;
 use crate::qmp::block_export::{BlockExportAdd, BlockExportDel, ExportedBitmap, NbdServerStart, SocketAddress};
@@ -65,7 +65,7 @@ impl Vmm {
     }
 
     /// The bitmap's content now; the bitmap itself stays free for everything.
-    fn copy_bitmap(&self, exported: &Arc<Disk>, bitmap: &ExportedBitmap) -> Result<(String, Arc<DirtyExtents>), QmpError> {
+    fn copy_bitmap(&self, exported: &Arc<Disk>, bitmap: &ExportedBitmap) -> Result<(String, Arc<BitmapCopy>), QmpError> {
         let (disk, name) = match bitmap {
             ExportedBitmap::Name(name) => (exported.clone(), name),
             ExportedBitmap::OfNode { node, name } => (self.disk(node)?, name),
@@ -73,11 +73,12 @@ impl Vmm {
         if disk.size() != exported.size() {
             return Err(QmpError::generic(format!("Bitmap '{name}' is of a disk of another size")));
         }
-        if disk.bitmaps().info().iter().any(|info| info.name == *name && info.busy) {
-            return Err(QmpError::generic(format!("Bitmap '{name}' is currently in use by another operation and cannot be used")));
+        match disk.bitmaps().copy(name) {
+            Ok(copy) => Ok((name.clone(), Arc::new(copy))),
+            // QEMU's words in this place.
+            Err(BitmapError::NotFound(_)) => Err(QmpError::generic(format!("Bitmap '{name}' is not found"))),
+            Err(error) => Err(generic(error)),
         }
-        let ranges = disk.bitmaps().dirty_ranges(name).map_err(|_| QmpError::generic(format!("Bitmap '{name}' is not found")))?;
-        Ok((name.clone(), Arc::new(DirtyExtents::new(ranges))))
     }
 
     pub(super) fn delete_export(&self, arguments: &BlockExportDel) -> Result<Value, QmpError> {

@@ -244,6 +244,11 @@ impl DestinationOwner for Arc<Vmm> {
                 if let Some(Err(error)) = ram.map(|ram| ram.lock()) {
                     eprintln!("ferry: the guest has arrived and runs, but its memory can be swapped: {error}\r");
                 }
+                for disk in lock(&self.disks).clone().iter().filter(|disk| disk.refuses_persistent().is_none()) {
+                    if let Err(error) = disk.list_persistent(&[]) {
+                        eprintln!("ferry: {error}; after a crash its persistent dirty bitmaps would be gone instead of inconsistent\r");
+                    }
+                }
                 self.incoming.active.store(false, Ordering::Release);
                 Message::Received
             }

@@ -149,7 +149,7 @@ pub fn run(options: RunOptions) -> Result<(), VmmError> {
     match booted.and_then(|guest| Ok(guest.start()?)) {
         Ok(guest) => *lock(&vmm.guest) = Guest::Running(guest),
         Err(error) => {
-            disks::close(&lock(&vmm.disks));
+            disks::close(&vmm.all_disks());
             return Err(error);
         }
     }
@@ -276,7 +276,7 @@ impl Main {
         } else {
             drop(guest);
         }
-        disks::close(&lock(&vmm.disks));
+        disks::close(&vmm.all_disks());
         if let Some(server) = &self.server {
             server.flush(FLUSH);
         }

@@ -77,8 +77,8 @@ impl Handler for Arc<Vmm> {
             Command::QueryMigrateCapabilities => answer(&lock(&self.outgoing).capabilities.list()),
             Command::MigrateSetParameters(changes) => self.set_migrate_parameters(&changes).and_then(|()| done()),
             Command::QueryMigrateParameters => answer(&lock(&self.outgoing).parameters),
-            Command::QueryBlock => answer(&disks::block_infos(&lock(&self.disks))),
-            Command::QueryNamedBlockNodes(_) => answer(&disks::named_block_nodes(&lock(&self.disks))),
+            Command::QueryBlock => answer(&disks::block_infos(&self.all_disks())),
+            Command::QueryNamedBlockNodes(_) => answer(&disks::named_block_nodes(&self.all_disks())),
             Command::BlockDirtyBitmapAdd(add) => self.alone(TransactionAction::BlockDirtyBitmapAdd(add)),
             Command::BlockDirtyBitmapRemove(bitmap) => self.alone(TransactionAction::BlockDirtyBitmapRemove(bitmap)),
             Command::BlockDirtyBitmapClear(bitmap) => self.alone(TransactionAction::BlockDirtyBitmapClear(bitmap)),
@@ -86,9 +86,9 @@ impl Handler for Arc<Vmm> {
             Command::BlockDirtyBitmapDisable(bitmap) => self.alone(TransactionAction::BlockDirtyBitmapDisable(bitmap)),
             Command::BlockDirtyBitmapMerge(merge) => self.alone(TransactionAction::BlockDirtyBitmapMerge(merge)),
             Command::Transaction(transaction) => self.transaction(&transaction.actions),
-            Command::BlockDirtyBitmapSha256(bitmap) => answer(&disks::bitmap_sha256(&lock(&self.disks), &bitmap)?),
+            Command::BlockDirtyBitmapSha256(bitmap) => answer(&disks::bitmap_sha256(&self.all_disks(), &bitmap)?),
             Command::BlockSnapshotAdd(snapshot) => self.alone(TransactionAction::BlockSnapshotAdd(snapshot)),
-            Command::BlockSnapshotRemove(snapshot) => snapshots::remove(&lock(&self.disks), &snapshot).and_then(|()| done()),
+            Command::BlockSnapshotRemove(snapshot) => snapshots::remove(&self.all_disks(), &snapshot).and_then(|()| done()),
             Command::NbdServerStart(arguments) => self.start_nbd_server(arguments),
             Command::NbdServerStop => self.stop_nbd_server(),
             Command::BlockExportAdd(arguments) => self.add_export(arguments),
@@ -112,7 +112,7 @@ impl Vmm {
 
     /// Locks every disk's image, which a paused guest that has just arrived does not yet have.
     pub fn own_disks(&self) -> Result<(), String> {
-        lock(&self.disks).iter().try_for_each(|disk| disk.acquire()).map_err(|error| error.to_string())
+        self.all_disks().iter().try_for_each(|disk| disk.acquire()).map_err(|error| error.to_string())
     }
 
     /// Whether a disk waits for the guest to be resumed.
@@ -171,6 +171,10 @@ impl Vmm {
         done()
     }
 
+    pub(super) fn all_disks(&self) -> Vec<Arc<Disk>> {
+        lock(&self.disks).clone()
+    }
+
     fn alone(&self, action: TransactionAction) -> Result<Value, QmpError> {
         self.transaction(&[action])
     }
@@ -180,7 +184,11 @@ impl Vmm {
     }
 
     fn transaction(&self, actions: &[TransactionAction]) -> Result<Value, QmpError> {
-        let disks = lock(&self.disks).clone();
-        self.transactions.carry_out(&disks, actions).and_then(|()| done())
+        // Held, so that no guest is handed over meanwhile: what is added behind its bitmaps' back would be lost.
+        let guest = lock(&self.guest);
+        if let Guest::Taken = *guest {
+            return Err(QmpError::generic("a migration is handing the guest over just now; try again in a moment"));
+        }
+        self.transactions.carry_out(&self.all_disks(), actions).and_then(|()| done())
     }
 }

@@ -130,6 +130,25 @@ impl Bits {
         (set * granularity).saturating_sub(overhang)
     }
 
+    /// The first extent from the byte `offset`, which lies before `end`, and at most up to there: its length, and whether it is dirty.
+    pub(super) fn extent(&self, offset: u64, end: u64) -> (u64, bool) {
+        let granularity = self.granularity.bytes();
+        let differing = |index: u64, dirty: bool| (if dirty { !self.word(index / 64) } else { self.word(index / 64) }) >> (index % 64);
+        let first = offset / granularity;
+        let dirty = differing(first, false) & 1 == 1;
+        let mut index = first + 1;
+        while index.saturating_mul(granularity) < end {
+            match differing(index, dirty) {
+                0 => index = (index / 64 + 1) * 64,
+                bits => {
+                    index += u64::from(bits.trailing_zeros());
+                    break;
+                }
+            }
+        }
+        (index.saturating_mul(granularity).min(end) - offset, dirty)
+    }
+
     /// The maximal dirty ranges in bytes, ascending.
     pub(super) fn ranges(&self) -> Vec<Range<u64>> {
         let words: Vec<u64> = self.words.iter().map(|word| word.load(Relaxed)).collect();

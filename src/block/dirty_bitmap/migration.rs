@@ -208,9 +208,6 @@ impl IncomingBitmap {
         Ok(())
     }
 
-    /// Gives the bitmap up: it disappears, and with it what the guest changed meanwhile.
-    pub fn abandon(self) {}
-
     fn note_loaded(&mut self, first: u64, count: u64) -> Result<(), BitmapError> {
         let end = first.checked_add(count).filter(|&end| end <= self.words);
         let aligned = |word: u64| word.is_multiple_of(CHUNK_WORDS);

@@ -233,7 +233,7 @@ fn an_incoming_bitmap_is_complete_or_gone() {
     incoming.load(256, &BitmapRun::Ones(4096 - 256)).unwrap();
     assert_eq!(incoming.complete(), Err(BitmapError::Incomplete { name: "a".into(), missing: 1 }));
     assert!(target.info().is_empty());
-    bitmap().abandon();
+    drop(bitmap());
     assert!(target.info().is_empty());
     let mut incoming = bitmap();
     incoming.load(0, &BitmapRun::Zeroes(4096)).unwrap();
@@ -312,5 +312,23 @@ proptest! {
         }
         prop_assert_eq!(target.dirty_ranges("a").unwrap(), expected.dirty_ranges("a").unwrap());
         prop_assert!(target.info()[0].recording && !target.info()[0].busy);
+    }
+}
+
+proptest! {
+    #[test]
+    fn extents_are_the_ranges(size in 1u64..5_000_000, marks in prop::collection::vec((0u64..5_000_000, 0u64..100_000), 0..20), offset in 0u64..5_000_000, length in 1u64..5_000_000) {
+        let bitmaps = DirtyBitmaps::new(size);
+        bitmaps.add("a", granularity(512), true).unwrap();
+        marks.iter().for_each(|&(offset, length)| bitmaps.mark(offset, length));
+        let (offset, end) = (offset % size, (offset % size + length).min(size));
+        let ranges = bitmaps.dirty_ranges("a").unwrap();
+        let next = ranges.iter().find(|range| range.end > offset);
+        let expected = match next {
+            Some(range) if range.start <= offset => (range.end.min(end) - offset, true),
+            Some(range) => (range.start.min(end) - offset, false),
+            None => (end - offset, false),
+        };
+        prop_assert_eq!(bitmaps.copy("a").unwrap().extent(offset, end), expected);
     }
 }

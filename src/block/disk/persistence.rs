@@ -1,6 +1,6 @@
 //! A disk's persistent bitmaps: taken from the sidecar when a guest boots, useless there while it runs, stored when it has ended.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use super::{Disk, DiskError, Ownership};
@@ -59,7 +59,10 @@ impl Disk {
                 contents.bitmaps = in_use.bitmaps;
             }
         } else {
-            warnings.push(format!("disk {id}: Ferry did not end cleanly when it had the dirty bitmaps in {path}: they are inconsistent"));
+            warnings.push(format!(
+                "disk {id}: the dirty bitmaps in {path} are inconsistent, since a Ferry that had them did not end cleanly or others changed the \
+                 image; `ferry bitmap remove` is all that can be done with them"
+            ));
         }
         for bitmap in &contents.bitmaps {
             if let Err(error) = self.bitmaps.restore(bitmap) {
@@ -67,25 +70,6 @@ impl Disk {
             }
         }
         Ok(warnings)
-    }
-
-    /// Sees to it that bitmaps stored here before are not taken for consistent: those of a guest that comes from another host, or goes on
-    /// here, come otherwise.
-    pub(super) fn revoke_stored(&self) -> Result<(), DiskError> {
-        let Some(sidecar) = &self.sidecar else { return Ok(()) };
-        let bytes = match sidecar.read() {
-            Ok(Some(bytes)) => bytes,
-            Ok(None) => return Ok(()),
-            Err(_) => return sidecar.set_aside().map(drop).map_err(|error| self.sidecar_error(error)),
-        };
-        match Contents::decode(&bytes) {
-            Ok(contents) if contents.has_bits() => {
-                let in_use = Contents { image: contents.image, bitmaps: contents.bitmaps.iter().map(listed).collect() };
-                sidecar.write(&in_use).map_err(|error| self.sidecar_error(error))
-            }
-            // In use elsewhere until just now, or nothing that anybody could take for bitmaps.
-            _ => Ok(()),
-        }
     }
 
     /// Why no persistent bitmap can be kept for this disk, if so.
@@ -98,7 +82,8 @@ impl Disk {
     }
 
     /// Brings the names in the sidecar up to date while the image is in use: those of the persistent bitmaps, and `more` that are about to be
-    /// added. After a crash these are the bitmaps that are shown as inconsistent.
+    /// added. After a crash these are the bitmaps that are shown as inconsistent. For a guest that has come from another host, to be called
+    /// when it is whole: until then what is stored here, of an earlier guest, is told from its bitmaps by the time of the image's last change.
     pub fn list_persistent(&self, more: &[(&str, Granularity)]) -> Result<(), DiskError> {
         // Held until it is written: with the ownership goes the right to write.
         let ownership = self.ownership();
@@ -118,6 +103,8 @@ impl Disk {
     /// Stores the persistent bitmaps and gives the image up for good, if it is owned. An error while a [`DiskIo`](super::DiskIo) exists and
     /// where they cannot be stored: they will be inconsistent.
     pub fn close(&self) -> Result<(), DiskError> {
+        // An export's last request may be under way.
+        let _nobody = self.requests.write().unwrap_or_else(PoisonError::into_inner);
         let mut ownership = self.ownership();
         let image = match std::mem::replace(&mut *ownership, Ownership::Closed) {
             Ownership::Locked(image) => image,

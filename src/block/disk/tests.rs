@@ -1,9 +1,15 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::*;
 use crate::block::dirty_bitmap::{BitmapInfo, Granularity, RunLimits};
+use crate::memory::ram::GRANULE;
+use crate::memory::uffd::Userfaultfd;
+use crate::memory::{GuestRam, PageNumber, PageRun};
 use crate::vm::config::DiskOptions;
 
 const SIZE: u64 = 1 << 20;
@@ -216,6 +222,7 @@ fn a_guest_from_elsewhere_makes_what_was_stored_useless() {
     let destination = place.open();
     destination.acquire().unwrap();
     assert!(destination.bitmaps().info().is_empty());
+    write(&destination, 0);
     drop(destination);
     assert!(info(&place.boot().0, "b").inconsistent);
     // The second time it ends cleanly, with no bitmap of its own.
@@ -268,4 +275,29 @@ fn where_nothing_can_be_written_a_bitmap_is_not_persistent() {
     fs::create_dir(place.image.with_extension("img.bitmaps.new")).unwrap();
     let error = disk.list_persistent(&[("b", Granularity::default())]).unwrap_err().to_string();
     assert!(error.contains("cannot write") && error.contains("disk.img.bitmaps"), "{error}");
+}
+
+#[test]
+fn a_write_that_waits_for_a_missing_page_keeps_nobody_from_the_bitmaps() {
+    let place = Place::new();
+    let disk = place.open();
+    disk.acquire().unwrap();
+    disk.bitmaps().add("b", Granularity::new(4096).unwrap(), true).unwrap();
+    let ram = GuestRam::allocate(GRANULE).unwrap();
+    let missing = Userfaultfd::open().unwrap().register(ram.clone()).unwrap();
+    let (never, _kept) = UnixStream::pair().unwrap();
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let pages = ram.memory().get_slice(GuestAddress(0), 2 * PAGE_SIZE).unwrap();
+            disk.io().unwrap().write(&[pages], 0)
+        });
+        for page in 0..2 {
+            assert_eq!(missing.next_fault(&never).unwrap().map(|fault| fault.page), Some(PageNumber(page)));
+            disk.bitmaps().change(|held| held.add(&format!("added-{page}"), Granularity::default(), true, false)).unwrap();
+            missing.place(PageRun::new(page, 1), &[page as u8 + 1; PAGE_SIZE]).unwrap();
+        }
+        writer.join().unwrap().unwrap();
+    });
+    assert_eq!(fs::read(&place.image).unwrap()[..2 * PAGE_SIZE], [[1; PAGE_SIZE], [2; PAGE_SIZE]].concat());
+    assert_eq!(disk.bitmaps().dirty_ranges("b").unwrap(), [0..8192]);
 }

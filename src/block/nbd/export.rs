@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
-use super::meta_context::DirtyExtents;
 use super::protocol::{MAX_STRING, transmission_flag as flag};
+use crate::block::dirty_bitmap::BitmapCopy;
 use crate::block::disk::Disk;
 use crate::block::export_source::ExportSource;
 
@@ -28,7 +28,7 @@ pub struct Export {
     /// The same disk where clients may write to it.
     pub writable: Option<Arc<Disk>>,
     /// Dirty bitmaps by name, as they were when the export was added.
-    pub bitmaps: Vec<(String, Arc<DirtyExtents>)>,
+    pub bitmaps: Vec<(String, Arc<BitmapCopy>)>,
 }
 
 impl Export {

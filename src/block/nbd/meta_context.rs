@@ -1,38 +1,17 @@
 //! Metadata contexts: what `NBD_CMD_BLOCK_STATUS` tells of an export beside its content.
 
 use std::io;
-use std::ops::Range;
 use std::sync::Arc;
 
 use super::export::Export;
 use super::protocol::state;
+use crate::block::dirty_bitmap::BitmapCopy;
 use crate::block::export_source::{ExportSource, ExtentKind};
 
 /// Most extents in an answer, so that its size and the time it takes are bounded; a client asks on from where they end.
 const MAX_EXTENTS: usize = 1 << 14;
 const ALLOCATION: &str = "base:allocation";
 const DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
-
-/// The dirty ranges of a bitmap: not empty, ascending, with clean bytes between them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DirtyExtents(Vec<Range<u64>>);
-
-impl DirtyExtents {
-    /// From the ranges of a bitmap in bytes, ascending and apart from each other.
-    pub fn new(ranges: Vec<Range<u64>>) -> Self {
-        DirtyExtents(ranges)
-    }
-
-    /// The first extent from `offset`, at most up to `end`: its length, and whether it is dirty.
-    fn first(&self, offset: u64, end: u64) -> (u64, bool) {
-        let next = self.0.partition_point(|range| range.end <= offset);
-        match self.0.get(next) {
-            Some(range) if range.start <= offset => (range.end.min(end) - offset, true),
-            Some(range) => (range.start.min(end) - offset, false),
-            None => (end - offset, false),
-        }
-    }
-}
 
 /// A metadata context of an export.
 #[derive(Clone, Debug)]
@@ -44,7 +23,7 @@ pub enum MetaContext {
         /// The bitmap's name.
         name: String,
         /// Its content.
-        dirty: Arc<DirtyExtents>,
+        dirty: Arc<BitmapCopy>,
     },
 }
 
@@ -60,7 +39,7 @@ pub enum QueryPurpose {
 impl MetaContext {
     /// All that an export has.
     pub fn all(export: &Export) -> Vec<MetaContext> {
-        let bitmap = |(name, dirty): &(String, Arc<DirtyExtents>)| MetaContext::DirtyBitmap { name: name.clone(), dirty: dirty.clone() };
+        let bitmap = |(name, dirty): &(String, Arc<BitmapCopy>)| MetaContext::DirtyBitmap { name: name.clone(), dirty: dirty.clone() };
         std::iter::once(MetaContext::Allocation).chain(export.bitmaps.iter().map(bitmap)).collect()
     }
 
@@ -113,7 +92,7 @@ impl MetaContext {
                 Ok((extent.length, flags))
             }
             MetaContext::DirtyBitmap { dirty, .. } => {
-                let (length, dirty) = dirty.first(at, end);
+                let (length, dirty) = dirty.extent(at, end);
                 Ok((length, if dirty { state::DIRTY } else { 0 }))
             }
         }

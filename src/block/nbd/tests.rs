@@ -8,10 +8,10 @@ use tempfile::TempDir;
 use super::ConnectionError;
 use super::catalogue::{Catalogue, Disconnect};
 use super::export::Export;
-use super::meta_context::DirtyExtents;
 use super::negotiation::{Offer, Session, negotiate};
 use super::protocol::*;
 use super::transmission::serve;
+use crate::block::dirty_bitmap::{BitmapCopy, DirtyBitmaps, Granularity};
 use crate::block::disk::Disk;
 use crate::vm::config::{DiskConfig, DiskOptions};
 
@@ -57,6 +57,14 @@ struct Bench {
     directory: TempDir,
 }
 
+/// A bitmap in which `length` bytes from `offset` on are dirty.
+fn dirty(offset: u64, length: u64) -> BitmapCopy {
+    let bitmaps = DirtyBitmaps::new(SIZE);
+    bitmaps.add("b0", Granularity::new(512).unwrap(), true).unwrap();
+    bitmaps.mark(offset, length);
+    bitmaps.copy("b0").unwrap()
+}
+
 impl Bench {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
@@ -85,7 +93,7 @@ impl Bench {
             description: Some("a disk".into()),
             source: self.disk.clone(),
             writable: writable.then(|| self.disk.clone()),
-            bitmaps: vec![("b0".into(), Arc::new(DirtyExtents::new(vec![4096..8192, 8192..12288])))],
+            bitmaps: vec![("b0".into(), Arc::new(dirty(4096, 8192)))],
         }
     }
 

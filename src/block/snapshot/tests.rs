@@ -235,14 +235,18 @@ fn a_full_temporary_file_breaks_the_snapshot_and_not_the_write() {
 }
 
 #[test]
-fn giving_the_disk_up_breaks_its_snapshots() {
+fn a_disk_that_is_given_up_has_no_snapshots_to_read_until_it_is_taken_back() {
     let (_directory, disk) = disk(SIZE as u64, CacheMode::Writeback);
     let snapshot = snapshot(&disk, "s");
     disk.release().unwrap();
-    assert!(snapshot.broken().unwrap().contains("another host"));
-    assert!(snapshot.read_at(&mut [0; 512], 0).is_err());
+    assert_eq!(snapshot.read_at(&mut [0; 512], 0).unwrap_err().raw_os_error(), Some(libc::ESHUTDOWN));
     assert!(matches!(PreparedSnapshot::new(&disk, "t"), Err(SnapshotError::Disk(_))));
-    // It does not come back with the disk.
+    // The switch did not take place.
+    disk.acquire().unwrap();
+    write(&disk.io().unwrap(), &mut [1; 512], 0);
+    assert!(content(&snapshot)[..512] == [0; 512]);
+    disk.release().unwrap();
+    disk.snapshots().break_all("others write");
     disk.acquire().unwrap();
     assert!(snapshot.read_at(&mut [0; 512], 0).unwrap_err().to_string().contains("is broken"));
 }

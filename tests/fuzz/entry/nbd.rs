@@ -3,9 +3,9 @@
 use std::io::{self, Read, Write};
 use std::sync::{Arc, LazyLock};
 
+use ferry::block::dirty_bitmap::{DirtyBitmaps, Granularity};
 use ferry::block::nbd::catalogue::{Catalogue, Disconnect};
 use ferry::block::nbd::export::Export;
-use ferry::block::nbd::meta_context::DirtyExtents;
 use ferry::block::nbd::negotiation::{Offer, negotiate};
 use ferry::block::nbd::transmission::serve;
 
@@ -40,8 +40,12 @@ impl Write for Client<'_> {
 fn catalogue() -> Arc<Catalogue> {
     static CATALOGUE: LazyLock<Arc<Catalogue>> = LazyLock::new(|| {
         let catalogue = Catalogue::new(|_| {});
+        let bitmaps = DirtyBitmaps::new(SIZE);
+        bitmaps.add("b", Granularity::new(512).expect("a power of two"), true).expect("memory");
+        bitmaps.mark(512, 512);
+        bitmaps.mark(8192, SIZE);
         for (name, writable) in [("r", None), ("w", Some(disk()))] {
-            let bitmaps = vec![("b".into(), Arc::new(DirtyExtents::new(vec![512..1024, 8192..SIZE])))];
+            let bitmaps = vec![("b".into(), Arc::new(bitmaps.copy("b").expect("it was added")))];
             let (id, node, name) = (name.into(), "root".into(), name.into());
             catalogue.add(Export { id, node, name, description: None, source: disk(), writable, bitmaps }).expect("unique");
         }

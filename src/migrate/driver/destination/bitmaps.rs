@@ -16,9 +16,12 @@ impl IncomingBitmaps {
     /// Makes room on `disks` for those of the bitmaps that `mapping` expects; returns them and a warning for each that is dropped.
     pub fn new(infos: &[BitmapInfo], disks: &[Arc<Disk>], mapping: &BitmapMapping) -> (Self, Vec<String>) {
         let mut warnings = Vec::new();
-        let incoming =
-            infos.iter().map(|info| create(info, disks, mapping).map_err(|reason| warnings.push(dropped(&info.name, &reason))).ok());
-        (IncomingBitmaps(incoming.collect()), warnings)
+        let mut incoming = Vec::new();
+        for info in infos {
+            let created = create(info, disks, mapping, &mut warnings);
+            incoming.push(created.map_err(|reason| warnings.push(dropped(&info.name, &reason))).ok());
+        }
+        (IncomingBitmaps(incoming), warnings)
     }
 
     /// Loads words. An error is a warning: the bitmap was dropped.
@@ -40,15 +43,21 @@ impl IncomingBitmaps {
     }
 }
 
-fn create(info: &BitmapInfo, disks: &[Arc<Disk>], mapping: &BitmapMapping) -> Result<IncomingBitmap, String> {
+fn create(info: &BitmapInfo, disks: &[Arc<Disk>], mapping: &BitmapMapping, warnings: &mut Vec<String>) -> Result<IncomingBitmap, String> {
     let BitmapName { disk: id, name, transform } = mapping.incoming(&info.disk, &info.name)?;
     let disk = disks.iter().find(|disk| disk.config().id == id).ok_or_else(|| format!("there is no disk {id:?} here"))?;
     let granularity = Granularity::new(info.granularity.into()).map_err(|error| error.to_string())?;
     if info.bits != disk.size().div_ceil(granularity.bytes()) {
         return Err(format!("it has {} bits, which do not fit disk {id}", info.bits));
     }
-    let persistent = transform.persistent.unwrap_or(info.flags.persistent);
-    disk.bitmaps().incoming(&name, granularity, info.flags.enabled, persistent).map_err(|error| error.to_string())
+    let wanted = transform.persistent.unwrap_or(info.flags.persistent);
+    let refusal = disk.refuses_persistent().filter(|_| wanted);
+    let persistent = wanted && refusal.is_none();
+    let incoming = disk.bitmaps().incoming(&name, granularity, info.flags.enabled, persistent).map_err(|error| error.to_string())?;
+    if let Some(reason) = refusal {
+        warnings.push(format!("dirty bitmap {name:?} is not persistent at the destination: {reason}"));
+    }
+    Ok(incoming)
 }
 
 fn dropped(name: &str, reason: &str) -> String {

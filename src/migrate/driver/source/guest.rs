@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::super::owner::{SourceOwner, StoppedGuest};
 use super::super::saved;
 use crate::block::dirty_bitmap::{BitmapRun, OutgoingBitmap, RunLimits};
-use crate::block::disk::Disk;
+use crate::block::disk::{Disk, DiskIo};
 use crate::memory::dirty_tracker::{DirtyTracker, Tracking};
 use crate::memory::{GuestRam, PageRun, PageSet};
 use crate::migrate::bitmap_mapping::{BitmapMapping, BitmapName};
@@ -84,8 +84,8 @@ impl SourceGuest {
     pub fn stop(&mut self) -> Result<Stopped, StopError> {
         // Most of what the disks must write back is written while the guest still runs, so that giving the locks up is short. An error
         // here is none yet: giving up will meet it again.
-        for io in self.disks.iter().filter_map(|disk| disk.io().ok()) {
-            let _ = io.flush();
+        for disk in &self.disks {
+            let _ = disk.with_io(DiskIo::flush);
         }
         let begin = Instant::now();
         let guest = self.stopped.insert(self.owner.take().map_err(|reason| format!("the guest cannot be paused: {reason}"))?);
@@ -167,6 +167,9 @@ impl SourceGuest {
             }
         }
         let Some(mut reason) = hindered.or_else(hindrance) else {
+            released
+                .into_iter()
+                .for_each(|disk| disk.snapshots().break_all("the guest has moved to another host, which writes to the disk now"));
             self.moved = self.stopped.take().map(|guest| guest.vm.give_up());
             return Ok(());
         };
