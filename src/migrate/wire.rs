@@ -18,46 +18,28 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::report::Faults;
-use crate::block::dirty_bitmap::{BitmapRun, RunLimits};
+use crate::block::dirty_bitmap::BitmapRun;
 use crate::memory::{PAGE_SIZE, PageNumber, PageRun};
 
 mod body;
 mod compressed;
+mod version;
 
 pub use body::{BitmapFlags, BitmapInfo, BitmapPlace, Holding, Package, Setup, Totals};
 use compressed::COMPRESSED_PREFIX;
 pub use compressed::{Compressed, Method};
+pub use version::{MAX_ALIKE_BITMAP_WORDS, MAX_BITMAP_WORDS, OLDEST_VERSION, VERSION, run_limits};
 
 /// Size of a frame's header in bytes.
 pub const HEADER_SIZE: usize = 16;
 /// First bytes of the first frame on every connection.
 pub const MAGIC: [u8; 8] = *b"FERRYMIG";
-/// The newest version of the protocol that this Ferry speaks. Raised when a frame changes its form or meaning; both sides then still speak
-/// the last released version with a peer that knows no newer one (`tests/streams`). Devices' state has versions of its own.
-///
-/// Version 2: dirty bitmaps can be persistent ([`BitmapInfo::persistent`]), and a frame can say of very many words of one that none or all
-/// of their bits are set ([`Frame::Bitmap`]).
-pub const VERSION: u16 = 2;
-/// The oldest version of the protocol that this Ferry speaks.
-pub const OLDEST_VERSION: u16 = 1;
 /// Longest run in one `Pages` frame, in pages: 2 MiB, a huge page, so that a reader's buffer is small.
 pub const MAX_RUN: u64 = 512;
 /// Most connections for pages that a migration may have.
 pub const MAX_PAGE_CHANNELS: u8 = 16;
 /// Longest list of zero runs in one frame.
 pub const MAX_ZERO_RUNS: usize = 1024;
-/// Words of a dirty bitmap in one frame, at most: 8 KiB.
-pub const MAX_BITMAP_WORDS: u64 = 1024;
-/// Most words of a dirty bitmap that are alike and named in one frame: 8 MiB, which are set in about a millisecond.
-pub const MAX_ALIKE_BITMAP_WORDS: u64 = 1 << 20;
-/// How much of a dirty bitmap goes in one frame in `version` of the protocol.
-pub const fn run_limits(version: u16) -> RunLimits {
-    match version {
-        1 => RunLimits { zeroes: MAX_BITMAP_WORDS, ones: 0, words: MAX_BITMAP_WORDS },
-        _ => RunLimits { zeroes: MAX_ALIKE_BITMAP_WORDS, ones: MAX_ALIKE_BITMAP_WORDS, words: MAX_BITMAP_WORDS },
-    }
-}
-
 /// Longest text that one side shows to the other's user, in bytes.
 pub const MAX_TEXT: usize = 4096;
 
