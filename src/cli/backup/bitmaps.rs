@@ -26,6 +26,8 @@ use crate::qmp::command::{
 
 /// Of bitmaps that stay empty: the largest there is, so that they take no memory.
 const MARKER_GRANULARITY: u32 = 2 << 30;
+/// Backups that a bitmap is said to follow, beyond which those that were killed do not count any more.
+const MAX_PARENTS: usize = 64;
 const DEFAULT_GRANULARITY: u32 = 64 << 10;
 
 /// Names on one disk.
@@ -155,10 +157,12 @@ impl Names {
                 Err(error) => return Err(error.into()),
             }
         }
-        execute(client, self.recovery(&state))
+        // Whoever is gone may have been killed when its file was there, and only this was missing.
+        execute(client, self.recovery(&state, mode == RemoveMode::Safe))
     }
 
-    fn recovery(&self, state: &State) -> Vec<TransactionAction> {
+    /// `may_have_ended`: whether the file of the backup that left this can be there.
+    fn recovery(&self, state: &State, may_have_ended: bool) -> Vec<TransactionAction> {
         let mut actions = Vec::new();
         let bitmap = state.bitmap.filter(Bitmap::is_usable);
         for id in &state.taking {
@@ -172,8 +176,9 @@ impl Names {
         }
         // Without the other part of what was changed since, the bitmap does not follow any backup.
         if let (Some(bitmap), false) = (bitmap, state.taking.is_empty() || state.before.is_empty()) {
-            // The backup may have come to its end but for this: then it can be followed as well.
-            let known = state.before.iter().chain(&state.taking).filter(|id| !state.since.contains(id));
+            // What follows the backups before also follows one that had only a part of it.
+            let ended = may_have_ended && state.before.len() < MAX_PARENTS;
+            let known = state.before.iter().chain(state.taking.iter().filter(|_| ended)).filter(|id| !state.since.contains(id));
             actions.extend(known.map(|id| self.mark(self.since(*id), bitmap.persistent)));
         }
         actions

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::bitmaps::{Names, Point};
 use super::display::Display;
@@ -209,12 +209,15 @@ fn explain(client: &mut Client, error: CliError) -> CliError {
     if !matches!(error, CliError::Backup(BackupError::Nbd(_) | BackupError::Connect(_))) {
         return error;
     }
-    match client.execute(&Command::QueryMigrate) {
-        Ok(migration) => match migration["status"].as_str() {
-            Some("pre-switchover" | "device" | "completed") => BackupError::Moved.into(),
-            Some(status) if status.starts_with("postcopy") => BackupError::Moved.into(),
-            _ => error,
-        },
-        Err(_) => error,
+    let mut moved = client.execute(&Command::QueryMigrate).is_ok_and(|migration| is_handed_over(&migration["status"]));
+    // What the old host's process said before it ended is still there.
+    while let Ok(Some(event)) = client.next_event(Instant::now()) {
+        moved |= event.get("event").is_some_and(|name| name == "MIGRATION")
+            && event.get("data").is_some_and(|data| is_handed_over(&data["status"]));
     }
+    if moved { BackupError::Moved.into() } else { error }
+}
+
+fn is_handed_over(status: &Value) -> bool {
+    status.as_str().is_some_and(|status| matches!(status, "device" | "completed") || status.starts_with("postcopy"))
 }
