@@ -1,9 +1,9 @@
 //! A new file that has its name only when it is whole, and takes no space for zeros.
 
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
@@ -30,9 +30,23 @@ impl NewFile {
         let mut temporary = OsString::from(path);
         temporary.push(".new");
         let temporary = PathBuf::from(temporary);
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&temporary)?;
-        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| io::Error::other("somebody else is writing it"))?;
-        // One that was killed has left it.
+        let opened = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&temporary);
+        let file = opened?;
+        let busy = || io::Error::other("somebody else is writing it");
+        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| busy())?;
+        // It may have got its name, or have gone, between the two.
+        if temporary.symlink_metadata().map_err(|_| busy())?.ino() != file.metadata()?.ino() {
+            return Err(busy());
+        }
+        // One that was killed has left it, or somebody else was here first: then this fails.
+        file.set_permissions(Permissions::from_mode(0o600))?;
         file.set_len(0)?;
         Ok(NewFile { file, path: path.to_owned(), temporary, kept: false })
     }
@@ -69,7 +83,6 @@ impl NewFile {
 
     /// Gives the file its name, durably: it is whole. Returns the bytes of storage that it takes.
     pub fn keep(mut self) -> io::Result<u64> {
-        use std::os::unix::fs::MetadataExt;
         (&self.file).flush()?;
         // Before it has the name: a crash must not leave the name on half a file.
         self.file.sync_all()?;

@@ -15,6 +15,7 @@ use super::transmission::serve;
 use crate::block::disk::Disk;
 use crate::vm::config::{DiskConfig, DiskOptions};
 
+mod client;
 mod negotiation;
 mod server;
 mod transmission;
