@@ -90,7 +90,7 @@ fn chunk(flags: u16, kind: u16, cookie: u64, payload: &[u8]) -> Vec<u8> {
 fn a_handshake_that_lies_is_refused() {
     let good = handshake(65536);
     for length in 0..good.len() {
-        let refused = Client::negotiate(Script::new(good[..length].to_vec()), "r", Some("b")).unwrap_err();
+        let refused = Client::negotiate(Script::new(good[..length].to_vec()), "r", Some("b")).err().unwrap();
         assert!(matches!(refused, ClientError::Io(_)), "{length} bytes: {refused}");
     }
     for size in [u64::MAX, 1 << 63] {
