@@ -1,6 +1,7 @@
 //! Ferry, a small KVM virtual machine monitor whose reason to exist is live migration.
 #![deny(missing_docs)]
 
+pub mod backup;
 pub mod block;
 pub mod boot;
 pub mod cli;

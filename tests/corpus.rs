@@ -56,4 +56,4 @@ macro_rules! corpora {
     };
 }
 
-corpora! { boot command_line destination machine_state nbd qmp serial sidecar source virtio_blk virtio_mmio wire }
+corpora! { boot command_line destination incremental machine_state nbd nbd_client qmp serial sidecar source virtio_blk virtio_mmio wire }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, ValueEnum};
 
+use super::backup::BackupArguments;
 use super::bitmap::BitmapArguments;
 use super::export::ExportArguments;
 use super::options::{ReceiveOptions, RunOptions};
@@ -50,6 +51,8 @@ pub(super) enum Subcommand {
     Powerdown(Target),
     /// The dirty bitmaps of a guest's disks: list, add, remove, clear, enable, disable, merge
     Bitmap(BitmapArguments),
+    /// Back up a guest's disk while it runs, in full or what has changed since; restore such backups
+    Backup(BackupArguments),
     /// Let NBD clients (nbdcopy, qemu-img, nbdinfo) read a guest's disk while it runs
     Export(ExportArguments),
     /// Cancel a migration; the guest goes on where it is

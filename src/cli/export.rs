@@ -95,7 +95,7 @@ fn why_ended(event: &Map<String, Value>, id: &str) -> Option<&'static str> {
     }
 }
 
-fn address(listen: Option<&str>, qmp: &Path) -> Result<Address, CliError> {
+pub(super) fn address(listen: Option<&str>, qmp: &Path) -> Result<Address, CliError> {
     let address = match listen {
         Some(text) => text.parse().map_err(|error| CliError::Guest(format!("{error}")))?,
         None => {
@@ -112,7 +112,7 @@ fn address(listen: Option<&str>, qmp: &Path) -> Result<Address, CliError> {
 }
 
 /// Starts the server; whether it did not run before. One that runs must be at this address.
-fn start_server(client: &mut Client, address: &Address) -> Result<bool, CliError> {
+pub(super) fn start_server(client: &mut Client, address: &Address) -> Result<bool, CliError> {
     let addr = match address.clone() {
         Address::Unix(path) => SocketAddress::Unix { path },
         Address::Tcp { host, port } => SocketAddress::Inet { host, port: port.to_string() },
@@ -133,7 +133,7 @@ fn start_server(client: &mut Client, address: &Address) -> Result<bool, CliError
 }
 
 /// Stops the server, if it was `started` here and nobody else has exports.
-fn stop_server(client: &mut Client, started: bool) -> Result<(), CliError> {
+pub(super) fn stop_server(client: &mut Client, started: bool) -> Result<(), CliError> {
     if started
         && client
             .execute(&Command::QueryBlockExports)?

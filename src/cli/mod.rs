@@ -1,6 +1,7 @@
 //! The command line: arguments in, progress and reports out.
 
 mod arguments;
+mod backup;
 mod bandwidth;
 mod bitmap;
 pub mod console;
@@ -43,6 +44,9 @@ enum CliError {
     /// The guest could not be run or received.
     #[error("{0}")]
     Guest(String),
+    /// No backup was made, or none restored.
+    #[error(transparent)]
+    Backup(#[from] backup::BackupError),
     /// A migration ended otherwise than by completing.
     #[error("{0}")]
     Migration(String),
@@ -64,6 +68,7 @@ pub fn main() -> ExitCode {
         Subcommand::Resume(target) => control::resume(&target.qmp),
         Subcommand::Powerdown(target) => control::powerdown(&target.qmp),
         Subcommand::Bitmap(arguments) => bitmap::bitmap(arguments),
+        Subcommand::Backup(arguments) => backup::backup(arguments),
         Subcommand::Export(arguments) => export::export(arguments),
         Subcommand::Cancel(target) => control::cancel(&target.qmp),
         Subcommand::StartPostcopy(target) => control::start_postcopy(&target.qmp),

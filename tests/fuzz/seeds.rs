@@ -1,5 +1,7 @@
 //! Where the fuzzer begins: inputs made by Ferry's own encoders, so that they follow every change of a format.
 
+use ferry::backup::id::BackupId;
+use ferry::backup::incremental::{Change, Header, Writer};
 use ferry::block::dirty_bitmap::{BitmapRun, DirtyBitmaps, Granularity};
 use ferry::block::nbd::protocol::{self as nbd_protocol, IHAVEOPT, Request};
 use ferry::block::sidecar::{Contents, ImageStamp, StoredBitmap};
@@ -28,8 +30,10 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "boot" => vec![elf(None), elf(Some(0x10_0000)), bzimage()],
         "command_line" => command_lines(),
         "destination" => vec![destination(true), destination(false), recovery_of_destination()],
+        "incremental" => vec![incremental()],
         "machine_state" => vec![machine_state(), setup()],
         "nbd" => vec![nbd(true), nbd(false)],
+        "nbd_client" => vec![nbd_server()],
         "qmp" => qmp(),
         "serial" => vec![serial()],
         "sidecar" => vec![sidecar()],
@@ -206,6 +210,45 @@ fn sidecar() -> Vec<u8> {
     bytes
 }
 
+/// Without its checksum, which the target adds.
+fn incremental() -> Vec<u8> {
+    let (id, parents) = (BackupId([1; 16]), vec![BackupId([2; 16]), BackupId([3; 16])]);
+    let header = Header { id, parents, disk: "root".into(), size: 4 << 20, granularity: 65536 };
+    let mut writer = Writer::new(Vec::new(), &header).expect("memory");
+    for (offset, change) in [(0, Change::Zeros(65536)), (65536, Change::Data(&[7; 512])), (1 << 20, Change::Zeros(3 << 20))] {
+        writer.change(offset, change).expect("memory");
+    }
+    let mut bytes = writer.finish().expect("memory");
+    bytes.truncate(bytes.len() - 32);
+    bytes
+}
+
+/// A handshake, the status of all of it, and a read.
+fn nbd_server() -> Vec<u8> {
+    use nbd_protocol::{NBDMAGIC, chunk, chunk_head, info, option, option_reply};
+    let reply = nbd_protocol::option_reply;
+    let context =
+        |id: u32, name: &str| reply(option::SET_META_CONTEXT, option_reply::META_CONTEXT, &[&id.to_be_bytes(), name.as_bytes()].concat());
+    let export = [&info::EXPORT.to_be_bytes()[..], &65536u64.to_be_bytes(), &[0, 3]].concat();
+    let chunk = |flags, kind, cookie, payload: &[u8]| [&chunk_head(flags, kind, cookie, payload.len() as u32)[..], payload].concat();
+    let numbers = |numbers: &[u32]| numbers.iter().flat_map(|number| number.to_be_bytes()).collect::<Vec<u8>>();
+    [
+        [&NBDMAGIC.to_be_bytes()[..], &IHAVEOPT.to_be_bytes(), &[0, 3]].concat(),
+        reply(option::STRUCTURED_REPLY, option_reply::ACK, &[]),
+        context(5, "base:allocation"),
+        context(6, "qemu:dirty-bitmap:b"),
+        reply(option::SET_META_CONTEXT, option_reply::ACK, &[]),
+        reply(option::GO, option_reply::INFO, &export),
+        reply(option::GO, option_reply::ACK, &[]),
+        chunk(0, chunk::BLOCK_STATUS, 1, &numbers(&[5, 4096, 0, 61440, 3])),
+        chunk(0, chunk::BLOCK_STATUS, 1, &numbers(&[6, 8192, 1, 57344, 0])),
+        chunk(chunk::DONE, chunk::NONE, 1, &[]),
+        chunk(0, chunk::OFFSET_DATA, 2, &[&0u64.to_be_bytes()[..], &[7; 512]].concat()),
+        chunk(chunk::DONE, chunk::OFFSET_HOLE, 2, &[&512u64.to_be_bytes()[..], &numbers(&[3584])].concat()),
+    ]
+    .concat()
+}
+
 /// Every option and every request of an NBD client.
 fn nbd(structured: bool) -> Vec<u8> {
     use nbd_protocol::{command, command_flag, option, string};
@@ -264,6 +307,8 @@ fn command_lines() -> Vec<Vec<u8>> {
         "run\n--kernel\nvmlinuz\n--memory\n512M\n--cpus\n2\n--disk\npath=a,,b,id=root,readonly=on\n--serial\nunix:s\n--qmp\nq",
         "receive\n--listen\ntcp:[::1]:4444\n--disk\nid=root,path=/dev/vg/root",
         "migrate\n--qmp\nq\nunix:/run/in\n--mode\nprecopy\n--downtime\n50ms\n--max-bandwidth\n1Gbit\n--postcopy-bandwidth\n125M",
+        "backup\n--qmp\nq\nroot\n--bitmap\nb\n--to\nf\n--full\n--force\n--listen\nunix:s",
+        "backup\nrestore\n--to\ni\nfull\n1\n2",
         "export\n--qmp\nq\nroot\n--listen\ntcp:[::1]:10809\n--name\nn\n--writable\n--bitmap\nb0\n--bitmap\nb1\n--detach",
     ];
     lines.map(Vec::from).to_vec()

@@ -9,6 +9,7 @@
 //! | `guest` | what a guest says, followed over all its moves: one unbroken story |
 //! | `disk` | images, checked from outside |
 //! | `nbd_client` | clients of exported disks, Debian's and a raw one |
+//! | `gate` | an NBD server's answers, held back half-way |
 //! | `proxy` | a link that can be cut |
 //! | `ram` | a stopped guest's RAM, checked from outside |
 //! | `pagestorm_kernel` | builds the test kernel |
@@ -19,6 +20,7 @@
 
 mod disk;
 mod ferry;
+mod gate;
 mod guest;
 mod lab;
 mod migration;
@@ -31,6 +33,7 @@ mod puppet;
 mod ram;
 
 mod after_commit;
+mod backup;
 mod before_commit;
 mod bitmaps;
 mod control;

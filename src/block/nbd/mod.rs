@@ -11,8 +11,10 @@
 //! | `catalogue` | the exports, and who uses them |
 //! | `listening` | sockets, and a thread for each client |
 //! | `server` | what QMP starts, stops, adds and removes |
+//! | `client` | reads an export of this server or another |
 
 pub mod catalogue;
+pub mod client;
 pub mod export;
 mod listening;
 pub mod meta_context;

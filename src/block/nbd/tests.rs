@@ -15,6 +15,7 @@ use crate::block::dirty_bitmap::{BitmapCopy, DirtyBitmaps, Granularity};
 use crate::block::disk::Disk;
 use crate::vm::config::{DiskConfig, DiskOptions};
 
+mod client;
 mod negotiation;
 mod server;
 mod transmission;

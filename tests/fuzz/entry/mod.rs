@@ -5,8 +5,10 @@ mod allocation;
 mod boot;
 mod command_line;
 mod destination;
+mod incremental;
 mod machine_state;
 mod nbd;
+mod nbd_client;
 mod qmp;
 mod scratch;
 mod serial;
@@ -21,12 +23,14 @@ mod wire;
 pub type Entry = fn(&[u8]);
 
 /// Name and entry function of every target; its corpus is `tests/fuzz/corpus/NAME`.
-pub const TARGETS: [(&str, Entry); 12] = [
+pub const TARGETS: [(&str, Entry); 14] = [
     ("boot", boot::run),
     ("command_line", command_line::run),
     ("destination", destination::run),
+    ("incremental", incremental::run),
     ("machine_state", machine_state::run),
     ("nbd", nbd::run),
+    ("nbd_client", nbd_client::run),
     ("qmp", qmp::run),
     ("serial", serial::run),
     ("sidecar", sidecar::run),
