@@ -115,7 +115,7 @@ impl<W: Write> Writer<W> {
     }
 }
 
-/// Reads an incremental backup. What it gives is not known to be as it was written before [`Reader::next`] has given the end.
+/// Reads an incremental backup. What it gives is not known to be as it was written before [`Reader::next_change`] has given the end.
 #[derive(Debug)]
 pub struct Reader<R> {
     source: R,
@@ -165,7 +165,7 @@ impl<R: Read> Reader<R> {
 
     /// The next change, with its offset, within the disk and behind the one before; nothing at the end, which is there only where all was as
     /// it was written.
-    pub fn next(&mut self) -> Result<Option<(u64, Change<'_>)>, FormatError> {
+    pub fn next_change(&mut self) -> Result<Option<(u64, Change<'_>)>, FormatError> {
         let mut record = [0; 20];
         self.read(&mut record)?;
         let (kind, rest) = record.split_first_chunk().ok_or(FormatError::Damaged("half a record"))?;

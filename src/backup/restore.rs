@@ -146,7 +146,7 @@ impl<'a> Chain<'a> {
         }
         for (done, (path, mut reader)) in (1u64..).zip(self.incrementals) {
             let format = |source| RestoreError::Format { path: path.to_owned(), source };
-            while let Some((offset, change)) = reader.next().map_err(format)? {
+            while let Some((offset, change)) = reader.next_change().map_err(format)? {
                 let written = match change {
                     Change::Data(bytes) => image.write_at(bytes, offset),
                     Change::Zeros(length) => image.zero(offset, length),

@@ -25,7 +25,7 @@ fn encode(header: &Header, changes: &[(u64, Change<'_>)]) -> Vec<u8> {
 
 fn read_all(bytes: &[u8]) -> Result<(), FormatError> {
     let mut reader = Reader::new(bytes)?;
-    while reader.next()?.is_some() {}
+    while reader.next_change()?.is_some() {}
     Ok(())
 }
 
@@ -108,9 +108,9 @@ fn what_was_written_is_read() {
     let mut reader = Reader::new(&bytes[..]).unwrap();
     assert_eq!(*reader.header(), header);
     for change in changes {
-        assert_eq!(reader.next().unwrap(), Some(change));
+        assert_eq!(reader.next_change().unwrap(), Some(change));
     }
-    assert_eq!(reader.next().unwrap(), None);
+    assert_eq!(reader.next_change().unwrap(), None);
 }
 
 #[test]

@@ -206,3 +206,32 @@ fn a_backup_that_the_guest_moves_away_from_is_made_good_at_the_destination() {
         restores(&lab, &[&full, &monday], &content);
     }
 }
+
+#[test]
+fn the_bitmap_outlives_ferry_and_is_not_relied_on_where_ferry_was_killed() {
+    let lab = Lab::new();
+    let disk = lab.disk(SIZE);
+    let mut ferry = lab.run(&hardware(&disk), WRITING);
+    let mut guest = Guest::booting_at(&mut ferry);
+    guest.writes_blocks(50);
+    let (_, full, _) = exact_backup(&lab, &ferry, &mut guest, &disk, &[]);
+    guest.writes_blocks(50);
+    ferry.command("quit");
+    ferry.ends_with(0);
+    let mut ferry = lab.run(&hardware(&disk), WRITING);
+    let mut guest = Guest::booting_at(&mut ferry);
+    guest.writes_blocks(50);
+    let (content, monday, facts) = exact_backup(&lab, &ferry, &mut guest, &disk, &[]);
+    assert_eq!(facts["kind"], "incremental");
+    restores(&lab, &[&full, &monday], &content);
+
+    ferry.process.kill();
+    let mut ferry = lab.run(&hardware(&disk), WRITING);
+    let mut guest = Guest::booting_at(&mut ferry);
+    guest.writes_blocks(50);
+    fails(backup(&ferry, &lab.path("none"), &["--incremental"]), "the bitmap is inconsistent");
+    let (content, full, facts) = exact_backup(&lab, &ferry, &mut guest, &disk, &[]);
+    assert_eq!(facts["kind"], "full");
+    restores(&lab, &[&full], &content);
+    nothing_is_left(&ferry);
+}

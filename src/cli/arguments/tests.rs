@@ -37,6 +37,10 @@ fn receive_maps_disks_by_id() {
 fn wrong_usage_has_exit_status_2() {
     let wrong = [
         "ferry",
+        "ferry backup",
+        "ferry backup --qmp q root --bitmap b --to f --full --incremental",
+        "ferry backup --qmp q root restore --to i f",
+        "ferry backup restore --to i",
         "ferry run",
         "ferry run --kernel k --cpus 0",
         "ferry run --kernel k --memory 1M",

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::bitmaps::{Names, Point};
+use super::bitmaps::{Names, Point, State};
 use super::display::Display;
 use super::{BackupError, TakeArguments, copy};
 use crate::backup::id::BackupId;
@@ -49,6 +49,14 @@ struct Taken {
     stored: u64,
 }
 
+/// What is to be done.
+struct Job<'a> {
+    arguments: &'a TakeArguments,
+    names: Names,
+    kind: Kind,
+    address: Address,
+}
+
 /// Takes a backup.
 pub(super) fn take(arguments: &TakeArguments) -> Result<(), CliError> {
     let began = Instant::now();
@@ -60,47 +68,11 @@ pub(super) fn take(arguments: &TakeArguments) -> Result<(), CliError> {
     let file = NewFile::create(&arguments.to, arguments.force).map_err(|source| write_error(arguments, source))?;
     names.recover(&mut client, RemoveMode::Safe)?;
     let state = names.state(&mut client)?;
-    let kind = match (state.nothing_to_build_on(), arguments) {
-        (_, TakeArguments { full: true, .. }) => Kind::Full,
-        (None, _) => Kind::Incremental,
-        (Some(why), TakeArguments { incremental: true, bitmap, .. }) => {
-            return Err(BackupError::NothingToBuildOn { bitmap: bitmap.clone(), why }.into());
-        }
-        (Some(why), _) => {
-            if !why.is_empty() {
-                display.note(&format!("the backup is a full one{why}"));
-            }
-            Kind::Full
-        }
-    };
+    let kind = choose(arguments, &state, &display)?;
     let started = start_server(&mut client, &address)?;
-    let id = BackupId::random().map_err(BackupError::Random)?;
-    let outcome = names.begin(&mut client, &state, id).and_then(|point| {
-        display.event(&json!({ "event": "BEGUN", "data": { "kind": kind.name(), "file": arguments.to } }));
-        let taken = at(&mut client, arguments, &names, &point, kind, &address, file, &mut display);
-        let removed = remove_snapshot(&mut client, &names, id);
-        match taken {
-            Ok(taken) => {
-                // The next backup begins with this where it fails here: while the guest is being moved, say.
-                if let Err(error) = removed.and_then(|()| names.end(&mut client, &point, taken.id)) {
-                    display.note(&format!(
-                        "the backup is whole, but the bitmap does not know that yet, and the next one will be larger: {error}"
-                    ));
-                }
-                Ok(taken)
-            }
-            Err(error) => {
-                let error = explain(&mut client, error);
-                if let Err(undone) = names.undo(&mut client, &point) {
-                    display.note(&format!("the next backup clears up what this one leaves: {undone}"));
-                }
-                Err(error)
-            }
-        }
-    });
-    // Where this fails, the server is gone, or somebody else's.
+    let taken = Job { arguments, names, kind, address }.take(&mut client, &state, file, &mut display);
     let stopped = stop_server(&mut client, started);
-    let Taken { id, size, read, stored } = outcome?;
+    let Taken { id, size, read, stored } = taken?;
     if let Err(error) = stopped {
         display.note(&format!("the NBD server was not stopped: {error}"));
     }
@@ -121,61 +93,86 @@ pub(super) fn take(arguments: &TakeArguments) -> Result<(), CliError> {
     Ok(())
 }
 
+fn choose(arguments: &TakeArguments, state: &State, display: &Display) -> Result<Kind, BackupError> {
+    match state.nothing_to_build_on() {
+        _ if arguments.full => Ok(Kind::Full),
+        None => Ok(Kind::Incremental),
+        Some(why) if arguments.incremental => Err(BackupError::NothingToBuildOn { bitmap: arguments.bitmap.clone(), why }),
+        Some(why) => {
+            if !why.is_empty() {
+                display.note(&format!("the backup is a full one{why}"));
+            }
+            Ok(Kind::Full)
+        }
+    }
+}
+
 fn write_error(arguments: &TakeArguments, source: std::io::Error) -> BackupError {
     BackupError::Write { path: arguments.to.clone(), source }
 }
 
-/// Reads the disk as it was at `point`, until the file is whole.
-#[expect(clippy::too_many_arguments, reason = "used once, by `take`")]
-fn at(
-    client: &mut Client,
-    arguments: &TakeArguments,
-    names: &Names,
-    point: &Point,
-    kind: Kind,
-    address: &Address,
-    file: NewFile,
-    display: &mut Display,
-) -> Result<Taken, CliError> {
-    let (name, bitmap) = (Names::snapshot(point.id), names.taking(point.id));
-    let of_disk = ExportedBitmap::OfNode { node: names.disk.clone(), name: bitmap.clone() };
-    client.execute(&Command::BlockExportAdd(BlockExportAdd {
-        kind: BlockExportType::Nbd,
-        id: name.clone(),
-        node_name: name.clone(),
-        name: None,
-        description: None,
-        writable: false,
-        bitmaps: if kind == Kind::Incremental { vec![of_disk] } else { Vec::new() },
-    }))?;
-    let stream = connect(address).map_err(BackupError::Connect)?;
-    let bitmap = (kind == Kind::Incremental).then_some(bitmap.as_str());
-    let mut export = NbdClient::negotiate(stream, &name, bitmap).map_err(BackupError::from)?;
-    let (size, mut read) = (export.size(), 0);
-    let go_on = |at: u64, so_far: u64| {
-        read = so_far;
-        display.progress(at, size, &format!("{} backup, {} read", kind.name(), format::bytes(so_far)));
-        !interrupt::take()
-    };
-    let write_error = |source| write_error(arguments, source);
-    let id = match kind {
-        Kind::Full => copy::full(&mut export, &file, write_error, go_on)?,
-        Kind::Incremental => {
-            let header = Header {
-                id: point.id,
-                parents: point.parents.clone(),
-                disk: names.disk.clone(),
-                size,
-                granularity: point.granularity.into(),
-            };
-            let mut writer = Writer::new(BufWriter::new(file.stream()), &header).map_err(write_error)?;
-            copy::incremental(&mut export, &mut writer, write_error, go_on)?;
-            writer.finish().map_err(write_error)?;
-            point.id
+impl Job<'_> {
+    /// From the point in time to the file, and the bitmaps as they are to be with it or without it.
+    fn take(&self, client: &mut Client, state: &State, file: NewFile, display: &mut Display) -> Result<Taken, CliError> {
+        let id = BackupId::random().map_err(BackupError::Random)?;
+        let point = self.names.begin(client, state, id)?;
+        display.event(&json!({ "event": "BEGUN", "data": { "kind": self.kind.name(), "file": self.arguments.to } }));
+        let taken = self.read(client, &point, file, display).map_err(|error| explain(client, error));
+        match &taken {
+            Ok(taken) => {
+                let ended = remove_snapshot(client, &self.names, id).and_then(|()| self.names.end(client, &point, taken.id));
+                // While the guest is being moved, say.
+                if let Err(error) = ended {
+                    let then = "the backup is whole, but the bitmap does not know that yet, and the next backup will be larger";
+                    display.note(&format!("{then}: {error}"));
+                }
+            }
+            Err(_) => {
+                if let Err(error) = self.names.undo(client, &point) {
+                    display.note(&format!("the next backup clears up what this one leaves: {error}"));
+                }
+            }
         }
-    };
-    let stored = file.keep().map_err(write_error)?;
-    Ok(Taken { id, size, read, stored })
+        taken
+    }
+
+    /// Reads the disk as it was at `point`, until the file is whole.
+    fn read(&self, client: &mut Client, point: &Point, file: NewFile, display: &mut Display) -> Result<Taken, CliError> {
+        let (name, bitmap) = (Names::snapshot(point.id), self.names.taking(point.id));
+        let bitmap = (self.kind == Kind::Incremental).then_some(bitmap);
+        let of_disk = |name: &String| ExportedBitmap::OfNode { node: self.names.disk.clone(), name: name.clone() };
+        client.execute(&Command::BlockExportAdd(BlockExportAdd {
+            kind: BlockExportType::Nbd,
+            id: name.clone(),
+            node_name: name.clone(),
+            name: None,
+            description: None,
+            writable: false,
+            bitmaps: bitmap.iter().map(of_disk).collect(),
+        }))?;
+        let stream = connect(&self.address).map_err(BackupError::Connect)?;
+        let mut export = NbdClient::negotiate(stream, &name, bitmap.as_deref()).map_err(BackupError::from)?;
+        let (size, mut read) = (export.size(), 0);
+        let go_on = |at: u64, so_far: u64| {
+            read = so_far;
+            display.progress(at, size, &format!("{} backup, {} read", self.kind.name(), format::bytes(so_far)));
+            !interrupt::take()
+        };
+        let write_error = |source| write_error(self.arguments, source);
+        let id = match self.kind {
+            Kind::Full => copy::full(&mut export, &file, write_error, go_on)?,
+            Kind::Incremental => {
+                let (disk, granularity) = (self.names.disk.clone(), point.granularity.into());
+                let header = Header { id: point.id, parents: point.parents.clone(), disk, size, granularity };
+                let mut writer = Writer::new(BufWriter::new(file.stream()), &header).map_err(write_error)?;
+                copy::incremental(&mut export, &mut writer, write_error, go_on)?;
+                writer.finish().map_err(write_error)?;
+                point.id
+            }
+        };
+        let stored = file.keep().map_err(write_error)?;
+        Ok(Taken { id, size, read, stored })
+    }
 }
 
 trait Stream: Read + Write {}

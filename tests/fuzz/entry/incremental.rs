@@ -24,7 +24,7 @@ fn again(bytes: &[u8]) -> Result<(Header, Vec<u8>), FormatError> {
     let header = reader.header().clone();
     let mut writer = Writer::new(Vec::new(), &header)?;
     let mut at = 0;
-    while let Some((offset, change)) = reader.next()? {
+    while let Some((offset, change)) = reader.next_change()? {
         let length = match change {
             Change::Data(bytes) => bytes.len() as u64,
             Change::Zeros(length) => length,
