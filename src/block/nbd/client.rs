@@ -36,7 +36,7 @@ pub enum ClientError {
     Option {
         /// Which.
         what: &'static str,
-        /// One of [`option_reply`](super::protocol::option_reply).
+        /// One of [`option_reply`](mod@super::protocol::option_reply).
         error: u32,
         /// The server's words.
         message: String,
