@@ -144,6 +144,8 @@ fn backups_before_and_after_a_move_fit_together() {
     fails(backup(&there, &tuesday, &[]), "--force");
     assert_eq!(succeeds(backup(&there, &tuesday, &["--full", "--force"]))["kind"], "full");
     nothing_is_left(&there);
+    // It was started for this backup only.
+    assert_eq!(there.refusal("nbd-server-stop", json!({})), "NBD server not running");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 use serde_json::{Value, json};
 
 /// How often a program that reads is told of the progress.
@@ -22,7 +22,8 @@ impl Display {
         if !std::io::stdout().is_terminal() {
             return Display::Lines(Instant::now());
         }
-        let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stdout());
+        // An error is said on a line of its own.
+        let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stdout()).with_finish(ProgressFinish::AndClear);
         if let Ok(style) = ProgressStyle::with_template("{bar:12} {percent} % {wide_msg}") {
             bar.set_style(style);
         }
