@@ -66,10 +66,11 @@ impl Snapshot {
         self.changed_pieces(before, granularity).len()
     }
 
-    /// Which pieces of `granularity` bytes differ from `before`.
+    /// Which pieces of `granularity` bytes differ from `before`. The guest writes whole pages.
     pub fn changed_pieces(&self, before: &Snapshot, granularity: u64) -> BTreeSet<u64> {
         let changed = self.0.iter().zip(&before.0).enumerate().filter(|(_, (now, before))| now != before);
-        changed.map(|(number, _)| number as u64 * PAGE_SIZE as u64 / granularity).collect()
+        let pieces = |page: u64| page * PAGE_SIZE as u64 / granularity..=((page + 1) * PAGE_SIZE as u64 - 1) / granularity;
+        changed.flat_map(|(number, _)| pieces(number as u64)).collect()
     }
 
     /// The hash of the bitmap, as QEMU has it, in which what differs from `before` is set.

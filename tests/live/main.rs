@@ -35,6 +35,7 @@ mod ram;
 mod after_commit;
 mod backup;
 mod before_commit;
+mod bitmap_matrix;
 mod bitmaps;
 mod control;
 mod convergence;

@@ -26,7 +26,7 @@ fn snapshots_come_and_go_while_the_guest_writes_and_moves() {
     // All of it is data, so that all that is changed has something to keep.
     std::fs::write(&disk.path, vec![0x5a; 16 << 20]).unwrap();
     let hardware = Hardware { memory: "64M", cpus: 2, disk: Some(&disk), ..Hardware::default() };
-    let mut here = lab.run(&hardware, "fill=16M rate=500 disk=on disk_rate=500 disk_discard=on run=8");
+    let mut here = lab.run(&hardware, "fill=16M rate=500 disk=on disk_rate=500 run=8");
     let mut guest = Guest::booting_at(&mut here);
     guest.writes_blocks(20);
     assert_eq!(temporary_files(&here), [] as [PathBuf; 0]);
