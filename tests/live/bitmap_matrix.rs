@@ -89,9 +89,8 @@ fn bitmaps_of_all_kinds_arrive_bit_by_bit_and_outlive_the_guest() {
         guest.writes_blocks(50);
         there.ask("stop");
         let now = disk.snapshot();
-        let expected: Vec<String> = (0..COUNT)
-            .map(|number| if is_disabled(number) { &middle } else { &now }.bitmap_sha256(&before, granularity(number)))
-            .collect();
+        let expected: Vec<String> =
+            (0..COUNT).map(|number| if is_disabled(number) { &middle } else { &now }.bitmap_sha256(&before, granularity(number))).collect();
         let known = bitmaps(&there);
         for (number, expected) in expected.iter().enumerate() {
             let info = &known[&format!("b{number}")];
