@@ -21,8 +21,8 @@ Examples:
   ferry bitmap list --qmp guest.sock
   ferry bitmap merge --qmp guest.sock root weekly monday tuesday data:wednesday
 
-A dirty bitmap records which parts of a disk the guest changes, for incremental backups. A persistent one is kept beside the image, in
-IMAGE.bitmaps, while no Ferry runs. One that a Ferry had when it was killed, or whose image was changed by others since, is `inconsistent`:
+A dirty bitmap records which parts of a disk the guest changes, for incremental backups. A persistent one is kept beside the image, in \
+IMAGE.bitmaps, while no Ferry runs. One that a Ferry had when it was killed, or whose image was changed by others since, is `inconsistent`: \
 it can only be removed.")]
 pub(super) struct BitmapArguments {
     #[command(subcommand)]

@@ -25,7 +25,7 @@ Examples:
   ferry export --qmp guest.sock root --bitmap b0 --listen tcp:127.0.0.1:10809
   nbdcopy 'nbd+unix:///root?socket=/run/guest.sock.nbd' root.img
 
-Prints the address for NBD's clients and goes on until Ctrl-C. What clients read changes while the guest writes. Anybody who reaches a tcp
+Prints the address for NBD's clients and goes on until Ctrl-C. What clients read changes while the guest writes. Anybody who reaches a tcp \
 address can read the disk, and with --writable write it. There is nothing left to read where the guest has moved away.")]
 pub(super) struct ExportArguments {
     /// Control socket of the running Ferry

@@ -89,6 +89,25 @@ fn a_wait_before_the_switch_ends_as_the_person_wants_or_with_a_guest_that_goes_o
 }
 
 #[test]
+fn a_dry_run_moves_nothing_and_a_migration_may_follow() {
+    let mut endings = BTreeMap::new();
+    for seed in seeds(1000) {
+        let plan = Plan::dry_run(seed);
+        let (ending, mut world) = run(seed, &plan);
+        assert!(!plan.faults.is_empty() || ending == Ending::Stayed, "seed {seed}: {ending:?}\n{}", world.story());
+        let moved = ["source: GiveUp", "source: Stop", "destination: Load", "destination: Run"];
+        assert!(moved.iter().all(|step| !world.had(step)), "seed {seed}: a dry run went on\n{}", world.story());
+        if ending == Ending::Stayed {
+            world.retry();
+            assert_eq!(world.run(), Ok(Ending::Moved), "seed {seed}\n{}", world.story());
+        }
+        *endings.entry(format!("{ending:?}")).or_insert(0) += 1;
+    }
+    println!("{endings:#?}");
+    reached(&endings, &["Stayed", "GuestEnded", "DiedWithSource"]);
+}
+
+#[test]
 fn links_that_are_lost_again_and_again_lose_nothing_while_both_sides_live() {
     let mut endings = BTreeMap::new();
     for seed in seeds(6000) {

@@ -124,6 +124,8 @@ pub struct Plan {
     pub pages: u64,
     /// Connections for them.
     pub page_channels: u8,
+    /// Nothing is to be moved yet; a retry is the migration itself.
+    pub dry_run: bool,
     /// What RAM is made of at both sides.
     pub host_page: HostPage,
     /// Guest steps out of a hundred steps.
@@ -156,6 +158,7 @@ impl Plan {
                 _ => 1 + choices.below(400),
             },
             page_channels: 1 + choices.below(3) as u8,
+            dry_run: false,
             host_page: HostPage::SMALL,
             guest_share: [1, 5, 20][choices.below(3) as usize],
             downtime_limit: Duration::from_millis([4, 10, 300][choices.below(3) as usize]),
@@ -219,6 +222,12 @@ impl Plan {
         });
         let faults = faults.collect();
         Plan { faults, from: From::PreSwitchover, pause_before_switchover: true, cancels: 30, patience: 200, ..Self::undisturbed(seed) }
+    }
+
+    /// A dry run, every second time with a fault.
+    pub fn dry_run(seed: u64) -> Self {
+        let plan = if seed.is_multiple_of(2) { Self::undisturbed(seed) } else { Self::disturbed(seed) };
+        Plan { dry_run: true, ..plan }
     }
 
     /// Losses, and then a side dies.

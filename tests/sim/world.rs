@@ -107,6 +107,7 @@ impl World {
         self.say("retry");
         self.plan.faults.clear();
         self.plan.cancels = 0;
+        self.plan.dry_run = false;
         self.freeze = None;
         self.connections.clear();
         self.source.retry(&self.plan);

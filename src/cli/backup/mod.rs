@@ -34,9 +34,9 @@ Examples:
   ferry backup --qmp guest.sock root --bitmap nightly --to monday.inc        (what has changed since)
   ferry backup restore --to root.img sunday.img monday.inc
 
-A backup is the disk at one moment; the guest goes on meanwhile. A full backup is a raw image, which every tool can read; an incremental one is
-for `ferry backup restore`. The bitmap records what the guest changes between backups; it and the names that begin with its name and a dot are
-this command's. After the bitmap was cleared or removed by others, take a full backup. It goes along when the guest moves: the next backup is
+A backup is the disk at one moment; the guest goes on meanwhile. A full backup is a raw image, which every tool can read; an incremental one is \
+for `ferry backup restore`. The bitmap records what the guest changes between backups; it and the names that begin with its name and a dot are \
+this command's. After the bitmap was cleared or removed by others, take a full backup. It goes along when the guest moves: the next backup is \
 taken at the destination. Ctrl-C, or the end of this command in any other way, loses nothing: what it would have saved is in the next backup."
 )]
 pub(super) struct BackupArguments {

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
 use ferry::block::dirty_bitmap::BitmapRun;
-use ferry::memory::{HostPage, PageNumber, PageRun};
+use ferry::memory::{HostPage, PageNumber, PageRun, PageSet};
 use ferry::migrate::source::{self, Bulk, Config, Sent, Source, Stopped};
 use ferry::migrate::wire::{BitmapFlags, BitmapInfo, Channel, Frame};
 
@@ -58,7 +58,7 @@ impl SourceHost {
     pub(super) fn new(plan: &Plan, ram: Ram) -> Self {
         let Plan { mode, downtime_limit, pages: ram_pages, host_page, page_channels, .. } = *plan;
         let config = Config { mode, downtime_limit, ram_pages, host_page, page_channels, session: 42, machine: vec![1, 2, 3] };
-        let mut engine = Source::new(config);
+        let mut engine = if plan.dry_run { Source::dry_run(config) } else { Source::new(config) };
         engine.handle(source::Input::PauseBeforeSwitchover(plan.pause_before_switchover), Duration::ZERO);
         engine.handle(source::Input::Throttling(plan.throttling), Duration::ZERO);
         SourceHost {
@@ -150,7 +150,13 @@ impl World {
             }
             source::Action::GiveUp => self.source_gives_up(),
             source::Action::Throttle(percent) => self.source.throttle = percent,
-            source::Action::Watch => panic!("a dry run was not asked for"),
+            source::Action::Watch => {
+                assert!(self.plan.dry_run, "a dry run was not asked for");
+                let dirty = self.source.ram.harvest();
+                let all = PageRun::new(0, self.plan.pages);
+                self.source.ram.clear(&PageSet::full(self.plan.pages), all);
+                self.source.engine.handle(source::Input::Harvested(dirty), self.now);
+            }
             source::Action::End(outcome) => {
                 if matches!(*outcome, source::Outcome::Completed(_)) {
                     self.check_whole("destination, when the source is done,")?;
