@@ -26,8 +26,8 @@ pub(super) struct DestinationHost {
     pub(super) faults: VecDeque<PageNumber>,
     pub(super) placing: Vec<Placing>,
     pub(super) blocked: Option<PageNumber>,
-    /// When a page was placed last.
-    pub(super) placed_at: Duration,
+    /// When a page was placed last, or the source came back.
+    pub(super) heard_at: Duration,
     pub(super) bitmap: BitmapCopy,
     pub(super) session: Option<Session>,
     /// The link that stands, by who greets.
@@ -75,7 +75,7 @@ impl DestinationHost {
             faults: VecDeque::new(),
             placing: Vec::new(),
             blocked: None,
-            placed_at: Duration::ZERO,
+            heard_at: Duration::ZERO,
             bitmap: BitmapCopy::default(),
             session: None,
             current: None,

@@ -57,7 +57,7 @@ impl World {
         let (source, destination) = (&self.source, &self.destination);
         let is_silent = match freeze.side {
             Side::Source if destination.alive && destination.engine.status() == Status::PostcopyActive => {
-                let since = destination.engine.waiting_since().map(|since| since.max(destination.placed_at));
+                let since = destination.engine.waiting_since().map(|since| since.max(destination.heard_at));
                 since.is_some_and(|since| long_ago(since, PAGE_TIMEOUT))
             }
             Side::Destination if source.alive && source.outcome.is_none() && !source.engine.is_paused() && !source.engine.is_over() => {

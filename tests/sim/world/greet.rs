@@ -36,6 +36,10 @@ impl World {
         };
         self.say(format!("destination: {:?} of {link:?} is here", hello.channel));
         let destination = &mut self.destination;
+        if hello.channel == Channel::Main {
+            // A greeting from before a freeze counts for the engine, too.
+            destination.heard_at = self.now;
+        }
         if hello.channel != Channel::Main {
             if hello.channel == Channel::Urgent {
                 destination.next_urgent = Some((link, index));

@@ -112,7 +112,7 @@ impl World {
 
     /// UFFDIO_COPY and UFFDIO_ZEROPAGE: a page that is there stays; whoever waits for it wakes.
     fn place(&mut self, page: PageNumber, version: Version) {
-        self.destination.placed_at = self.now;
+        self.destination.heard_at = self.now;
         if self.destination.userfault && !self.destination.ram.is_populated(page) {
             self.destination.ram.place(page, version);
         }
