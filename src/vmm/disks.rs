@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
+use super::monitor::generic;
 use super::{lock, snapshots};
 use crate::block::dirty_bitmap::{BitmapError, Granularity, HeldBitmaps};
 use crate::block::disk::Disk;
@@ -10,10 +11,6 @@ use crate::block::snapshot::{PreparedSnapshot, SnapshotError};
 use crate::qmp::QmpError;
 use crate::qmp::command::{BlockDirtyBitmap, BlockDirtyBitmapAdd, BlockDirtyBitmapMergeSource, BlockSnapshot, TransactionAction};
 use crate::qmp::response::{BlockDeviceInfo, BlockDirtyBitmapSha256, BlockDirtyInfo, BlockInfo};
-
-fn generic(error: impl std::fmt::Display) -> QmpError {
-    QmpError::generic(error.to_string())
-}
 
 /// QEMU's words where a bitmap is looked for.
 fn node_not_found(node: &str) -> QmpError {

@@ -2,14 +2,11 @@
 
 use std::sync::Arc;
 
+use super::monitor::generic;
 use crate::block::disk::Disk;
 use crate::block::snapshot::{PreparedSnapshot, Snapshot, SnapshotError};
 use crate::qmp::QmpError;
 use crate::qmp::command::BlockSnapshot;
-
-fn generic(error: impl std::fmt::Display) -> QmpError {
-    QmpError::generic(error.to_string())
-}
 
 /// `block-snapshot-remove`.
 pub fn remove(disks: &[Arc<Disk>], BlockSnapshot { node, name }: &BlockSnapshot) -> Result<(), QmpError> {

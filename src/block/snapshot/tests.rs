@@ -252,7 +252,7 @@ fn a_disk_that_is_given_up_has_no_snapshots_to_read_until_it_is_taken_back() {
 }
 
 #[test]
-fn what_was_a_hole_stays_one_and_large_discards_wait() {
+fn what_was_a_hole_stays_one_and_discards_do_nothing() {
     let (_directory, disk) = disk(128 << 20, CacheMode::Writeback);
     let io = disk.io().unwrap();
     write(&io, &mut vec![1; CLUSTER as usize], CLUSTER);
