@@ -48,6 +48,8 @@ pub(super) struct Store {
 impl Drop for Store {
     fn drop(&mut self) {
         self.stores.fetch_sub(1, Ordering::Release);
+        // Its last user may be a writer, for which the guest waits.
+        self.free();
     }
 }
 
@@ -106,8 +108,8 @@ impl Store {
         let _ = self.broken.set(reason);
     }
 
-    /// Empties the file of a broken snapshot: others may need the space. On a thread, because the guest waits and a large file takes its time;
-    /// what cannot be freed now is freed with the file.
+    /// Empties the file of a snapshot that is broken or has no user any more. On a thread that ends with that, because the guest may wait and a
+    /// large file takes its time; what cannot be freed so is freed when the file is closed.
     fn free(&self) {
         if let Ok(file) = self.file.try_clone() {
             let _ = thread::Builder::new().name("free snapshot".into()).spawn(move || file.set_len(0));
