@@ -10,11 +10,13 @@ use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 mod bits;
+mod changed;
 mod held;
 mod migration;
 mod stored;
 
 use bits::Bits;
+pub use changed::{ChangeTracking, ChangedBlocks};
 pub use held::{HeldBitmaps, MergeSource};
 pub use migration::{BitmapRun, CHUNK_WORDS, IncomingBitmap, OutgoingBitmap, RunLimits};
 
@@ -176,19 +178,26 @@ impl DirtyBitmap {
 #[derive(Debug)]
 pub struct DirtyBitmaps {
     disk_size: u64,
-    bitmaps: RwLock<Vec<DirtyBitmap>>,
+    recorders: RwLock<Recorders>,
+}
+
+/// All that a change is marked in.
+#[derive(Debug, Default)]
+struct Recorders {
+    bitmaps: Vec<DirtyBitmap>,
+    /// What each [`ChangeTracking`] has not taken yet.
+    tracked: Vec<Arc<Bits>>,
 }
 
 /// The right to change the disk's content, and the duty to mark what was changed.
 #[derive(Debug)]
-pub struct Recording<'a>(RwLockReadGuard<'a, Vec<DirtyBitmap>>);
+pub struct Recording<'a>(RwLockReadGuard<'a, Recorders>);
 
 impl Recording<'_> {
     /// Records a change of `length` bytes at `offset` in every bitmap that is recording. A range beyond the disk's end is cut off there.
     pub fn mark(self, offset: u64, length: u64) {
-        for bitmap in self.0.iter() {
-            bitmap.mark(offset, length);
-        }
+        self.0.bitmaps.iter().for_each(|bitmap| bitmap.mark(offset, length));
+        self.0.tracked.iter().for_each(|bits| bits.set(offset, length));
     }
 }
 
@@ -206,7 +215,7 @@ impl BitmapCopy {
 impl DirtyBitmaps {
     /// No bitmaps, for a disk of `disk_size` bytes.
     pub fn new(disk_size: u64) -> Arc<Self> {
-        Arc::new(DirtyBitmaps { disk_size, bitmaps: RwLock::default() })
+        Arc::new(DirtyBitmaps { disk_size, recorders: RwLock::default() })
     }
 
     /// To be called before a change and marked after it. Waits for an operation on bitmaps that is going on.
@@ -250,19 +259,19 @@ impl DirtyBitmaps {
             name: bitmap.name,
         };
         // Counted without the lock.
-        let bitmaps = self.read().clone();
+        let bitmaps = self.read().bitmaps.clone();
         bitmaps.into_iter().map(describe).collect()
     }
 
     /// The maximal dirty ranges of a bitmap, as bytes of the disk in ascending order.
     pub fn dirty_ranges(&self, name: &str) -> Result<Vec<std::ops::Range<u64>>, BitmapError> {
-        let bitmap = get(&self.read(), name)?.clone();
+        let bitmap = get(&self.read().bitmaps, name)?.clone();
         if bitmap.inconsistent { Err(BitmapError::Inconsistent(bitmap.name)) } else { Ok(bitmap.bits.ranges()) }
     }
 
     /// What the bitmap holds now, to be looked at while it goes on recording.
     pub fn copy(&self, name: &str) -> Result<BitmapCopy, BitmapError> {
-        let bitmap = get(&self.read(), name)?.clone();
+        let bitmap = get(&self.read().bitmaps, name)?.clone();
         match bitmap {
             DirtyBitmap { inconsistent: true, .. } => Err(BitmapError::Inconsistent(bitmap.name)),
             bitmap if !bitmap.is_idle() => Err(BitmapError::Busy(bitmap.name)),
@@ -273,18 +282,18 @@ impl DirtyBitmaps {
     /// SHA-256 of the bitmap's words in little-endian order, as QEMU's `x-debug-block-dirty-bitmap-sha256` has it. Of a bitmap that is
     /// recording, what is marked meanwhile may be in it or not.
     pub fn sha256(&self, name: &str) -> Result<String, BitmapError> {
-        let bits = get(&self.read(), name)?.bits.clone();
+        let bits = get(&self.read().bitmaps, name)?.bits.clone();
         let mut hash = Sha256::new();
         bits.pieces().for_each(|piece| hash.update(piece));
         Ok(format!("{:x}", hash.finalize()))
     }
 
-    fn read(&self) -> RwLockReadGuard<'_, Vec<DirtyBitmap>> {
-        self.bitmaps.read().unwrap_or_else(PoisonError::into_inner)
+    fn read(&self) -> RwLockReadGuard<'_, Recorders> {
+        self.recorders.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, Vec<DirtyBitmap>> {
-        self.bitmaps.write().unwrap_or_else(PoisonError::into_inner)
+    fn write(&self) -> RwLockWriteGuard<'_, Recorders> {
+        self.recorders.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -8,16 +8,20 @@ use thiserror::Error;
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{Bytes, VolatileSlice};
 
+use super::arriving::Arriving;
 use super::dirty_bitmap::DirtyBitmaps;
 use super::export_source::{ExportSource, Extent};
-use super::image::{Image, ImageError, LockedImage};
+use super::image::{Image, ImageError, IncomingError, LockedImage};
 use super::io_error::{IoStatus, SharedIoStatus};
 use super::sidecar::{Sidecar, SidecarError};
 use super::snapshot::Snapshots;
 use crate::memory::PAGE_SIZE;
 use crate::vm::config::{DiscardMode, DiskConfig};
+use incoming::Incoming;
 
+mod incoming;
 mod persistence;
+mod storage_copy;
 
 /// Why a disk cannot change hands.
 #[derive(Debug, Error)]
@@ -33,6 +37,20 @@ pub enum DiskError {
     /// I/O was asked for on a disk whose image is not locked.
     #[error("disk {0}: its image is not locked by this process")]
     NotOwned(String),
+    /// I/O was asked for on a disk that is being copied to another host.
+    #[error("disk {0}: nobody may use it while a migration moves it to another host")]
+    Frozen(String),
+    /// Something other than the guest was to use a disk that is not all here.
+    #[error("disk {0}: it has not wholly arrived from the source yet; try again when the migration has completed")]
+    Arriving(String),
+    /// There is no image for it to arrive in.
+    #[error("disk {id}: {source}")]
+    Incoming {
+        /// Which disk.
+        id: String,
+        /// What is wrong.
+        source: IncomingError,
+    },
     /// The image was to be given up while something can still do I/O on it.
     #[error("disk {0}: its image is still in use by a device that is not paused")]
     InUse(String),
@@ -55,8 +73,10 @@ pub struct Disk {
     config: DiskConfig,
     size: u64,
     block_size: u32,
+    /// Before the ownership: its file is removed while that has the lock.
+    incoming: Option<Incoming>,
     ownership: Mutex<Ownership>,
-    /// Held, shared, by every [`Disk::with_io`], and alone while the image is given up.
+    /// Held, shared, by every [`Disk::with_io`] and whatever storage copy reads, and alone while the image is given up.
     requests: RwLock<()>,
     bitmaps: Arc<DirtyBitmaps>,
     /// Where its persistent bitmaps are stored, if they can be.
@@ -70,6 +90,8 @@ enum Ownership {
     /// Somebody else may own the image.
     Unlocked(Image),
     Locked(Arc<LockedImage>),
+    /// As locked, but only storage copy may read.
+    Frozen(Arc<LockedImage>),
     /// Taking over or giving up failed half-way; the image is closed, which ends a lock as well.
     Closed,
 }
@@ -79,22 +101,26 @@ impl Disk {
     pub fn open(config: DiskConfig) -> Result<Arc<Self>, DiskError> {
         let image = Image::open(&config.path, config.readonly, config.options.cache)
             .map_err(|source| DiskError::Image { id: config.id.clone(), source })?;
-        let bitmaps = DirtyBitmaps::new(image.size());
-        let (size, block_size) = (image.size(), image.block_size());
         let storable = !image.is_block_device() && !image.readonly();
         // Beside the file itself and not beside a link to it; a path that leads nowhere now did so a moment ago.
         let sidecar = storable.then(|| Sidecar::beside(&config.path.canonicalize().unwrap_or_else(|_| config.path.clone())));
-        Ok(Arc::new(Disk {
+        let (size, block_size) = (image.size(), image.block_size());
+        Ok(Arc::new(Disk::new(config, size, block_size, Ownership::Unlocked(image), sidecar)))
+    }
+
+    fn new(config: DiskConfig, size: u64, block_size: u32, ownership: Ownership, sidecar: Option<Sidecar>) -> Self {
+        Disk {
             config,
             size,
             block_size,
-            ownership: Mutex::new(Ownership::Unlocked(image)),
+            incoming: None,
+            ownership: Mutex::new(ownership),
             requests: RwLock::default(),
-            bitmaps,
+            bitmaps: DirtyBitmaps::new(size),
             sidecar,
             snapshots: Arc::default(),
             io_status: SharedIoStatus::default(),
-        }))
+        }
     }
 
     /// What the disk was made from.
@@ -142,7 +168,7 @@ impl Disk {
     fn lock_image(&self, ownership: &mut Ownership) -> Result<bool, DiskError> {
         let image = match std::mem::replace(ownership, Ownership::Closed) {
             Ownership::Unlocked(image) => image,
-            locked @ Ownership::Locked(_) => {
+            locked @ (Ownership::Locked(_) | Ownership::Frozen(_)) => {
                 *ownership = locked;
                 return Ok(false);
             }
@@ -171,7 +197,8 @@ impl Disk {
         let _nobody = self.requests.write().unwrap_or_else(PoisonError::into_inner);
         let mut ownership = self.ownership();
         let locked = match std::mem::replace(&mut *ownership, Ownership::Closed) {
-            Ownership::Locked(locked) => locked,
+            // Of a frozen one nobody has an I/O.
+            Ownership::Locked(locked) | Ownership::Frozen(locked) => locked,
             other => {
                 *ownership = other;
                 return Ok(());
@@ -192,23 +219,37 @@ impl Disk {
 
     /// Access to the disk's content, for as long as the value lives.
     pub fn io(&self) -> Result<DiskIo, DiskError> {
-        match &*self.ownership() {
-            Ownership::Locked(image) => Ok(DiskIo {
-                image: image.clone(),
-                bitmaps: self.bitmaps.clone(),
-                snapshots: self.snapshots.clone(),
-                discard: self.config.options.discard,
-            }),
-            _ => Err(DiskError::NotOwned(self.config.id.clone())),
-        }
+        Ok(DiskIo {
+            image: self.usable(&self.ownership())?.clone(),
+            bitmaps: self.bitmaps.clone(),
+            snapshots: self.snapshots.clone(),
+            arriving: self.arriving().cloned(),
+            discard: self.config.options.discard,
+        })
     }
 
     /// Carries out one request of somebody other than the guest's device. It should be short, because giving the image up waits for it,
-    /// and must not make another one. `ESHUTDOWN` where the image is not, or no longer, this process's.
+    /// and must not make another one. `ESHUTDOWN` where the disk is not [available](Disk::check_available).
     pub fn with_io<R>(&self, request: impl FnOnce(&DiskIo) -> io::Result<R>) -> io::Result<R> {
         let _in_flight = self.requests.read().unwrap_or_else(PoisonError::into_inner);
-        let io = self.io().map_err(|_| io::Error::from_raw_os_error(libc::ESHUTDOWN))?;
-        request(&io)
+        let io = self.check_available().and_then(|()| self.io());
+        request(&io.map_err(|_| io::Error::from_raw_os_error(libc::ESHUTDOWN))?)
+    }
+
+    /// Whether others than the guest can use the disk: its image is this process's, and all of it has arrived.
+    pub fn check_available(&self) -> Result<(), DiskError> {
+        if self.arriving().is_some_and(|arriving| !arriving.is_complete()) {
+            return Err(DiskError::Arriving(self.config.id.clone()));
+        }
+        self.usable(&self.ownership()).map(drop)
+    }
+
+    fn usable<'a>(&self, ownership: &'a Ownership) -> Result<&'a Arc<LockedImage>, DiskError> {
+        match ownership {
+            Ownership::Locked(image) => Ok(image),
+            Ownership::Frozen(_) => Err(DiskError::Frozen(self.config.id.clone())),
+            Ownership::Unlocked(_) | Ownership::Closed => Err(DiskError::NotOwned(self.config.id.clone())),
+        }
     }
 
     fn ownership(&self) -> MutexGuard<'_, Ownership> {
@@ -246,12 +287,17 @@ pub struct DiskIo {
     image: Arc<LockedImage>,
     bitmaps: Arc<DirtyBitmaps>,
     snapshots: Arc<Snapshots>,
+    /// Of a disk that came, or comes, with a migration.
+    arriving: Option<Arc<Arriving>>,
     discard: DiscardMode,
 }
 
 impl DiskIo {
     /// Reads into guest memory; see [`LockedImage::read_vectored_at`].
     pub fn read<B: BitmapSlice>(&self, target: &[VolatileSlice<B>], offset: u64) -> io::Result<()> {
+        if let Some(arriving) = &self.arriving {
+            arriving.before_read(offset..offset.saturating_add(length_of(target)))?;
+        }
         self.image.read_vectored_at(target, offset)
     }
 
@@ -262,7 +308,7 @@ impl DiskIo {
 
     /// Writes from guest memory.
     pub fn write<B: BitmapSlice>(&self, source: &[VolatileSlice<B>], offset: u64) -> io::Result<()> {
-        let length = source.iter().fold(0u64, |sum, slice| sum.saturating_add(slice.len() as u64));
+        let length = length_of(source);
         // A page that is missing in a postcopy is waited for here and not with the bitmaps held, for which the rest of the migration waits.
         source.iter().for_each(touch);
         self.changed(offset, length, || self.image.write_vectored_at(source, offset))
@@ -289,14 +335,24 @@ impl DiskIo {
     }
 
     fn changed(&self, offset: u64, length: u64, change: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        // What has to come from another host is waited for before anything is locked.
+        let arriving = self.arriving.as_ref().map(|arriving| arriving.before_write(offset..offset.saturating_add(length)));
+        let claim = arriving.transpose()?.flatten();
         // First: no snapshot is taken between what is copied for the present ones and the change.
         let recording = self.bitmaps.recording();
         self.snapshots.before_change(&self.image, offset, length);
         let done = change();
         // After the change, before anybody is told of it: see the module of the bitmaps.
         recording.mark(offset, length);
+        if let Some(claim) = claim.filter(|_| done.is_ok()) {
+            claim.settle();
+        }
         done
     }
+}
+
+fn length_of<B: BitmapSlice>(slices: &[VolatileSlice<B>]) -> u64 {
+    slices.iter().fold(0, |sum, slice| sum.saturating_add(slice.len() as u64))
 }
 
 /// Reads a byte of each page.

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,10 +19,12 @@ use crate::vm::config::CacheMode;
 
 mod allocation;
 mod direct;
+mod incoming;
 mod ioctl;
 mod vectored;
 
 use direct::Direct;
+pub use incoming::{IncomingError, IncomingFile};
 
 /// Why an image cannot be used.
 #[derive(Debug, Error)]
@@ -119,23 +122,27 @@ impl Image {
     /// Opens the file or block device at `path` and measures it. Takes no lock.
     pub fn open(path: &Path, readonly: bool, cache: CacheMode) -> Result<Self, ImageError> {
         let path = path.to_owned();
-        let io_error = |action, source| ImageError::Io { action, path: path.clone(), source };
-        let image_kind = |kind: std::fs::FileType| kind.is_block_device() || kind.is_file();
         // Before the open: opening some devices does something, and the path may come from another host.
         let metadata = std::fs::metadata(&path).map_err(|source| ImageError::Open { path: path.clone(), source })?;
-        if !image_kind(metadata.file_type()) {
+        if !is_image(metadata.file_type()) {
             return Err(ImageError::Kind { path });
         }
         // O_NONBLOCK has no effect on files and disks; it keeps a path that names a pipe from blocking us before it is refused.
         let direct = if cache == CacheMode::None { libc::O_DIRECT } else { 0 };
         let options = OpenOptions::new().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK | direct).open(&path);
-        let mut file = options.map_err(|source| match source.raw_os_error() {
+        let file = options.map_err(|source| match source.raw_os_error() {
             Some(libc::EINVAL) if cache == CacheMode::None => ImageError::NoDirectIo { path: path.clone() },
             _ => ImageError::Open { path: path.clone(), source },
         })?;
+        Self::of(file, path, readonly, cache)
+    }
+
+    /// Measures an open file, which is open for direct I/O if `cache` is none.
+    fn of(mut file: File, path: PathBuf, readonly: bool, cache: CacheMode) -> Result<Self, ImageError> {
+        let io_error = |action, source| ImageError::Io { action, path: path.clone(), source };
         let kind = file.metadata().map_err(|source| io_error("examine", source))?.file_type();
         let block_device = kind.is_block_device();
-        if !image_kind(kind) {
+        if !is_image(kind) {
             return Err(ImageError::Kind { path });
         }
         let size = file.seek(SeekFrom::End(0)).map_err(|source| io_error("measure", source))?;
@@ -282,6 +289,30 @@ impl LockedImage {
         self.read_vectored_at(&[VolatileSlice::from(target)], offset)
     }
 
+    /// Writes all of `source`.
+    pub fn write_at(&self, source: &[u8], offset: u64) -> io::Result<()> {
+        self.check_range(offset, source.len() as u64)?;
+        let Image { file, direct, .. } = &self.image;
+        match direct {
+            None => file.write_all_at(source, offset),
+            Some(direct) => {
+                let mut rest = source;
+                direct.write(file, offset, source.len() as u64, |bytes| {
+                    let (now, later) = rest.split_at(bytes.len().min(rest.len()));
+                    bytes.copy_from_slice(now);
+                    rest = later;
+                })
+            }
+        }
+    }
+
+    /// Has what is cached of a range written to storage, without waiting: advice, by which a later flush is shorter.
+    pub fn start_write_back(&self, range: Range<u64>) {
+        if self.image.direct.is_none() {
+            ioctl::start_write_back(&self.image.file, range);
+        }
+    }
+
     /// Size and time of the last change, by which a change by others is noticed later. Nothing where no such time exists, as for a block
     /// device. Everything that was written is durable before.
     pub fn stamp(&self) -> io::Result<Option<ImageStamp>> {
@@ -378,6 +409,11 @@ impl LockedImage {
     fn error(&self, action: &'static str, source: io::Error) -> ImageError {
         ImageError::Io { action, path: self.image.path.clone(), source }
     }
+}
+
+/// Whether this is what an image can be.
+fn is_image(kind: std::fs::FileType) -> bool {
+    kind.is_block_device() || kind.is_file()
 }
 
 /// Whether the kernel says that this file system or device has no such operation, or not for this alignment.

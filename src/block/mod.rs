@@ -1,6 +1,8 @@
 //! Disks: images and their locks, the dirty bitmaps that record what the guest changed, stored in a sidecar of the image, and exports for
 //! others than the guest.
 
+pub mod arriving;
+pub mod block_run;
 pub mod dirty_bitmap;
 pub mod disk;
 pub mod export_source;

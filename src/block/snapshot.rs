@@ -41,7 +41,7 @@ pub enum SnapshotError {
     /// Which parts of the disk are kept would take too much memory.
     #[error("disk {0} is larger than 128 TiB, the most that a snapshot can keep account of")]
     TooLarge(String),
-    /// The image is not this process's.
+    /// The disk is not, or not wholly, this process's.
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// No temporary file.
@@ -156,9 +156,8 @@ impl PreparedSnapshot {
         if disk.size() > MAX_SIZE {
             return Err(SnapshotError::TooLarge(disk.config().id.clone()));
         }
-        // Of a guest that is not here, or no longer, there is no such moment. Asked as a request that giving the disk up waits for: it fails
-        // where somebody else has I/O.
-        disk.with_io(|_| Ok(())).map_err(|_| DiskError::NotOwned(disk.config().id.clone()))?;
+        // Of a guest that is not here, not wholly here, or no longer here, there is no such moment.
+        disk.check_available()?;
         let directory = temporary::directory();
         let file = temporary::create(&directory).map_err(|source| SnapshotError::Temporary { directory, source })?;
         Ok(Self::with_file(disk, name, file))

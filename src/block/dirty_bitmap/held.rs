@@ -3,15 +3,15 @@
 use std::sync::{Arc, RwLockWriteGuard};
 
 use super::bits::Bits;
-use super::{BitmapError, DirtyBitmap, Granularity, MAX_BYTES, MAX_NAME, Role, get, get_mut};
+use super::{BitmapError, DirtyBitmap, Granularity, MAX_BYTES, MAX_NAME, Recorders, Role, get, get_mut};
 
 /// The bitmaps of a disk that nothing changes meanwhile, and what they are to become: operations are done on a draft, which takes effect with
 /// [`HeldBitmaps::commit`] and is forgotten otherwise.
 #[derive(Debug)]
 pub struct HeldBitmaps<'a> {
     disk_size: u64,
-    bitmaps: RwLockWriteGuard<'a, Vec<DirtyBitmap>>,
-    /// Shares the bits with `bitmaps` where nothing was done to them.
+    recorders: RwLockWriteGuard<'a, Recorders>,
+    /// Shares the bits with the bitmaps where nothing was done to them.
     draft: Vec<DirtyBitmap>,
 }
 
@@ -20,9 +20,9 @@ pub struct HeldBitmaps<'a> {
 pub struct MergeSource(Arc<Bits>);
 
 impl<'a> HeldBitmaps<'a> {
-    pub(super) fn new(disk_size: u64, bitmaps: RwLockWriteGuard<'a, Vec<DirtyBitmap>>) -> Self {
-        let draft = bitmaps.clone();
-        HeldBitmaps { disk_size, bitmaps, draft }
+    pub(super) fn new(disk_size: u64, recorders: RwLockWriteGuard<'a, Recorders>) -> Self {
+        let draft = recorders.bitmaps.clone();
+        HeldBitmaps { disk_size, recorders, draft }
     }
 
     /// Adds an empty bitmap.
@@ -82,9 +82,9 @@ impl<'a> HeldBitmaps<'a> {
 
     /// Makes the draft what the bitmaps are.
     pub fn commit(mut self) {
-        std::mem::swap(&mut *self.bitmaps, &mut self.draft);
+        std::mem::swap(&mut self.recorders.bitmaps, &mut self.draft);
         // In this order: to free what is not needed any more can take longer than all that came before, and the guest does not wait for it.
-        drop(self.bitmaps);
+        drop(self.recorders);
         drop(self.draft);
     }
 

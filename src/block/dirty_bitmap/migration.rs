@@ -92,8 +92,8 @@ pub struct IncomingBitmap {
 impl DirtyBitmaps {
     /// Reserves those bitmaps, by name, that are to go and neither in use nor inconsistent, for a migration to another host.
     pub fn outgoing(self: &Arc<Self>, is_to_go: impl Fn(&str) -> bool) -> Vec<OutgoingBitmap> {
-        let mut bitmaps = self.write();
-        let idle = bitmaps.iter_mut().filter(|bitmap| bitmap.is_idle() && !bitmap.inconsistent && is_to_go(&bitmap.name));
+        let mut recorders = self.write();
+        let idle = recorders.bitmaps.iter_mut().filter(|bitmap| bitmap.is_idle() && !bitmap.inconsistent && is_to_go(&bitmap.name));
         let reserve = |bitmap: &mut DirtyBitmap| {
             bitmap.role = Role::Outgoing;
             let (granularity, words) = (bitmap.bits.granularity(), bitmap.bits.words());
@@ -152,16 +152,16 @@ impl OutgoingBitmap {
 
     /// Its words from `first` on, as many as go together; final once the guest is paused. Beyond the end there are none.
     pub fn run(&self, first: u64, limits: RunLimits) -> BitmapRun {
-        let bitmaps = self.bitmaps.read();
+        let recorders = self.bitmaps.read();
         // The bitmap is there: nothing can remove it while it is outgoing.
-        let bits = get(&bitmaps, &self.name).map(|bitmap| &bitmap.bits);
+        let bits = get(&recorders.bitmaps, &self.name).map(|bitmap| &bitmap.bits);
         BitmapRun::first_of(first.min(self.words)..self.words, limits, |index| bits.as_ref().map_or(0, |bits| bits.word(index)))
     }
 }
 
 impl Drop for OutgoingBitmap {
     fn drop(&mut self) {
-        if let Ok(bitmap) = get_mut(&mut self.bitmaps.write(), &self.name) {
+        if let Ok(bitmap) = get_mut(&mut self.bitmaps.write().bitmaps, &self.name) {
             bitmap.role = Role::Idle;
         }
     }
@@ -182,8 +182,8 @@ impl IncomingBitmap {
     /// harmless. The guest may run.
     pub fn load(&mut self, first: u64, run: &BitmapRun) -> Result<(), BitmapError> {
         self.note_loaded(first, run.count())?;
-        let bitmaps = self.bitmaps.read();
-        let bits = &get(&bitmaps, &self.name)?.bits;
+        let recorders = self.bitmaps.read();
+        let bits = &get(&recorders.bitmaps, &self.name)?.bits;
         match run {
             BitmapRun::Zeroes(_) => {}
             BitmapRun::Ones(count) => (first..first + count).for_each(|index| bits.or_word(index, !0)),
@@ -199,8 +199,8 @@ impl IncomingBitmap {
         if missing > 0 {
             return Err(BitmapError::Incomplete { name: self.name.clone(), missing });
         }
-        let mut bitmaps = self.bitmaps.write();
-        let bitmap = get_mut(&mut bitmaps, &self.name)?;
+        let mut recorders = self.bitmaps.write();
+        let bitmap = get_mut(&mut recorders.bitmaps, &self.name)?;
         if let Role::Incoming { successor: Some(successor) } = std::mem::replace(&mut bitmap.role, Role::Idle) {
             bitmap.bits.merge(&successor);
             bitmap.enabled = true;
@@ -228,6 +228,6 @@ impl Drop for IncomingBitmap {
     fn drop(&mut self) {
         // A completed bitmap is idle by now, and may have been removed and added again since: only what is still incoming goes.
         let unfinished = |bitmap: &DirtyBitmap| bitmap.name == self.name && matches!(bitmap.role, Role::Incoming { .. });
-        self.bitmaps.write().retain(|bitmap| !unfinished(bitmap));
+        self.bitmaps.write().bitmaps.retain(|bitmap| !unfinished(bitmap));
     }
 }

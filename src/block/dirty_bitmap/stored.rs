@@ -10,12 +10,13 @@ use crate::block::sidecar::{Piece, StoredBitmap};
 impl DirtyBitmaps {
     /// Whether there are persistent bitmaps.
     pub fn has_persistent(&self) -> bool {
-        self.read().iter().any(|bitmap| bitmap.persistent)
+        self.read().bitmaps.iter().any(|bitmap| bitmap.persistent)
     }
 
     /// The persistent bitmaps by name only: what a sidecar says while they are in use, and a reader takes as inconsistent.
     pub fn listed(&self) -> Vec<StoredBitmap<'static>> {
         self.read()
+            .bitmaps
             .iter()
             .filter(|bitmap| bitmap.persistent)
             .map(|bitmap| StoredBitmap::listed(&bitmap.name, granularity(bitmap)))
@@ -25,8 +26,8 @@ impl DirtyBitmaps {
     /// The persistent bitmaps with all that they recorded, once nothing changes the disk any more. One whose bits have not all come with a
     /// migration is left out.
     pub fn stored(&self) -> Vec<StoredBitmap<'static>> {
-        let bitmaps = self.read();
-        let whole = bitmaps.iter().filter(|bitmap| bitmap.persistent && !matches!(bitmap.role, Role::Incoming { .. }));
+        let recorders = self.read();
+        let whole = recorders.bitmaps.iter().filter(|bitmap| bitmap.persistent && !matches!(bitmap.role, Role::Incoming { .. }));
         let store = |bitmap: &DirtyBitmap| {
             let mut stored = StoredBitmap::listed(&bitmap.name, granularity(bitmap));
             if !bitmap.inconsistent {

@@ -87,7 +87,8 @@ impl Disk {
     pub fn list_persistent(&self, more: &[(&str, Granularity)]) -> Result<(), DiskError> {
         // Held until it is written: with the ownership goes the right to write.
         let ownership = self.ownership();
-        let (Ownership::Locked(_), Some(sidecar)) = (&*ownership, &self.sidecar) else {
+        self.usable(&ownership)?;
+        let Some(sidecar) = &self.sidecar else {
             return Err(DiskError::NotOwned(self.config.id.clone()));
         };
         let mut bitmaps = self.bitmaps.listed();
@@ -100,14 +101,18 @@ impl Disk {
         sidecar.write(&Contents { image, bitmaps }).map_err(|error| self.sidecar_error(error))
     }
 
-    /// Stores the persistent bitmaps and gives the image up for good, if it is owned. An error while a [`DiskIo`](super::DiskIo) exists and
+    /// Stores the persistent bitmaps, but not those of a disk that is frozen or has not arrived, and gives the image up for good, if it is owned. An error while a [`DiskIo`](super::DiskIo) exists and
     /// where they cannot be stored: they will be inconsistent.
     pub fn close(&self) -> Result<(), DiskError> {
         // An export's last request may be under way.
         let _nobody = self.requests.write().unwrap_or_else(PoisonError::into_inner);
         let mut ownership = self.ownership();
         let image = match std::mem::replace(&mut *ownership, Ownership::Closed) {
+            // There is no whole image whose bitmaps they would be.
+            Ownership::Locked(_) if !self.has_arrived() => return Ok(()),
             Ownership::Locked(image) => image,
+            // The guest and its bitmaps are elsewhere, and what the sidecar lists is inconsistent, as it should be: the image is out of date.
+            Ownership::Frozen(_) => return Ok(()),
             other => {
                 *ownership = other;
                 return Ok(());

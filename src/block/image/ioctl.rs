@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 /// Writes out and drops the page cache of a block device: `_IO(0x12, 97)` of linux/fs.h.
@@ -28,6 +29,13 @@ pub(super) fn discard(device: &File, offset: u64, length: u64) -> io::Result<()>
     let range = [offset, length];
     // SAFETY: the kernel reads two 64-bit words, which outlive the call.
     check(unsafe { libc::ioctl(device.as_raw_fd(), BLKDISCARD, range.as_ptr()) })
+}
+
+/// Starts to write out what is cached of a range, in bytes (sync_file_range(2)). An error is left for the flush, which reports it.
+pub(super) fn start_write_back(file: &File, range: Range<u64>) {
+    let (offset, length) = (range.start as libc::off64_t, range.end.saturating_sub(range.start) as libc::off64_t);
+    // SAFETY: this call takes no pointer.
+    let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), offset, length, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

@@ -1,0 +1,68 @@
+//! A disk that comes with a migration: its image is made here.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::{Disk, DiskError, Ownership};
+use crate::block::arriving::Arriving;
+use crate::block::image::IncomingFile;
+use crate::block::sidecar::Sidecar;
+use crate::vm::config::DiskConfig;
+
+#[derive(Debug)]
+pub(super) struct Incoming {
+    file: Mutex<IncomingFile>,
+    arriving: Arc<Arriving>,
+}
+
+impl Incoming {
+    fn lock_file(&self) -> MutexGuard<'_, IncomingFile> {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Disk {
+    /// Makes the image of a disk of `size` bytes that a migration brings, locked and, until [`Disk::keep`], as `PATH.incoming`: a disk that is
+    /// dropped before takes it along. `config` is not read-only.
+    pub fn create(config: DiskConfig, size: u64) -> Result<Arc<Self>, DiskError> {
+        let created = IncomingFile::create(&config.path, size, config.options.cache);
+        let (file, image) = created.map_err(|source| DiskError::Incoming { id: config.id.clone(), source })?;
+        let image = Arc::new(image);
+        let arriving = Arriving::new(size, &image);
+        let sidecar = Sidecar::beside(&config.path);
+        let block_size = image.image().block_size();
+        let mut disk = Disk::new(config, size, block_size, Ownership::Locked(image), Some(sidecar));
+        disk.incoming = Some(Incoming { file: Mutex::new(file), arriving });
+        Ok(Arc::new(disk))
+    }
+
+    /// The guest is this host's: the image gets its own name, never over something that is there, and stays. Before the guest runs; does nothing
+    /// the second time, or on a disk that was here before.
+    pub fn keep(&self) -> Result<(), DiskError> {
+        self.with_file(|file| file.keep()).map_err(|source| DiskError::Incoming { id: self.config.id.clone(), source })
+    }
+
+    /// Makes all that has arrived durable, and the image's name. Before the source is told that it may forget its image.
+    pub fn sync_arrived(&self) -> io::Result<()> {
+        self.io().map_err(io::Error::other)?.flush()?;
+        self.with_file(|file| file.sync())
+    }
+
+    /// Which blocks are there, of a disk that came, or comes, with a migration.
+    pub fn arriving(&self) -> Option<&Arc<Arriving>> {
+        self.incoming.as_ref().map(|incoming| &incoming.arriving)
+    }
+
+    /// Whether the image is whole and has its name, or was here before.
+    pub(super) fn has_arrived(&self) -> bool {
+        let arrived = |incoming: &Incoming| incoming.arriving.is_complete() && incoming.lock_file().is_kept();
+        self.incoming.as_ref().is_none_or(arrived)
+    }
+
+    fn with_file<E>(&self, operate: impl FnOnce(&mut IncomingFile) -> Result<(), E>) -> Result<(), E> {
+        match &self.incoming {
+            Some(incoming) => operate(&mut incoming.lock_file()),
+            None => Ok(()),
+        }
+    }
+}

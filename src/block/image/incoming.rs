@@ -1,0 +1,184 @@
+//! An image that comes with a migration: made as `PATH.incoming`, and called `PATH` when the guest is this host's.
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, OFlags, RenameFlags, fcntl_setfl, renameat_with};
+use rustix::io::Errno;
+use thiserror::Error;
+
+use super::{Image, ImageError, LockError, LockedImage};
+use crate::vm::config::CacheMode;
+
+/// Largest image that arrives, in bytes: 16 TiB. Which blocks of it are there takes 512 MiB of memory.
+pub const MAX_SIZE: u64 = 16 << 40;
+
+/// Why there is no image for a disk to arrive in.
+#[derive(Debug, Error)]
+pub enum IncomingError {
+    /// The path is taken, perhaps by what somebody needs.
+    #[error("{0} is there already, and a migration that copies storage makes the image: remove or rename it, or name another path")]
+    Exists(PathBuf),
+    /// The image's directory does not exist.
+    #[error("{0} cannot be made, because its directory does not exist: make the directory, or name another path")]
+    NoDirectory(PathBuf),
+    /// The source says that the disk is larger than any that is received.
+    #[error("{path} would have {size} bytes, more than the {MAX_SIZE} that a migration can bring")]
+    TooLarge {
+        /// The image.
+        path: PathBuf,
+        /// How large it would be.
+        size: u64,
+    },
+    /// Another migration is bringing an image of this name.
+    #[error("{0} is in use by another Ferry that receives this disk: stop that one first, or name another path")]
+    InUse(PathBuf),
+    /// Something took the path while the image was arriving.
+    #[error("cannot rename {incoming}, in which the disk has arrived, to {path}, because that is there now: remove or rename it")]
+    Taken {
+        /// The image.
+        incoming: PathBuf,
+        /// What it should be called.
+        path: PathBuf,
+    },
+    /// The file system says no.
+    #[error("cannot {action} {path}: {source}")]
+    Io {
+        /// What was attempted.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The image is of no use, though it could be made.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+}
+
+/// The name of an image that is arriving. Dropped before it is [kept](IncomingFile::keep), it removes the file, so it must go before the lock.
+#[derive(Debug)]
+pub struct IncomingFile {
+    incoming: PathBuf,
+    path: PathBuf,
+    kept: bool,
+}
+
+impl IncomingFile {
+    /// Makes an image of `size` bytes, all zeros that take no space, which will be at `path`, and locks it. One that was left behind, and that
+    /// nobody has locked, is replaced.
+    pub fn create(path: &Path, size: u64, cache: CacheMode) -> Result<(Self, LockedImage), IncomingError> {
+        if size > MAX_SIZE {
+            return Err(IncomingError::TooLarge { path: path.to_owned(), size });
+        }
+        let incoming = with_suffix(path, ".incoming");
+        let failed = |action, path: &Path, source| IncomingError::Io { action, path: path.to_owned(), source };
+        match fs::symlink_metadata(path) {
+            Ok(_) => return Err(IncomingError::Exists(path.to_owned())),
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(failed("look for", path, error)),
+        }
+        // No link of this name is followed; O_NONBLOCK keeps a pipe of this name from blocking us before it is refused. Direct I/O comes later:
+        // where there is none, an open that asks for it fails after the file was made.
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+        let file = options.open(&incoming).map_err(|error| match error.kind() {
+            ErrorKind::NotFound => IncomingError::NoDirectory(path.to_owned()),
+            _ => failed("create", &incoming, error),
+        })?;
+        let is_file = file.metadata().map_err(|error| failed("examine", &incoming, error))?.is_file();
+        if !is_file {
+            return Err(ImageError::Kind { path: incoming }.into());
+        }
+        super::ioctl::set_ofd_lock(&file, libc::F_WRLCK).map_err(|error| match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::EACCES) => IncomingError::InUse(incoming.clone()),
+            _ => failed("lock", &incoming, error),
+        })?;
+        // Whoever had it may have renamed or removed it just before it was locked here.
+        if !is_at(&file, &incoming) {
+            return Err(IncomingError::InUse(incoming));
+        }
+        // From here on the file is removed if something fails.
+        let name = IncomingFile { incoming, path: path.to_owned(), kept: false };
+        let make = || {
+            file.set_permissions(Permissions::from_mode(0o600))?;
+            file.set_len(0)?;
+            file.set_len(size)
+        };
+        make().map_err(|error| failed("make room in", &name.incoming, error))?;
+        if cache == CacheMode::None {
+            fcntl_setfl(&file, OFlags::DIRECT).map_err(|errno| match errno {
+                Errno::INVAL => IncomingError::Image(ImageError::NoDirectIo { path: path.to_owned() }),
+                errno => failed("use direct I/O on", &name.incoming, errno.into()),
+            })?;
+        }
+        // The same open file, so its lock is that of the file.
+        let image = Image::of(file, path.to_owned(), false, cache)?;
+        let locked = image.lock().map_err(|LockError { error, .. }| error)?;
+        Ok((name, locked))
+    }
+
+    /// Gives the image its name, never over something that is there, and keeps the file from then on. Does nothing the second time.
+    pub fn keep(&mut self) -> Result<(), IncomingError> {
+        if self.kept {
+            return Ok(());
+        }
+        let (incoming, path) = (&self.incoming, &self.path);
+        let renamed = match renameat_with(CWD, incoming, CWD, path, RenameFlags::NOREPLACE) {
+            // The file system, or the kernel, does not know the flag.
+            Err(Errno::INVAL | Errno::NOSYS) => link_instead(incoming, path),
+            done => done.map_err(io::Error::from),
+        };
+        renamed.map_err(|source| match source.kind() {
+            ErrorKind::AlreadyExists => IncomingError::Taken { incoming: incoming.clone(), path: path.clone() },
+            _ => IncomingError::Io { action: "rename", path: incoming.clone(), source },
+        })?;
+        self.kept = true;
+        Ok(())
+    }
+
+    /// Whether the file has its name and stays.
+    pub fn is_kept(&self) -> bool {
+        self.kept
+    }
+
+    /// Makes the image's name durable.
+    pub fn sync(&self) -> io::Result<()> {
+        let directory = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(directory)?.sync_all()
+    }
+}
+
+impl Drop for IncomingFile {
+    fn drop(&mut self) {
+        if !self.kept {
+            // Nobody can be told. What is left over is replaced the next time.
+            let _ = fs::remove_file(&self.incoming);
+        }
+    }
+}
+
+fn link_instead(incoming: &Path, path: &Path) -> io::Result<()> {
+    fs::hard_link(incoming, path)?;
+    // The image has its name. One too many does no harm.
+    let _ = fs::remove_file(incoming);
+    Ok(())
+}
+
+/// Whether `path` is the open `file`.
+fn is_at(file: &File, path: &Path) -> bool {
+    let identity = |metadata: io::Result<fs::Metadata>| metadata.map(|metadata| (metadata.dev(), metadata.ino())).ok();
+    identity(file.metadata()).is_some_and(|open| identity(fs::symlink_metadata(path)) == Some(open))
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(suffix);
+    name.into()
+}
+
+#[cfg(test)]
+mod tests;
