@@ -194,6 +194,10 @@ impl Disk {
     /// Makes everything written durable and gives the lock up. Waits for those in [`Disk::with_io`], and refuses them afterwards; the disk's
     /// snapshots are to be [broken](Snapshots::break_all) before others write. Fails, and keeps the lock, while another [`DiskIo`] exists.
     pub fn release(&self) -> Result<(), DiskError> {
+        if !self.is_kept() {
+            // There is nobody to give it up to, and it would be taken for one that was left behind.
+            return Ok(());
+        }
         let _nobody = self.requests.write().unwrap_or_else(PoisonError::into_inner);
         let mut ownership = self.ownership();
         let locked = match std::mem::replace(&mut *ownership, Ownership::Closed) {
@@ -238,7 +242,7 @@ impl Disk {
 
     /// Whether others than the guest can use the disk: its image is this process's, and all of it has arrived.
     pub fn check_available(&self) -> Result<(), DiskError> {
-        if self.arriving().is_some_and(|arriving| !arriving.is_complete()) {
+        if self.is_arriving() {
             return Err(DiskError::Arriving(self.config.id.clone()));
         }
         self.usable(&self.ownership()).map(drop)

@@ -44,7 +44,7 @@ impl Disk {
 
     /// Makes all that has arrived durable, and the image's name. Before the source is told that it may forget its image.
     pub fn sync_arrived(&self) -> io::Result<()> {
-        self.io().map_err(io::Error::other)?.flush()?;
+        self.copying(|image| image.flush())?;
         self.with_file(|file| file.sync())
     }
 
@@ -53,10 +53,21 @@ impl Disk {
         self.incoming.as_ref().map(|incoming| &incoming.arriving)
     }
 
-    /// Whether the image is whole and has its name, or was here before.
-    pub(super) fn has_arrived(&self) -> bool {
-        let arrived = |incoming: &Incoming| incoming.arriving.is_complete() && incoming.lock_file().is_kept();
-        self.incoming.as_ref().is_none_or(arrived)
+    /// Whether the image has its name, or was here before.
+    pub(super) fn is_kept(&self) -> bool {
+        self.incoming.as_ref().is_none_or(|incoming| incoming.lock_file().is_kept())
+    }
+
+    /// Whether blocks of it are missing.
+    pub(super) fn is_arriving(&self) -> bool {
+        self.arriving().is_some_and(|arriving| !arriving.is_complete())
+    }
+
+    /// The image is about to be given up for good.
+    pub(super) fn remove_unless_kept(&self) {
+        if let Some(incoming) = &self.incoming {
+            incoming.lock_file().remove_unless_kept();
+        }
     }
 
     fn with_file<E>(&self, operate: impl FnOnce(&mut IncomingFile) -> Result<(), E>) -> Result<(), E> {

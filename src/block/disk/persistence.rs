@@ -109,7 +109,10 @@ impl Disk {
         let mut ownership = self.ownership();
         let image = match std::mem::replace(&mut *ownership, Ownership::Closed) {
             // There is no whole image whose bitmaps they would be.
-            Ownership::Locked(_) if !self.has_arrived() => return Ok(()),
+            Ownership::Locked(_image) if self.is_arriving() || !self.is_kept() => {
+                self.remove_unless_kept();
+                return Ok(());
+            }
             Ownership::Locked(image) => image,
             // The guest and its bitmaps are elsewhere, and what the sidecar lists is inconsistent, as it should be: the image is out of date.
             Ownership::Frozen(_) => return Ok(()),

@@ -57,6 +57,9 @@ impl Disk {
         if matches!(&*ownership, Ownership::Frozen(_)) {
             return Ok(());
         }
+        if self.is_arriving() {
+            return Err(DiskError::Arriving(self.config.id.clone()));
+        }
         let image = self.usable(&ownership)?.clone();
         // The disk's, and this one.
         if Arc::strong_count(&image) > 2 {
@@ -76,7 +79,7 @@ impl Disk {
     }
 
     /// Reads from the image without the ownership held, while it cannot be given up.
-    fn copying<R>(&self, read: impl FnOnce(&LockedImage) -> io::Result<R>) -> io::Result<R> {
+    pub(super) fn copying<R>(&self, read: impl FnOnce(&LockedImage) -> io::Result<R>) -> io::Result<R> {
         let _in_flight = self.requests.read().unwrap_or_else(PoisonError::into_inner);
         let image = match &*self.ownership() {
             Ownership::Locked(image) | Ownership::Frozen(image) => image.clone(),

@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::*;
+use crate::block::block_run::BlockRun;
 use crate::block::dirty_bitmap::{BitmapInfo, Granularity, RunLimits};
 use crate::memory::ram::GRANULE;
 use crate::memory::uffd::Userfaultfd;
 use crate::memory::{GuestRam, PageNumber, PageRun};
-use crate::vm::config::DiskOptions;
+use crate::vm::config::{CacheMode, DiskOptions};
 
 const SIZE: u64 = 1 << 20;
 
@@ -300,4 +301,18 @@ fn a_write_that_waits_for_a_missing_page_keeps_nobody_from_the_bitmaps() {
     });
     assert_eq!(fs::read(&place.image).unwrap()[..2 * PAGE_SIZE], [[1; PAGE_SIZE], [2; PAGE_SIZE]].concat());
     assert_eq!(disk.bitmaps().copy("b").unwrap().extent(0, SIZE), (8192, true));
+}
+
+#[test]
+fn a_write_that_fails_does_not_make_missing_blocks_present() {
+    let place = Place::new();
+    let image = Arc::new(Image::open(&place.image, true, CacheMode::Writeback).unwrap().lock().unwrap());
+    let arriving = Arriving::new(SIZE, &image);
+    arriving.expect([BlockRun::new(0, 2)], |_| {});
+    let (bitmaps, snapshots) = (DirtyBitmaps::new(SIZE), Arc::default());
+    bitmaps.add("b", Granularity::new(4096).unwrap(), true).unwrap();
+    let io = DiskIo { image, bitmaps: bitmaps.clone(), snapshots, arriving: Some(arriving.clone()), discard: DiscardMode::Unmap };
+    // A file that is open for reading.
+    assert_eq!(io.write(&[[1u8; 4096].as_mut_slice().into()], 0).unwrap_err().raw_os_error(), Some(libc::EBADF));
+    assert_eq!((arriving.missing_blocks(), bitmaps.info()[0].count), (2, 4096));
 }

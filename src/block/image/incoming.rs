@@ -64,7 +64,14 @@ pub enum IncomingError {
 pub struct IncomingFile {
     incoming: PathBuf,
     path: PathBuf,
-    kept: bool,
+    state: NameState,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NameState {
+    Incoming,
+    Kept,
+    Removed,
 }
 
 impl IncomingFile {
@@ -102,7 +109,7 @@ impl IncomingFile {
             return Err(IncomingError::InUse(incoming));
         }
         // From here on the file is removed if something fails.
-        let name = IncomingFile { incoming, path: path.to_owned(), kept: false };
+        let name = IncomingFile { incoming, path: path.to_owned(), state: NameState::Incoming };
         let make = || {
             file.set_permissions(Permissions::from_mode(0o600))?;
             file.set_len(0)?;
@@ -123,7 +130,7 @@ impl IncomingFile {
 
     /// Gives the image its name, never over something that is there, and keeps the file from then on. Does nothing the second time.
     pub fn keep(&mut self) -> Result<(), IncomingError> {
-        if self.kept {
+        if self.is_kept() {
             return Ok(());
         }
         let (incoming, path) = (&self.incoming, &self.path);
@@ -136,13 +143,22 @@ impl IncomingFile {
             ErrorKind::AlreadyExists => IncomingError::Taken { incoming: incoming.clone(), path: path.clone() },
             _ => IncomingError::Io { action: "rename", path: incoming.clone(), source },
         })?;
-        self.kept = true;
+        self.state = NameState::Kept;
         Ok(())
     }
 
     /// Whether the file has its name and stays.
     pub fn is_kept(&self) -> bool {
-        self.kept
+        self.state == NameState::Kept
+    }
+
+    /// Removes the file if it is not kept. To be called before its lock is given up: afterwards it could be somebody else's.
+    pub fn remove_unless_kept(&mut self) {
+        if self.state == NameState::Incoming {
+            self.state = NameState::Removed;
+            // Nobody can be told. What is left over is replaced the next time.
+            let _ = fs::remove_file(&self.incoming);
+        }
     }
 
     /// Makes the image's name durable.
@@ -154,10 +170,7 @@ impl IncomingFile {
 
 impl Drop for IncomingFile {
     fn drop(&mut self) {
-        if !self.kept {
-            // Nobody can be told. What is left over is replaced the next time.
-            let _ = fs::remove_file(&self.incoming);
-        }
+        self.remove_unless_kept();
     }
 }
 

@@ -169,6 +169,25 @@ fn nothing_is_stored_for_an_image_that_is_not_whole() {
     disk.bitmaps().change(|held| held.add("b", Granularity::default(), true, true)).unwrap();
     disk.keep().unwrap();
     disk.arriving().unwrap().expect([BlockRun::new(0, 1)], |_| {});
+    assert!(matches!(disk.freeze().unwrap_err(), DiskError::Arriving(_)));
     disk.close().unwrap();
     assert!(path.exists() && !sidecar.exists());
+}
+
+#[test]
+fn an_image_that_has_no_name_yet_is_not_given_up_to_others() {
+    let (_directory, path, disk) = scratch();
+    drop(disk);
+    fs::remove_file(&path).unwrap();
+    let disk = Disk::create(config(&path), SIZE).unwrap();
+    disk.release().unwrap();
+    assert!(Disk::create(config(&path), SIZE).unwrap_err().to_string().contains("in use by another Ferry"));
+    disk.acquire().unwrap();
+    disk.close().unwrap();
+    // Now it is another's, which the end of the first does not take away.
+    let other = Disk::create(config(&path), SIZE).unwrap();
+    drop(disk);
+    other.keep().unwrap();
+    other.release().unwrap();
+    assert!(open(&path).acquire().is_ok());
 }
