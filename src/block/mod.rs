@@ -1,5 +1,5 @@
-//! Disks: images and their locks, the dirty bitmaps that record what the guest changed, stored in a sidecar of the image, and exports for
-//! others than the guest.
+//! Disks: images and their locks, the dirty bitmaps that record what the guest changed, stored in a sidecar of the image, exports for others
+//! than the guest, and disks that go to and come from another host.
 
 pub mod arriving;
 pub mod block_run;

@@ -149,6 +149,8 @@ fn a_write_that_fails_gives_its_blocks_back_to_what_arrives() {
     let (bench, _asked) = Bench::empty();
     let while_claimed = |block: u64, end: &dyn Fn(Claim<'_>)| {
         let claim = bench.arriving().before_write(run(block, 1).bytes(SIZE)).unwrap().unwrap();
+        // While it is held nobody else claims any of it, nor anything together with it.
+        assert!([run(block, 1), run(block - 1, 3)].iter().all(|run| bench.arriving().state().claim(*run).is_none()));
         thread::scope(|scope| {
             let arrival = scope.spawn(|| bench.arriving().place(run(block - 1, 3), &[1; 3 * BLOCK]));
             end(claim);

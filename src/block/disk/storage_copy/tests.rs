@@ -1,5 +1,6 @@
 use std::fs;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
@@ -103,6 +104,12 @@ fn freezing_waits_for_the_request_under_way() {
     std::thread::scope(|scope| {
         let freezing = disk.with_io(|io| {
             let freezing = scope.spawn(|| disk.freeze());
+            // Until it waits, which keeps new requests out.
+            let begun = Instant::now();
+            while disk.requests.try_read().is_ok() {
+                assert!(begun.elapsed() < Duration::from_secs(20) && !freezing.is_finished());
+                std::thread::yield_now();
+            }
             io.write_zeroes(0, 512, false)?;
             Ok(freezing)
         });
