@@ -14,7 +14,7 @@ use super::size::Memory;
 use super::{bandwidth, disk, duration, size};
 use crate::memory::dirty_tracker::TrackerChoice;
 use crate::migrate::report::Mode;
-use crate::qmp::parameters::MultifdCompression;
+use crate::qmp::parameters::{MultifdCompression, Storage};
 use crate::vm::config::{DiskConfig, GuestConfig};
 
 /// Run a Linux guest under KVM, and move it to another host while it runs.
@@ -155,6 +155,7 @@ Examples:
   ferry migrate --qmp guest.sock tcp:other-host:4444 --mode precopy --downtime 20ms
   ferry migrate --qmp guest.sock tcp:other-host:4444 --max-bandwidth 1Gbit
   ferry migrate --qmp guest.sock unix:/run/ferry/in.sock --report report.json
+  ferry migrate --qmp guest.sock tcp:other-host:4444 --storage copy
   ferry migrate --qmp guest.sock tcp:other-host:4444 --dry-run
 
 Shows progress on a terminal, otherwise one JSON line per event on stdout. Ctrl-C cancels the migration.")]
@@ -168,6 +169,9 @@ pub(super) struct MigrateArguments {
     /// How RAM moves
     #[arg(long, value_enum, default_value = "auto")]
     pub mode: ModeArgument,
+    /// What becomes of the disks
+    #[arg(long, value_enum, default_value = "shared")]
+    pub storage: StorageArgument,
     /// Downtime that precopy aims for: 50ms, 1s
     #[arg(long, value_name = "TIME", value_parser = duration::parse_milliseconds)]
     pub downtime: Option<i64>,
@@ -233,6 +237,23 @@ pub(super) enum ModeArgument {
     Precopy,
     /// Postcopy at once
     Postcopy,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum StorageArgument {
+    /// Both hosts see them
+    Shared,
+    /// Their contents go along; `ferry receive --disk id=ID,path=PATH` says where to. Read-only disks both hosts must have
+    Copy,
+}
+
+impl From<StorageArgument> for Storage {
+    fn from(storage: StorageArgument) -> Self {
+        match storage {
+            StorageArgument::Shared => Storage::Shared,
+            StorageArgument::Copy => Storage::Copy,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

@@ -106,6 +106,12 @@ impl HostPage {
     }
 }
 
+impl Default for HostPage {
+    fn default() -> Self {
+        HostPage::SMALL
+    }
+}
+
 impl TryFrom<u64> for HostPage {
     type Error = &'static str;
 

@@ -165,10 +165,10 @@ impl Iterator for Runs<'_> {
     type Item = PageRun;
 
     fn next(&mut self) -> Option<PageRun> {
-        let first = self.set.next_run(self.from, 1)?.first.0;
-        let run = self.set.next_run(first, self.end.checked_sub(first).filter(|left| *left > 0)?)?;
-        self.from = run.end();
-        Some(run)
+        let end = self.end.min(self.set.pages);
+        let first = self.set.next_bit(self.from, end, 0)?;
+        self.from = self.set.next_bit(first, end, !0).unwrap_or(end);
+        Some(PageRun::new(first, self.from - first))
     }
 }
 

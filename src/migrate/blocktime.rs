@@ -19,7 +19,7 @@ const BUCKETS: u32 = 24;
 /// Waits that have ended, and those that go on.
 #[derive(Clone, Debug)]
 pub struct Blocktime {
-    latencies: Option<Histogram<u64>>,
+    latencies: Latencies,
     latency: Waits,
     waiting: HashMap<Pid, Waiting>,
     /// The vCPUs by number.
@@ -28,6 +28,37 @@ pub struct Blocktime {
     /// Since when all vCPUs wait.
     all_since: Option<Duration>,
     all: Duration,
+}
+
+/// How long waits took.
+#[derive(Clone, Debug)]
+pub struct Latencies(Option<Histogram<u64>>);
+
+impl Default for Latencies {
+    fn default() -> Self {
+        // One microsecond to ten minutes, two digits.
+        Latencies(Histogram::new_with_bounds(1, 600_000_000, 2).ok())
+    }
+}
+
+impl Latencies {
+    /// Counts a wait.
+    pub fn record(&mut self, latency: Duration) {
+        if let Some(latencies) = &mut self.0 {
+            latencies.saturating_record(latency.as_micros() as u64);
+        }
+    }
+
+    /// How many were counted.
+    pub fn count(&self) -> u64 {
+        self.0.as_ref().map_or(0, Histogram::len)
+    }
+
+    /// Median, 99th percentile and longest, in microseconds.
+    pub fn percentiles(&self) -> [u64; 3] {
+        let latencies = self.0.as_ref();
+        latencies.map_or([0; 3], |latencies| [latencies.value_at_quantile(0.5), latencies.value_at_quantile(0.99), latencies.max()])
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -62,8 +93,7 @@ impl Waits {
 impl Default for Blocktime {
     fn default() -> Self {
         Blocktime {
-            // One microsecond to ten minutes, two digits.
-            latencies: Histogram::new_with_bounds(1, 600_000_000, 2).ok(),
+            latencies: Latencies::default(),
             latency: Waits::default(),
             waiting: HashMap::new(),
             vcpus: Vec::new(),
@@ -99,9 +129,7 @@ impl Blocktime {
     pub fn placed(&mut self, run: PageRun, latencies: &[Duration], now: Duration) {
         for latency in latencies {
             self.latency.add(*latency);
-            if let Some(latencies) = &mut self.latencies {
-                latencies.saturating_record(latency.as_micros() as u64);
-            }
+            self.latencies.record(*latency);
         }
         let is_placed = |waiting: &Waiting| (run.first.0..run.end()).contains(&waiting.page.0);
         let woken: Vec<_> = self.waiting.iter().filter(|(_, waiting)| is_placed(waiting)).map(|(thread, _)| *thread).collect();
@@ -124,10 +152,8 @@ impl Blocktime {
 
     /// Writes all waits that have ended into `faults`.
     pub fn write(&self, faults: &mut Faults) {
-        if let Some(latencies) = &self.latencies {
-            faults.p50_us = latencies.value_at_quantile(0.5);
-            faults.p99_us = latencies.value_at_quantile(0.99);
-            faults.max_us = latencies.max();
+        [faults.p50_us, faults.p99_us, faults.max_us] = self.latencies.percentiles();
+        if let Some(latencies) = &self.latencies.0 {
             // The histogram's own buckets end at powers of two, so these counts are exact.
             let bucket = |index| match index {
                 0 => latencies.count_between(0, 1),

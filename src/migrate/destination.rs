@@ -29,7 +29,8 @@ use arrival::Ahead;
 pub use input::{Input, Link};
 
 use super::bitmaps::IncomingBitmaps;
-use super::blocktime::Blocktime;
+use super::blocktime::{Blocktime, Latencies};
+use super::layout::Layout;
 use super::pages::Incoming;
 use super::report::{Faults, Status};
 use super::wire::{self, Channel, Frame, Hello, Holding, MAX_PAGE_CHANNELS, OLDEST_VERSION, Package, Setup, Totals, VERSION};
@@ -37,8 +38,6 @@ use crate::block::dirty_bitmap::BitmapRun;
 use crate::memory::thp::MAX_RANGES;
 use crate::memory::{HostPage, PageRun, PageSet};
 
-/// Longest guest RAM, in pages: what a 48-bit physical address space can hold.
-const MAX_RAM_PAGES: u64 = 1 << 36;
 /// How long the source may take from its `Hello` to its `Setup`.
 const SETUP_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -57,6 +56,16 @@ enum State {
     Ended,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Durable {
+    No,
+    /// The driver is at it.
+    Asked,
+    /// It could not be done; the next link is another try.
+    Failed,
+    Yes,
+}
+
 /// The destination's state machine.
 #[derive(Clone, Debug)]
 pub struct Destination {
@@ -73,9 +82,7 @@ pub struct Destination {
     /// Those that there are to be.
     wanted_page_channels: u16,
     prepared: bool,
-    ram_pages: u64,
-    /// What is missing, asked for and placed whole.
-    host_page: HostPage,
+    layout: Layout,
     /// Pages whose contents were written into RAM during precopy.
     written: PageSet,
     /// Pages that are in place.
@@ -90,12 +97,15 @@ pub struct Destination {
     version: u16,
     postcopy: bool,
     end_received: bool,
+    /// Whether what was copied of disks would outlive a crash of this host.
+    durable: Durable,
     /// When the source was last heard of: it came, was told READY, or sent pages.
     heard_at: Duration,
     resume_us: u64,
     warnings: Vec<String>,
     faults: Faults,
     blocktime: Blocktime,
+    block_waits: Latencies,
     outcome: Option<Outcome>,
 }
 
@@ -119,22 +129,23 @@ impl Destination {
             page_channels: 0,
             wanted_page_channels: 0,
             prepared: false,
-            ram_pages: 0,
-            host_page: HostPage::SMALL,
+            layout: Layout::default(),
             written: PageSet::empty(0),
             received: Totals::default(),
             receiving: 0,
             ahead: None,
-            incoming: Incoming::new(PageSet::empty(0), HostPage::SMALL),
+            incoming: Incoming::new(PageSet::empty(0), Layout::default()),
             bitmaps: IncomingBitmaps::default(),
             version: OLDEST_VERSION,
             postcopy: false,
             end_received: false,
+            durable: Durable::No,
             heard_at: Duration::ZERO,
             resume_us: 0,
             warnings: Vec::new(),
             faults: Faults::default(),
             blocktime: Blocktime::default(),
+            block_waits: Latencies::default(),
             outcome: None,
         }
     }
@@ -193,6 +204,9 @@ impl Destination {
         self.pause("the source has come back on a new one");
         self.link = link;
         self.lost = None;
+        if self.durable == Durable::Failed {
+            self.durable = Durable::No;
+        }
         self.actions.push_back(Action::Reconnect(self.link));
         self.welcome();
         self.send(
@@ -242,9 +256,9 @@ impl Destination {
         self.lost.as_deref()
     }
 
-    /// Size of the guest's RAM in pages, once the source has told it.
-    pub fn ram_pages(&self) -> u64 {
-        self.ram_pages
+    /// What is to come, once the source has told it.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
     }
 
     /// The link that stands or stood last.
@@ -281,12 +295,17 @@ impl Destination {
             (Input::Prepared, State::Preparing) => {
                 self.prepared = true;
                 // Only now: a size that this host has no RAM for must not cost anything.
-                self.written = PageSet::empty(self.ram_pages);
+                self.written = PageSet::empty(self.layout.pages());
                 self.check_prepared();
             }
             (Input::Loaded { load_us, warnings }, State::Loading) => {
                 self.send(Channel::Main, Frame::Ready { load_us, warnings });
                 self.enter(State::Ready, None);
+            }
+            (Input::DisksFlushed, _) => self.durable = Durable::Yes,
+            (Input::DisksNotFlushed(reason), _) => {
+                self.durable = Durable::Failed;
+                self.fail(&reason);
             }
             (Input::Ran(resume_us), State::Starting) => {
                 self.resume_us = resume_us;
@@ -383,16 +402,13 @@ impl Destination {
 
     fn on_setup(&mut self, setup: Setup) -> Result<(), String> {
         let Setup { ram_pages, host_page, page_channels, .. } = setup;
-        if ram_pages == 0 || ram_pages > MAX_RAM_PAGES || !host_page.divides(PageRun::new(0, ram_pages)) {
-            return Err(format!("a guest of {ram_pages} pages of RAM cannot be received"));
-        }
+        let layout = Layout::new(ram_pages, host_page, &setup.disks)?;
         check_huge(&setup.huge, ram_pages)?;
         if !(1..=MAX_PAGE_CHANNELS).contains(&page_channels) {
             return Err(format!("pages cannot be received on {page_channels} connections, only on 1 to {MAX_PAGE_CHANNELS}"));
         }
         self.wanted_page_channels = !0 >> (16 - page_channels);
-        self.ram_pages = ram_pages;
-        self.host_page = host_page;
+        self.layout = layout;
         self.actions.push_back(Action::Prepare(setup));
         self.enter(State::Preparing, None);
         Ok(())
@@ -402,14 +418,14 @@ impl Destination {
         if !package.postcopy && !package.missing.is_empty() {
             return Err("pages are missing at the end of precopy".into());
         }
-        let mut missing = PageSet::empty(self.ram_pages);
+        let mut missing = PageSet::empty(self.layout.pages());
         for &run in &package.missing {
-            if !run.is_within(self.ram_pages) || !self.host_page.divides(run) || missing.insert(run) != run.count {
+            if !self.layout.holds(run) || !self.layout.divides(run) || missing.insert(run) != run.count {
                 return Err(format!("the list of missing pages is wrong at {run}"));
             }
         }
         self.postcopy = package.postcopy;
-        self.incoming = Incoming::new(missing, self.host_page);
+        self.incoming = Incoming::new(missing, self.layout.clone());
         self.bitmaps = IncomingBitmaps::new(&package.bitmaps);
         self.actions.push_back(Action::Load(Box::new(package)));
         self.enter(State::Loading, None);
@@ -432,6 +448,14 @@ impl Destination {
     fn check_complete(&mut self) {
         let all_here = self.incoming.missing().is_empty() && self.bitmaps.all_complete() && self.actions.is_empty();
         if self.state == State::Running && all_here && (self.end_received || self.lost.is_some()) {
+            if self.layout.has_disks() && self.durable != Durable::Yes {
+                // The source keeps its images until DONE, and then nobody has what a crash of this host takes.
+                if self.durable == Durable::No {
+                    self.durable = Durable::Asked;
+                    self.actions.push_back(Action::FlushDisks);
+                }
+                return;
+            }
             // First: a guest that has ended meanwhile ends this process as soon as it is complete, and the source would take the silence
             // for a loss.
             if self.lost.is_none() {
@@ -447,7 +471,12 @@ impl Destination {
     }
 
     fn done(&mut self) {
-        self.send(Channel::Main, Frame::Done { faults: Box::new(self.faults().unwrap_or_default()), warnings: self.warnings.clone() });
+        let done = Frame::Done {
+            faults: Box::new(self.faults().unwrap_or_default()),
+            warnings: self.warnings.clone(),
+            block_waits: self.block_waits().filter(|_| self.version >= 3).map(Box::new),
+        };
+        self.send(Channel::Main, done);
     }
 
     /// Something went wrong. Before READY that ends the migration, from then on only the link: the source may have given the guest up.

@@ -7,6 +7,7 @@ pub mod compression;
 pub mod destination;
 pub mod driver;
 pub mod forecast;
+pub mod layout;
 pub mod pace;
 pub mod pages;
 pub mod policy;

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use super::layout::Layout;
 use super::prefetch::{MAX_AHEAD, Prefetch};
 use super::wire::MAX_RUN;
 use crate::memory::{HostPage, PageNumber, PageRun, PageSet};
@@ -17,38 +18,89 @@ const _: () = assert!(CLEAR_CHUNK.is_multiple_of(MAX_RUN));
 #[derive(Clone, Debug)]
 pub struct Outgoing {
     unsent: PageSet,
-    cursor: u64,
+    layout: Layout,
+    ram: Region,
+    storage: Region,
+    /// In precopy: what takes longest and changes least, so that RAM is fresh when the pass ends. In postcopy the guest needs RAM more.
+    storage_first: bool,
     cleared_to: u64,
 }
 
+/// Pages that are sent in the background in their order, RAM or all disks.
+#[derive(Clone, Debug)]
+struct Region {
+    pages: PageRun,
+    cursor: u64,
+    /// None of those before it is unsent.
+    sent_to: u64,
+}
+
+impl Region {
+    fn new(pages: PageRun) -> Self {
+        Region { pages, cursor: pages.first.0, sent_to: pages.first.0 }
+    }
+
+    fn rewind(&mut self) {
+        *self = Region::new(self.pages);
+    }
+
+    /// The next page of `unsent`, behind the cursor or else from the beginning.
+    fn next(&mut self, unsent: &PageSet) -> Option<u64> {
+        let end = self.pages.end();
+        let next = |from: u64| Some(unsent.runs_within(PageRun::new(from, end - from)).next()?.first.0);
+        next(self.cursor).or_else(|| {
+            let first = next(self.sent_to);
+            self.sent_to = first.unwrap_or(end);
+            self.cursor = self.sent_to;
+            first
+        })
+    }
+}
+
 impl Outgoing {
-    /// Nothing to send yet, of a RAM of `pages` pages.
-    pub fn new(pages: u64) -> Self {
-        Outgoing { unsent: PageSet::empty(pages), cursor: 0, cleared_to: 0 }
+    /// Nothing to send yet.
+    pub fn new(layout: Layout) -> Self {
+        Outgoing {
+            unsent: PageSet::empty(layout.pages()),
+            ram: Region::new(layout.ram()),
+            storage: Region::new(layout.storage()),
+            storage_first: true,
+            cleared_to: 0,
+            layout,
+        }
     }
 
     /// Adds freshly dirtied pages and starts from the first page again.
     pub fn begin_pass(&mut self, dirty: &PageSet) {
         self.unsent.union(dirty);
-        self.cursor = 0;
+        self.storage_first = true;
         self.cleared_to = 0;
+        self.rewind();
     }
 
     /// After a recovery: what the destination lacks is what is to go, whatever was sent before.
     pub fn restart(&mut self, missing: PageSet) {
         self.unsent = missing;
-        self.cursor = 0;
+        self.storage_first = false;
+        self.rewind();
     }
 
-    /// Before the switch to postcopy: a host page that is to go in part is to go whole, because it cannot be there in part.
-    pub fn widen(&mut self, host_page: HostPage) {
-        if host_page == HostPage::SMALL {
+    fn rewind(&mut self) {
+        self.ram.rewind();
+        self.storage.rewind();
+    }
+
+    /// Before the switch to postcopy: RAM goes first from here on, and a host page that is to go in part is to go whole, because it cannot be
+    /// there in part.
+    pub fn begin_postcopy(&mut self) {
+        self.storage_first = false;
+        if self.layout.host_page() == HostPage::SMALL {
             // The guest stands still meanwhile.
             return;
         }
-        let runs: Vec<_> = self.unsent.runs().collect();
+        let runs: Vec<_> = self.unsent.runs_within(self.layout.ram()).collect();
         for run in runs {
-            self.unsent.insert(host_page.around(run));
+            self.unsent.insert(self.layout.around(run));
         }
     }
 
@@ -57,11 +109,21 @@ impl Outgoing {
         &self.unsent
     }
 
+    /// How many of them are blocks of disks.
+    pub fn unsent_blocks(&self) -> u64 {
+        self.unsent.runs_within(self.layout.storage()).map(|run| run.count).sum()
+    }
+
+    fn next(&mut self) -> Option<u64> {
+        let (first, second) = if self.storage_first { (&mut self.storage, &mut self.ram) } else { (&mut self.ram, &mut self.storage) };
+        first.next(&self.unsent).or_else(|| second.next(&self.unsent))
+    }
+
     /// Takes the next pages in the background, at most `max`; after a request it goes on behind the requested pages. All of them lie in
-    /// one stretch of [`MAX_RUN`] pages: they travel on one connection, and in one chunk. The bits of what lies behind the chunk have not
-    /// been cleared, and no write to a page sent with its bit set is ever reported.
+    /// one stretch of [`MAX_RUN`] pages: they travel on one connection, and in one chunk, and are all of RAM or of one disk. The bits of what
+    /// lies behind the chunk have not been cleared, and no write to a page sent with its bit set is ever reported.
     pub fn take_next(&mut self, max: u64) -> Option<Vec<PageRun>> {
-        let first = self.unsent.next_run(self.cursor, 1).or_else(|| self.unsent.next_run(0, 1))?.first.0;
+        let first = self.next()?;
         let stretch = PageRun::new(first, MAX_RUN - first % MAX_RUN);
         let mut room = max;
         let runs: Vec<PageRun> = self
@@ -74,29 +136,29 @@ impl Outgoing {
             })
             .collect();
         for &run in &runs {
-            self.unsent.remove(run);
-            self.cursor = run.end();
+            self.take_requested(run);
         }
         Some(runs)
     }
 
     /// The chunk whose dirty bits must be cleared before the next run is read, if it was not done in this pass. The bits to clear are
-    /// those of [`Outgoing::unsent`] in the chunk: they were harvested, and none of them is sent yet.
+    /// those of [`Outgoing::unsent`] in the chunk: they were harvested, and none of them is sent yet. Bits of disks are clear once harvested.
     pub fn take_chunk_to_clear(&mut self) -> Option<PageRun> {
-        let next = self.unsent.next_run(self.cursor, 1)?.first.0;
-        if next < self.cleared_to {
+        let next = self.next()?;
+        if next < self.cleared_to || !self.layout.is_ram(PageNumber(next)) {
             return None;
         }
         let first = next / CLEAR_CHUNK * CLEAR_CHUNK;
         self.cleared_to = first + CLEAR_CHUNK;
-        Some(PageRun::new(first, CLEAR_CHUNK.min(self.unsent.universe() - first)))
+        Some(PageRun::new(first, CLEAR_CHUNK.min(self.layout.ram().end() - first)))
     }
 
     /// Takes requested pages, which go out at once whether or not they went out before: a page sent in the background may still stand in
     /// a socket's buffer behind many others. The background goes on behind them.
     pub fn take_requested(&mut self, run: PageRun) {
         self.unsent.remove(run);
-        self.cursor = run.end();
+        let region = if self.layout.is_ram(run.first) { &mut self.ram } else { &mut self.storage };
+        region.cursor = run.end();
     }
 }
 
@@ -119,15 +181,15 @@ pub struct Incoming {
     requested: PageSet,
     /// Since when each page is waited for; of a host page the first.
     since: HashMap<PageNumber, Duration>,
-    host_page: HostPage,
+    layout: Layout,
     prefetch: Prefetch,
 }
 
 impl Incoming {
     /// The pages in `missing`, whole host pages, are still to come.
-    pub fn new(missing: PageSet, host_page: HostPage) -> Self {
-        let pages = missing.universe();
-        Incoming { requested: PageSet::empty(pages), missing, since: HashMap::new(), host_page, prefetch: Prefetch::new(pages) }
+    pub fn new(missing: PageSet, layout: Layout) -> Self {
+        let requested = PageSet::empty(missing.universe());
+        Incoming { requested, missing, since: HashMap::new(), prefetch: Prefetch::new(layout.ram().count), layout }
     }
 
     /// The pages that have not been placed.
@@ -137,7 +199,7 @@ impl Incoming {
 
     /// A thread of the guest or of a device touched `page` at `now` and waits.
     pub fn fault(&mut self, page: PageNumber, now: Duration) -> FaultAnswer {
-        let run = self.host_page.around(PageRun::single(page));
+        let run = self.layout.around(PageRun::single(page));
         if !self.missing.contains(page) {
             return FaultAnswer::Zero(run);
         }
@@ -145,10 +207,27 @@ impl Incoming {
         if self.requested.insert(run) == 0 { FaultAnswer::Wait } else { FaultAnswer::Request(run) }
     }
 
+    /// A device waits from `now` on for those of `run`, blocks of a disk, that are missing; returns what is to be asked for.
+    pub fn wait_for_blocks(&mut self, run: PageRun, now: Duration) -> Vec<PageRun> {
+        let missing: Vec<_> = self.missing.runs_within(run).collect();
+        let mut unasked: Vec<PageRun> = Vec::new();
+        for page in missing.into_iter().flat_map(PageRun::pages) {
+            self.since.entry(page).or_insert(now);
+            if self.requested.insert(PageRun::single(page)) == 0 {
+                continue;
+            }
+            match unasked.last_mut().filter(|run| run.end() == page.0 && run.count < MAX_RUN) {
+                Some(run) => run.count += 1,
+                None => unasked.push(PageRun::single(page)),
+            }
+        }
+        unasked
+    }
+
     /// What to ask for in advance, after a fault on `page` that was answered by [`FaultAnswer::Request`] or [`FaultAnswer::Wait`], and after
     /// the request for the page itself. Nothing where host pages are huge: one of them is more than is ever asked for in advance.
     pub fn prefetch(&mut self, page: PageNumber) -> Vec<PageRun> {
-        if self.host_page != HostPage::SMALL {
+        if self.layout.host_page() != HostPage::SMALL {
             return Vec::new();
         }
         // What was requested and nobody waits for was asked for in advance.
@@ -182,16 +261,26 @@ impl Incoming {
         run.pages().filter_map(|page| self.since.remove(&page)).map(|since| now.saturating_sub(since)).collect()
     }
 
-    /// The link is another one: what was asked for on the old one is asked for again.
+    /// The link is another one: what was asked for on the old one and is waited for is asked for again, pages of RAM first.
     pub fn renew(&mut self) -> Vec<PageRun> {
         let all = PageRun::new(0, self.requested.universe());
         self.requested.remove(all);
         self.prefetch.forget_open();
-        let waiting: Vec<_> = self.waiting().into_iter().map(|page| self.host_page.around(PageRun::single(page))).collect();
-        for run in &waiting {
+        let (ram, blocks): (Vec<_>, Vec<_>) = self.waiting().into_iter().partition(|page| self.layout.is_ram(*page));
+        let mut renewed: Vec<_> = ram.into_iter().map(|page| self.layout.around(PageRun::single(page))).collect();
+        for run in &renewed {
             self.requested.insert(*run);
         }
-        waiting
+        for block in blocks {
+            self.requested.insert(PageRun::single(block));
+        }
+        let mut rest: Vec<_> = self.requested.runs_within(self.layout.storage()).collect();
+        while let Some(run) = rest.pop() {
+            let count = run.count.min(MAX_RUN);
+            renewed.push(PageRun { count, ..run });
+            rest.extend((run.count > count).then(|| PageRun::new(run.first.0 + count, run.count - count)));
+        }
+        renewed
     }
 
     /// Since when the one that has waited longest waits.
@@ -212,12 +301,16 @@ mod tests {
     use super::*;
     use crate::memory::HUGE_PAGE;
 
+    fn ram(pages: u64) -> Layout {
+        Layout::new(pages, HostPage::SMALL, &[]).unwrap()
+    }
+
     #[test]
     fn a_run_lies_in_the_chunk_that_was_cleared_for_it() {
         let mut dirty = PageSet::empty(3 * CLEAR_CHUNK);
         // So that runs of 300 pages do not end with a chunk by themselves.
         dirty.insert(PageRun::new(100, 3 * CLEAR_CHUNK - 100));
-        let mut outgoing = Outgoing::new(3 * CLEAR_CHUNK);
+        let mut outgoing = Outgoing::new(ram(3 * CLEAR_CHUNK));
         outgoing.begin_pass(&dirty);
         let (mut cleared, mut sent) = (None, 0);
         loop {
@@ -238,7 +331,7 @@ mod tests {
         for page in [3, 5, 6, 7, MAX_RUN - 1, MAX_RUN, MAX_RUN + 9, 3 * MAX_RUN] {
             dirty.insert(PageRun::new(page, 1));
         }
-        let mut outgoing = Outgoing::new(4 * MAX_RUN);
+        let mut outgoing = Outgoing::new(ram(4 * MAX_RUN));
         outgoing.begin_pass(&dirty);
         let run = PageRun::new;
         assert_eq!(outgoing.take_next(3).unwrap(), [run(3, 1), run(5, 2)]);
@@ -251,20 +344,21 @@ mod tests {
     fn incoming(missing: PageRun) -> Incoming {
         let mut pages = PageSet::empty(4096);
         pages.insert(missing);
-        Incoming::new(pages, HostPage::SMALL)
+        Incoming::new(pages, ram(4096))
     }
 
     #[test]
     fn of_huge_pages_whole_ones_are_asked_for_and_sent() {
         let host_page = HostPage::HUGE;
         let whole = |number: u64| PageRun::new(number * HUGE_PAGE, HUGE_PAGE);
-        let mut outgoing = Outgoing::new(4096);
+        let layout = Layout::new(4096, host_page, &[]).unwrap();
+        let mut outgoing = Outgoing::new(layout.clone());
         let mut dirty = PageSet::empty(4096);
         for run in [PageRun::new(5, 1), PageRun::new(9, 2), PageRun::new(1535, 2)] {
             dirty.insert(run);
         }
         outgoing.begin_pass(&dirty);
-        outgoing.widen(host_page);
+        outgoing.begin_postcopy();
         let missing = outgoing.unsent().clone();
         assert_eq!(missing.runs().collect::<Vec<_>>(), [whole(0), PageRun::new(2 * HUGE_PAGE, 2 * HUGE_PAGE)]);
         outgoing.take_requested(whole(2));
@@ -272,7 +366,7 @@ mod tests {
         assert_eq!(outgoing.take_next(HUGE_PAGE), Some(vec![whole(0)]));
         assert_eq!(outgoing.take_next(HUGE_PAGE), None);
 
-        let mut incoming = Incoming::new(missing, host_page);
+        let mut incoming = Incoming::new(missing, layout);
         let ms = Duration::from_millis;
         assert_eq!(incoming.fault(PageNumber(HUGE_PAGE + 7), ms(1)), FaultAnswer::Zero(whole(1)));
         assert_eq!(incoming.fault(PageNumber(7), ms(2)), FaultAnswer::Request(whole(0)));
@@ -343,5 +437,59 @@ mod tests {
             assert!(incoming.requested.len() - incoming.since.len() as u64 <= MAX_AHEAD, "at {page}");
         }
         assert!(ahead > MAX_AHEAD, "{ahead}");
+    }
+
+    #[test]
+    fn disks_go_first_in_precopy_and_last_in_postcopy() {
+        let layout = Layout::new(2 * CLEAR_CHUNK, HostPage::SMALL, &[40, 1000]).unwrap();
+        let storage = layout.pages_of(0).unwrap().first.0;
+        let run = PageRun::new;
+        let all = [run(5, 1), run(CLEAR_CHUNK + 1, 2), run(storage + 3, 4), run(storage + MAX_RUN, 600)];
+        let mut outgoing = Outgoing::new(layout.clone());
+        let mut dirty = PageSet::empty(layout.pages());
+        all.iter().for_each(|run| {
+            dirty.insert(*run);
+        });
+        outgoing.begin_pass(&dirty);
+        assert_eq!(outgoing.unsent_blocks(), 604);
+        let mut order = Vec::new();
+        loop {
+            order.extend(outgoing.take_chunk_to_clear());
+            let Some(runs) = outgoing.take_next(MAX_RUN) else { break };
+            order.extend(runs);
+        }
+        let [page, pages, small, large] = all;
+        let (first, second) = (run(storage + MAX_RUN, MAX_RUN), run(storage + 2 * MAX_RUN, 88));
+        assert_eq!(large.count, first.count + second.count);
+        assert_eq!(order, [small, first, second, run(0, CLEAR_CHUNK), page, run(CLEAR_CHUNK, CLEAR_CHUNK), pages]);
+
+        outgoing.begin_pass(&dirty);
+        outgoing.begin_postcopy();
+        // A disk's request leaves RAM its turn.
+        outgoing.take_requested(run(storage + MAX_RUN, 10));
+        let order: Vec<_> = std::iter::from_fn(|| outgoing.take_next(MAX_RUN)).flatten().collect();
+        let rest = run(first.first.0 + 10, MAX_RUN - 10);
+        assert_eq!(order, [page, pages, rest, second, small]);
+    }
+
+    #[test]
+    fn blocks_are_asked_for_once_and_again_on_a_new_link() {
+        let layout = Layout::new(100, HostPage::SMALL, &[2000]).unwrap();
+        let storage = layout.pages_of(0).unwrap().first.0;
+        let mut missing = PageSet::empty(layout.pages());
+        let run = |first, count| PageRun::new(storage + first, count);
+        missing.insert(run(10, 1500));
+        missing.insert(PageRun::new(7, 1));
+        let mut incoming = Incoming::new(missing, layout);
+        let ms = Duration::from_millis;
+        assert_eq!(incoming.wait_for_blocks(run(0, 12), ms(1)), [run(10, 2)]);
+        assert_eq!(incoming.wait_for_blocks(run(8, 6), ms(2)), [run(12, 2)]);
+        assert_eq!(incoming.wait_for_blocks(run(10, 4), ms(3)), []);
+        assert_eq!(incoming.fault(PageNumber(7), ms(4)), FaultAnswer::Request(PageRun::new(7, 1)));
+        assert_eq!(incoming.placed(run(10, 1), ms(5)), [ms(4)]);
+        assert_eq!(incoming.renew(), [PageRun::new(7, 1), run(11, 3)]);
+        assert_eq!(incoming.wait_for_blocks(run(100, 1024), ms(6)), [run(100, MAX_RUN), run(100 + MAX_RUN, MAX_RUN)]);
+        assert_eq!(incoming.renew().len(), 4);
+        assert_eq!(incoming.wait_for_blocks(run(0, 5), ms(7)), []);
     }
 }

@@ -82,12 +82,15 @@ pub struct BytesByKind {
     pub device_state: u64,
     /// Dirty bitmaps of disks.
     pub bitmaps: u64,
+    /// Blocks of copied disks.
+    #[serde(default)]
+    pub blocks: u64,
 }
 
 impl BytesByKind {
     /// All of them together.
     pub fn total(&self) -> u64 {
-        self.pages + self.control + self.device_state + self.bitmaps
+        self.pages + self.control + self.device_state + self.bitmaps + self.blocks
     }
 }
 
@@ -105,6 +108,12 @@ pub struct Progress {
     pub ram_total: u64,
     /// Bytes of pages still to be sent in this pass, or in postcopy.
     pub ram_remaining: u64,
+    /// Size of the disks that are copied, in bytes.
+    #[serde(default)]
+    pub disk_total: u64,
+    /// Bytes of their blocks still to be sent in this pass, or in postcopy.
+    #[serde(default)]
+    pub disk_remaining: u64,
     /// Pages sent with contents, all passes together.
     pub normal_pages: u64,
     /// Pages that were zero and not sent as data.
@@ -250,6 +259,20 @@ impl Faults {
     }
 }
 
+/// How long devices waited for blocks of copied disks that had not come, as the destination measured it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockWaits {
+    /// Blocks that were waited for.
+    pub waited: u64,
+    /// From the request until the block was in the image, in microseconds: median.
+    pub p50_us: u64,
+    /// 99th percentile.
+    pub p99_us: u64,
+    /// Longest.
+    pub max_us: u64,
+}
+
 /// How a migration would go in one mode, as a dry run found.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -302,6 +325,18 @@ pub struct Report {
     pub compression_saved: u64,
     /// Page faults at the destination.
     pub faults: Option<Faults>,
+    /// Of copied disks: blocks sent with contents.
+    #[serde(default)]
+    pub normal_blocks: u64,
+    /// Of copied disks: blocks that were zero.
+    #[serde(default)]
+    pub zero_blocks: u64,
+    /// Images at the source that are stale, because the guest writes to their copies now.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stale_images: Vec<String>,
+    /// Waits for blocks at the destination.
+    #[serde(default)]
+    pub block_waits: Option<BlockWaits>,
     /// How often the link was lost after the commit and the migration went on over another one.
     #[serde(default)]
     pub recoveries: u32,

@@ -30,6 +30,7 @@ mod input;
 mod passes;
 mod pre_switchover;
 mod recovery;
+mod requested;
 mod switchover;
 
 use std::collections::VecDeque;
@@ -42,8 +43,11 @@ use dry_run::DryRun;
 pub use action::{Action, Bulk, Outcome, Poll};
 use ending::Failure;
 pub use input::{Input, Stopped};
+use requested::Requested;
+pub use requested::Waiting;
 
 use super::bitmaps::{BitmapStep, OutgoingBitmaps};
+use super::layout::Layout;
 use super::pages::Outgoing;
 use super::policy::{Fixed, Throttling};
 use super::report::{Mode, Report, Status};
@@ -62,6 +66,8 @@ const ENDING_TIMEOUT: Duration = Duration::from_secs(5);
 /// 100 kB/s meanwhile: whether it does cannot be seen from here. Before END a destination that reads nothing blocks the sends, which have
 /// limits of their own.
 const END_TIMEOUT: Duration = Duration::from_secs(120);
+/// The same where disks are copied, which the destination flushes before it says that it has all.
+const END_TIMEOUT_WITH_DISKS: Duration = Duration::from_secs(1800);
 /// Postcopy's background runs are short, so that the link is soon free for an urgent page; but a host page goes whole.
 const POSTCOPY_RUN: u64 = 64;
 /// Passes that are reported; of more, the last ones.
@@ -74,10 +80,8 @@ pub struct Config {
     pub mode: Mode,
     /// Longest accepted blackout.
     pub downtime_limit: Duration,
-    /// Size of the guest's RAM in pages.
-    pub ram_pages: u64,
-    /// What RAM is made of.
-    pub host_page: HostPage,
+    /// What is to move: RAM, and disks that are copied.
+    pub layout: Layout,
     /// Connections for pages: 1 to [`MAX_PAGE_CHANNELS`].
     pub page_channels: u8,
     /// Random number of this migration.
@@ -119,6 +123,7 @@ pub struct Source {
     actions: VecDeque<Action>,
     deadline: Option<Duration>,
     outgoing: Outgoing,
+    requested: Requested,
     /// Where RAM is mapped by transparent huge pages.
     huge: Vec<PageRun>,
     /// How many [`Bulk::Pages`] the driver has that it has not reported as sent. Nothing that counts on them may follow before.
@@ -173,7 +178,8 @@ impl Source {
         let hello = Self::hello(config.session, 0, Channel::Main);
         let report = Report { mode: config.mode, ..Report::default() };
         Source {
-            outgoing: Outgoing::new(config.ram_pages),
+            outgoing: Outgoing::new(config.layout.clone()),
+            requested: Requested::default(),
             huge: Vec::new(),
             in_flight: 0,
             config,
@@ -357,18 +363,32 @@ impl Source {
         }
     }
 
-    /// The destination asks for pages on the urgent connection: send them there, at once, and report it with
-    /// [`Source::sent_urgent`]. An error is the destination's fault and ends what can be ended.
+    /// The destination asks for pages on the urgent connection. What [`Source::next_requested`] says is to be sent there at once. An error is the
+    /// destination's fault and ends what can be ended.
     pub fn request(&mut self, run: PageRun) -> Result<(), String> {
         if !matches!(self.state, State::Switching | State::Committed | State::Ending) || !self.switch_postcopy {
             return Err(format!("the destination asked for {run}, but there is no postcopy"));
         }
-        if !run.is_within(self.config.ram_pages) || run.count > MAX_RUN || !self.config.host_page.divides(run) {
-            return Err(format!("the destination asked for {run} of {} pages", self.config.ram_pages));
+        let layout = &self.config.layout;
+        if !layout.holds(run) || run.count > MAX_RUN || !layout.divides(run) {
+            return Err(format!("the destination asked for {run} of {} pages", layout.pages()));
         }
         self.outgoing.take_requested(run);
+        if !self.requested.insert(run, layout.is_ram(run.first)) {
+            return Err("the destination asks for more than it may at a time".into());
+        }
         self.requests += 1;
         Ok(())
+    }
+
+    /// What is to be sent next on the urgent connection, and then reported with [`Source::sent_urgent`]: pages first.
+    pub fn next_requested(&mut self) -> Option<PageRun> {
+        self.requested.take_next()
+    }
+
+    /// What [`Source::next_requested`] has next.
+    pub fn requested(&self) -> Waiting {
+        self.requested.waiting()
     }
 
     fn send(&mut self, frame: Frame) {
@@ -386,13 +406,26 @@ impl Source {
                 let reason = format!("the destination ({program}) answers in version {version} of the protocol, which was not offered");
                 self.fail(Failure::Failed(reason), now);
             }
-            (Frame::Welcome { version, .. }, State::Hello) => {
+            (Frame::Welcome { version, program }, State::Hello) => {
+                if version < 3 && self.config.layout.has_disks() {
+                    let reason = format!("the destination ({program}) does not know how to take disks; it needs a newer version of Ferry");
+                    return self.fail(Failure::Failed(reason), now);
+                }
                 self.version = version;
                 self.fixed.round_trip = now.saturating_sub(self.asked_at);
                 self.actions.push_back(Action::OpenOthers);
-                let Config { ram_pages, host_page, page_channels, mode, .. } = self.config;
-                let (huge, machine) = (std::mem::take(&mut self.huge), std::mem::take(&mut self.config.machine));
-                self.send(Frame::Setup(Setup { ram_pages, host_page, huge, postcopy: mode != Mode::Precopy, page_channels, machine }));
+                let machine = std::mem::take(&mut self.config.machine);
+                let Config { layout, page_channels, mode, .. } = &self.config;
+                let setup = Setup {
+                    ram_pages: layout.ram().count,
+                    host_page: layout.host_page(),
+                    huge: std::mem::take(&mut self.huge),
+                    postcopy: *mode != Mode::Precopy,
+                    page_channels: *page_channels,
+                    machine,
+                    disks: layout.blocks_of_disks(),
+                };
+                self.send(Frame::Setup(setup));
                 self.enter(State::Preparing, Some(now + ANSWER_TIMEOUT));
             }
             (Frame::Prepared, State::Preparing) => {
@@ -419,8 +452,9 @@ impl Source {
                 self.report.downtime.resume_us = resume_us;
                 self.report.downtime.total_us = (now - self.stopped_at).as_micros() as u64;
             }
-            (Frame::Done { faults, warnings }, State::Ending) => {
+            (Frame::Done { faults, warnings, block_waits }, State::Ending) => {
                 self.report.warnings.extend(warnings);
+                self.report.block_waits = block_waits.map(|waits| *waits);
                 self.report.faults = self.switch_postcopy.then_some(*faults);
                 self.send(Frame::Goodbye);
                 self.finish(Status::Completed, now);
@@ -443,7 +477,10 @@ impl Source {
                 }
                 // In its place between the words of two bitmaps, which is why it does not join the queue of actions.
                 Some(BitmapStep::Complete(index)) => return Some(Poll::Act(Action::Send(Frame::BitmapComplete(index)))),
-                None => (POSTCOPY_RUN.max(self.config.host_page.pages()), None, self.config.host_page),
+                None => {
+                    let host_page = self.config.layout.host_page();
+                    (POSTCOPY_RUN.max(host_page.pages()), None, host_page)
+                }
             },
             _ => return None,
         };
@@ -479,7 +516,8 @@ impl Source {
             }
             State::Committed => {
                 self.send(Frame::End);
-                self.enter(State::Ending, Some(now + END_TIMEOUT));
+                let timeout = if self.config.layout.has_disks() { END_TIMEOUT_WITH_DISKS } else { END_TIMEOUT };
+                self.enter(State::Ending, Some(now + timeout));
             }
             _ => {}
         }

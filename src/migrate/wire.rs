@@ -7,7 +7,7 @@
 //! | 0 | kind ([`Kind`]) |
 //! | 1..4 | zero |
 //! | 4..8 | length of the body in bytes |
-//! | 8..16 | first page of the run for `Pages`, `Compressed` and `Request`, else zero |
+//! | 8..16 | first page of the run ([`Layout`](super::layout::Layout)) for `Pages`, `Compressed` and `Request`, else zero |
 //!
 //! The body of `Pages` is the contents of the pages; that of `Request` is a count (u64); that of `Compressed` is a count (u16), a method
 //! (u8, [`Method`]), a zero and then the compressed contents; all others are postcard. `Hello` begins with a
@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::report::Faults;
+use super::report::{BlockWaits, Faults};
 use crate::block::dirty_bitmap::BitmapRun;
 use crate::memory::{PAGE_SIZE, PageNumber, PageRun};
 
@@ -314,6 +314,8 @@ pub enum Frame {
         faults: Box<Faults>,
         /// Warnings since `Ready`.
         warnings: Vec<String>,
+        /// How long the guest's devices waited for blocks, if disks were copied.
+        block_waits: Option<Box<BlockWaits>>,
     },
     /// D: the answer to a `Hello` on the main connection with the session of a migration whose link was lost after READY, behind the
     /// `Welcome`. The source goes on from here.
@@ -373,7 +375,12 @@ impl Frame {
             }
             Frame::Welcome { version, program } => bytes = extend(bytes, kind, &(version, clipped(program, kind.max_length() - 16)))?,
             Frame::Abort(text) => bytes = extend(bytes, kind, &clipped(text, kind.max_length() - 16))?,
-            Frame::Setup(setup) => bytes = extend(bytes, kind, setup)?,
+            Frame::Setup(setup) => {
+                bytes = extend(bytes, kind, setup)?;
+                if !setup.disks.is_empty() {
+                    bytes = extend(bytes, kind, &setup.disks)?;
+                }
+            }
             Frame::Compressed(compressed) => {
                 page = compressed.run.first.0;
                 compressed.extend(&mut bytes);
@@ -392,7 +399,12 @@ impl Frame {
                 bytes = extend(bytes, kind, &(index, first, alike, words))?;
             }
             Frame::BitmapComplete(index) => bytes = extend(bytes, kind, index)?,
-            Frame::Done { faults, warnings } => bytes = extend(bytes, kind, &(faults, warnings))?,
+            Frame::Done { faults, warnings, block_waits } => {
+                bytes = extend(bytes, kind, &(faults, warnings))?;
+                if let Some(waits) = block_waits {
+                    bytes = extend(bytes, kind, waits)?;
+                }
+            }
             Frame::Holding(holding) => bytes = extend(bytes, kind, holding)?,
             Frame::Prepared | Frame::PassAck | Frame::Commit | Frame::End | Frame::Goodbye => {}
         }
@@ -425,7 +437,14 @@ impl Frame {
                 Frame::Welcome { version, program: printable(program) }
             }
             Kind::Abort => Frame::Abort(printable(whole(body, kind)?)),
-            Kind::Setup => Frame::Setup(whole(body, kind)?),
+            Kind::Setup => {
+                let (setup, disks) = whole_or_more(body, kind)?;
+                // There is one way to say that no disk comes along.
+                if disks.as_ref().is_some_and(Vec::is_empty) {
+                    return Err(WireError::Body { kind });
+                }
+                Frame::Setup(Setup { disks: disks.unwrap_or_default(), ..setup })
+            }
             Kind::Compressed => Frame::Compressed(Compressed::decode(header.page, body).ok_or(WireError::Body { kind })?),
             Kind::Prepared => whole(body, kind).map(|()| Frame::Prepared)?,
             Kind::Pages => Frame::Pages(header.run()),
@@ -456,8 +475,8 @@ impl Frame {
             Kind::BitmapComplete => Frame::BitmapComplete(whole(body, kind)?),
             Kind::End => whole(body, kind).map(|()| Frame::End)?,
             Kind::Done => {
-                let (faults, warnings): (_, Vec<_>) = whole(body, kind)?;
-                Frame::Done { faults, warnings: warnings.into_iter().map(printable).collect() }
+                let ((faults, warnings), block_waits): ((_, Vec<_>), _) = whole_or_more(body, kind)?;
+                Frame::Done { faults, warnings: warnings.into_iter().map(printable).collect(), block_waits }
             }
             Kind::Holding => Frame::Holding(whole(body, kind)?),
             Kind::Goodbye => whole(body, kind).map(|()| Frame::Goodbye)?,
@@ -475,6 +494,12 @@ fn whole<T: DeserializeOwned>(body: &[u8], kind: Kind) -> Result<T, WireError> {
         Ok((value, [])) => Ok(value),
         _ => Err(WireError::Body { kind }),
     }
+}
+
+/// Decodes `body`, and what a newer version has put behind it, if that is there.
+fn whole_or_more<T: DeserializeOwned, M: DeserializeOwned>(body: &[u8], kind: Kind) -> Result<(T, Option<M>), WireError> {
+    let (value, more) = postcard::take_from_bytes(body).map_err(|_| WireError::Body { kind })?;
+    Ok((value, if more.is_empty() { None } else { Some(whole(more, kind)?) }))
 }
 
 /// `text` for a person's terminal, to which the other side must not give orders.

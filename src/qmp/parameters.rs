@@ -41,6 +41,16 @@ pub enum ZeroPageDetection {
     Multifd,
 }
 
+/// What becomes of a guest's disks when it moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Storage {
+    /// Both hosts see them.
+    Shared,
+    /// Their contents go along, to images that the destination makes; read-only disks both hosts must have.
+    Copy,
+}
+
 /// All migration parameters under QEMU's names, and Ferry's own.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -73,6 +83,8 @@ pub struct MigrateParameters {
     /// Which dirty bitmaps go along, and what they are called on the way; at both sides. Every one, under its own name, until it is set.
     #[serde(default, skip_serializing_if = "BitmapMapping::is_default")]
     pub block_bitmap_mapping: BitmapMapping,
+    /// Whether the contents of disks go along.
+    pub ferry_storage: Storage,
     /// When to switch to postcopy.
     pub ferry_mode: Mode,
     /// Whether `migrate` only finds out how a migration would go.
@@ -95,6 +107,7 @@ impl Default for MigrateParameters {
             multifd_compression: MultifdCompression::None,
             zero_page_detection: ZeroPageDetection::Multifd,
             block_bitmap_mapping: BitmapMapping::default(),
+            ferry_storage: Storage::Shared,
             ferry_mode: Mode::Auto,
             ferry_dry_run: false,
         }
@@ -142,6 +155,9 @@ pub struct MigrateSetParameters {
     /// See [`MigrateParameters::block_bitmap_mapping`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_bitmap_mapping: Option<Vec<NodeMapping>>,
+    /// See [`MigrateParameters::ferry_storage`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ferry_storage: Option<Storage>,
     /// See [`MigrateParameters::ferry_mode`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ferry_mode: Option<Mode>,
@@ -180,6 +196,7 @@ impl MigrateParameters {
         if let Some(nodes) = &changes.block_bitmap_mapping {
             next.block_bitmap_mapping = BitmapMapping::new(nodes.clone()).map_err(QmpError::generic)?;
         }
+        next.ferry_storage = changes.ferry_storage.unwrap_or(next.ferry_storage);
         if let Some(mode) = changes.ferry_mode {
             next.ferry_mode = mode;
         }

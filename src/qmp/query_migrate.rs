@@ -49,6 +49,14 @@ pub fn query_migrate(progress: &Progress, report: Option<&Report>) -> Value {
         },
         "ferry": report.map_or_else(|| Details::Progress(progress.clone()), |report| Details::Report(report.clone())),
     });
+    // In the shape that it had in QEMU while block migration was part of that.
+    if progress.disk_total > 0 {
+        answer["disk"] = json!({
+            "total": progress.disk_total,
+            "remaining": if status == Status::Completed { 0 } else { progress.disk_remaining },
+            "transferred": bytes.blocks,
+        });
+    }
     // QEMU's destination has them (qapi/migration.json, since 3.0 and 10.1); here the source has them, too, once it was told.
     if let Some(faults) = report.map_or(&progress.faults, |report| &report.faults) {
         answer["postcopy-blocktime"] = milliseconds(faults.blocktime_us).into();

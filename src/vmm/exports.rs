@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::monitor::{answer, done, generic};
 use super::{Vmm, lock, snapshots};
 use crate::block::dirty_bitmap::{BitmapCopy, BitmapError};
-use crate::block::disk::{Disk, DiskError};
+use crate::block::disk::Disk;
 use crate::block::export_source::ExportSource;
 use crate::block::nbd::catalogue::ExportInfo;
 use crate::block::nbd::export::Export;
@@ -47,9 +47,8 @@ impl Vmm {
             Some(snapshot) => snapshot.disk().clone(),
             None => self.disk(&node)?,
         };
-        // Of a guest that is not here, or no longer, nothing can be exported. Asked as a request of an export, which giving the disk up waits
-        // for, and not with an I/O of its own, at which it would fail.
-        disk.with_io(|_| Ok(())).map_err(|_| generic(DiskError::NotOwned(node.clone())))?;
+        // Of a guest that is not here, or no longer, nothing can be exported.
+        disk.check_available().map_err(generic)?;
         if writable && (disk.config().readonly || snapshot.is_some()) {
             return Err(QmpError::generic("Cannot export read-only node as writable"));
         }

@@ -6,20 +6,20 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use super::{Message, Vmm, VmmError, lock};
+use crate::block::block_run::COPY_BLOCK;
 use crate::block::disk::Disk;
 use crate::memory::{GuestRam, PAGE_SIZE};
 use crate::migrate::bitmap_mapping::BitmapMapping;
 use crate::migrate::destination::Outcome;
 use crate::migrate::driver::destination::DestinationMigration;
 use crate::migrate::driver::owner::{DestinationOwner, MachineSetup, StoppedGuest};
+use crate::migrate::layout::Layout;
 use crate::migrate::report::{Progress, Status};
 use crate::migrate::transport::{Address, Listener};
 use crate::qmp::event::{Event, MigrationEvent};
 use crate::qmp::response::Waiting;
 use crate::vm::facts::HostFacts;
 use crate::vm::{Built, Vm};
-
-type Parts = (Vm<Built>, Vec<Arc<Disk>>);
 
 /// A guest that is expected or on its way.
 #[derive(Default)]
@@ -28,7 +28,7 @@ pub(super) struct Incoming {
     disks: Vec<(String, PathBuf)>,
     active: AtomicBool,
     migration: Mutex<Option<DestinationMigration>>,
-    building: Mutex<Option<JoinHandle<Result<Parts, VmmError>>>>,
+    building: Mutex<Option<JoinHandle<Result<Vm<Built>, VmmError>>>>,
 }
 
 impl Incoming {
@@ -56,12 +56,15 @@ impl Incoming {
     pub fn progress(&self) -> Option<Progress> {
         let migration = lock(&self.migration);
         let migration = migration.as_ref()?;
-        let [ram_total, ram_remaining] = [migration.ram_pages(), migration.missing_pages()].map(|pages| pages * PAGE_SIZE as u64);
+        let layout = migration.layout();
+        let (missing_pages, missing_blocks) = migration.missing();
         let (waiting, since) = migration.waiting();
         Some(Progress {
             status: migration.status(),
-            ram_total,
-            ram_remaining,
+            ram_total: layout.ram().bytes(),
+            ram_remaining: missing_pages * PAGE_SIZE as u64,
+            disk_total: layout.blocks() * COPY_BLOCK,
+            disk_remaining: missing_blocks * COPY_BLOCK,
             waiting_pages: waiting.len() as u64,
             waiting_ms: since.map_or(0, |since| since.as_millis() as u64),
             faults: migration.faults(),
@@ -108,8 +111,8 @@ impl Incoming {
         }
     }
 
-    /// Opens the guest's disks where they are on this host.
-    fn open_disks(&self, setup: &mut MachineSetup) -> Result<Vec<Arc<Disk>>, String> {
+    /// Opens the guest's disks where they are on this host, and creates the images of those that `layout` says are copied.
+    fn open_disks(&self, setup: &mut MachineSetup, layout: &Layout) -> Result<Vec<Arc<Disk>>, String> {
         let known = |id: &str| setup.config.disks.iter().any(|disk| disk.id == id);
         if let Some((id, _)) = self.disks.iter().find(|(id, _)| !known(id)) {
             return Err(format!("receive was given a disk {id:?}, but the guest has none of this id"));
@@ -118,9 +121,19 @@ impl Incoming {
             return Err("the source named other disks than it gave sizes for".into());
         }
         let mut disks = Vec::new();
-        for (config, size) in setup.config.disks.iter_mut().zip(&setup.disk_sizes) {
-            if let Some((_, path)) = self.disks.iter().find(|(id, _)| *id == config.id) {
+        for (index, (config, size)) in setup.config.disks.iter_mut().zip(&setup.disk_sizes).enumerate() {
+            let mapped = self.disks.iter().find(|(id, _)| *id == config.id);
+            if let Some((_, path)) = mapped {
                 config.path.clone_from(path);
+            }
+            if layout.pages_of(index).is_some() {
+                // What files are made here is not for the other side to say.
+                mapped.ok_or_else(|| {
+                    let id = &config.id;
+                    format!("disk {id} is to be copied, and nobody has said where to: `ferry receive` needs --disk id={id},path=PATH")
+                })?;
+                disks.push(Disk::create(config.clone(), *size).map_err(|error| error.to_string())?);
+                continue;
             }
             let disk = Disk::open(config.clone()).map_err(|error| error.to_string())?;
             if disk.size() != *size {
@@ -157,7 +170,7 @@ impl Vmm {
     }
 
     /// Everything that can be checked before the source is disturbed. The machine is built on a thread of its own while pages arrive.
-    fn prepare(self: &Arc<Self>, mut setup: MachineSetup) -> Result<GuestRam, String> {
+    fn prepare(self: &Arc<Self>, mut setup: MachineSetup, layout: &Layout) -> Result<(GuestRam, Vec<Arc<Disk>>), String> {
         let host = HostFacts::read().map_err(|error| error.to_string())?;
         let refusals = setup.facts.refusals(&host);
         if !refusals.is_empty() {
@@ -166,19 +179,17 @@ impl Vmm {
         if host_memory().is_some_and(|memory| setup.config.memory > memory) {
             return Err(format!("the guest has {} MiB of RAM, more than this host", setup.config.memory >> 20));
         }
-        let disks = self.incoming.open_disks(&mut setup)?;
+        let disks = self.incoming.open_disks(&mut setup, layout)?;
         let ram = setup.config.allocate_ram().map_err(|error| error.to_string())?;
         if setup.config.lock_memory {
             ram.may_lock().map_err(|error| error.to_string())?;
         }
-        let (vmm, machine_ram) = (self.clone(), ram.clone());
-        let build = move || {
-            let vm = vmm.machine.build(&setup.config, machine_ram, &disks)?;
-            Ok((vm, disks))
-        };
+        (*lock(&self.disks)).clone_from(&disks);
+        let (vmm, machine_ram, its_disks) = (self.clone(), ram.clone(), disks.clone());
+        let build = move || vmm.machine.build(&setup.config, machine_ram, &its_disks);
         let thread = std::thread::Builder::new().name("build".into()).spawn(build).map_err(|error| error.to_string())?;
         *lock(&self.incoming.building) = Some(thread);
-        Ok(ram)
+        Ok((ram, disks))
     }
 }
 
@@ -187,15 +198,13 @@ impl DestinationOwner for Arc<Vmm> {
         lock(&self.outgoing).parameters.block_bitmap_mapping.clone()
     }
 
-    fn prepare(&self, setup: MachineSetup) -> Result<GuestRam, String> {
-        Vmm::prepare(self, setup)
+    fn prepare(&self, setup: MachineSetup, layout: &Layout) -> Result<(GuestRam, Vec<Arc<Disk>>), String> {
+        Vmm::prepare(self, setup, layout)
     }
 
-    fn built(&self) -> Result<Parts, String> {
+    fn built(&self) -> Result<Vm<Built>, String> {
         let thread = lock(&self.incoming.building).take().ok_or("no machine was being built")?;
-        let (vm, disks) = thread.join().map_err(|_| "the thread that built the machine died")?.map_err(|error| error.to_string())?;
-        (*lock(&self.disks)).clone_from(&disks);
-        Ok((vm, disks))
+        thread.join().map_err(|_| "the thread that built the machine died")?.map_err(|error| error.to_string())
     }
 
     fn run(&self, stopped: StoppedGuest) -> Result<(), String> {
@@ -226,9 +235,14 @@ impl DestinationOwner for Arc<Vmm> {
     }
 
     fn paused(&self, reason: String) {
-        let missing = self.incoming.progress().map_or(0, |progress| progress.ram_remaining / PAGE_SIZE as u64);
+        let Progress { ram_remaining, disk_remaining, .. } = self.incoming.progress().unwrap_or_default();
+        let pages = ram_remaining / PAGE_SIZE as u64;
         let state = if lock(&self.guest).config().is_some() {
-            format!("{missing} pages are missing, and the guest runs on until it needs one of them")
+            let blocks = match disk_remaining / COPY_BLOCK {
+                0 => String::new(),
+                blocks => format!(" and {blocks} blocks of its disks"),
+            };
+            format!("{pages} pages{blocks} are missing, and the guest runs on until it needs one of them")
         } else {
             "only the source knows whether the guest is to run here".into()
         };
@@ -255,6 +269,9 @@ impl DestinationOwner for Arc<Vmm> {
             Outcome::DryRun => Message::DryRun,
             Outcome::Abandoned(reason) => Message::NotReceived(reason),
         };
+        if !matches!(message, Message::Received) {
+            self.all_disks().iter().for_each(|disk| disk.abandon_arrival());
+        }
         let _ = self.messages.send(message);
     }
 }

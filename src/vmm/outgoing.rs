@@ -1,6 +1,7 @@
 //! Giving the guest to another host: what the migration asks of the owner, and what people ask of the migration.
 
 use std::num::NonZeroU64;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use crate::migrate::transport::Address;
 use crate::qmp::QmpError;
 use crate::qmp::capabilities::{CapabilityStatus, MigrateCapabilities};
 use crate::qmp::event::{Event, MigrationEvent};
-use crate::qmp::parameters::{MigrateParameters, MigrateSetParameters};
+use crate::qmp::parameters::{MigrateParameters, MigrateSetParameters, Storage};
 use crate::vm::facts::MachineFacts;
 use crate::vm::{Moved, Vm, VmEvent};
 
@@ -85,6 +86,7 @@ impl Vmm {
             max_postcopy_bandwidth: limit(parameters.max_postcopy_bandwidth),
             pages: parameters.page_transfer(),
             bitmaps: if outgoing.capabilities.dirty_bitmaps { parameters.block_bitmap_mapping.clone() } else { BitmapMapping::none() },
+            copy_storage: parameters.ferry_storage == Storage::Copy,
             dry_run: parameters.ferry_dry_run,
             switchover_bandwidth: limit(parameters.avail_switchover_bandwidth),
             throttling: outgoing.throttling(),
@@ -222,8 +224,14 @@ impl SourceOwner for Vmm {
         let _ = self.messages.send(Message::Lost(format!("{text}; {how}")));
     }
 
-    fn ended(&self, outcome: Outcome, moved: Option<Vm<Moved>>) {
-        let report = outcome.report().clone();
+    fn ended(&self, outcome: Outcome, moved: Option<Vm<Moved>>, copied: Vec<PathBuf>) {
+        let mut report = outcome.report().clone();
+        if let Outcome::Completed(_) = &outcome {
+            report.stale_images = copied.iter().map(|path| path.display().to_string()).collect();
+            for path in &report.stale_images {
+                eprintln!("ferry: {path} is stale: the guest writes to its copy at the destination now\r");
+            }
+        }
         let mut outgoing = lock(&self.outgoing);
         outgoing.active = false;
         outgoing.last = Some(report.clone());

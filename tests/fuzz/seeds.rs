@@ -62,7 +62,7 @@ fn bitmap(name: &str) -> BitmapInfo {
 /// All that a source says on its main connection, except for the pages in postcopy.
 fn from_source(postcopy: bool) -> Vec<Frame> {
     let (host_page, huge) = (HostPage::SMALL, vec![PageRun::new(512, 512)]);
-    let setup = Setup { ram_pages: 1024, host_page, huge, postcopy, page_channels: 1, machine: vec![1, 2, 3] };
+    let setup = Setup { ram_pages: 1024, host_page, huge, postcopy, page_channels: 1, machine: vec![1, 2, 3], disks: Vec::new() };
     let missing = if postcopy { vec![PageRun::new(2, 1), PageRun::new(40, 8)] } else { Vec::new() };
     let sent = Totals { normal: 4, zero: 3 };
     let bitmaps = vec![bitmap("a"), bitmap("b")];
@@ -96,7 +96,7 @@ fn from_destination(postcopy: bool) -> Vec<Frame> {
         Frame::Ready { load_us: 5, warnings: vec!["hm".into()] },
         Frame::Running(3),
         Frame::Request(PageRun::new(100, 1)),
-        Frame::Done { faults: Box::new(faults), warnings: Vec::new() },
+        Frame::Done { faults: Box::new(faults), warnings: Vec::new(), block_waits: None },
         Frame::Abort("no".into()),
     ]
 }

@@ -3,12 +3,44 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use ferry::block::disk::Disk;
 use ferry::vm::config::DiskConfig;
 use pagestorm::page::{self, Body, PAGE_SIZE, Stamp, WORDS, Words, mix};
 use sha2::{Digest, Sha256};
+
+/// A file system that is soon full. Mounting takes root.
+pub struct SmallStorage(PathBuf);
+
+impl SmallStorage {
+    pub fn mount(path: PathBuf) -> Self {
+        std::fs::create_dir(&path).unwrap();
+        run("mount", &["-t", "tmpfs", "-o", "size=6M", "ferry-test"], &path);
+        SmallStorage(path)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub fn make_room(&self) {
+        run("mount", &["-o", "remount,size=64M"], &self.0);
+    }
+}
+
+impl Drop for SmallStorage {
+    fn drop(&mut self) {
+        // At once, also while a Ferry that a failed test left behind has a file open.
+        run("umount", &["--lazy"], &self.0);
+    }
+}
+
+fn run(program: &str, arguments: &[&str], path: &Path) {
+    let output = Command::new(program).args(arguments).arg(path).output().unwrap();
+    assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+}
 
 /// A raw image.
 pub struct TestDisk {
@@ -20,6 +52,11 @@ pub struct TestDisk {
 pub struct Snapshot(Vec<Box<Words>>);
 
 impl TestDisk {
+    /// An image that somebody else has made.
+    pub fn at(path: &Path, bytes: u64) -> Self {
+        TestDisk { path: path.into(), bytes }
+    }
+
     pub fn create(path: PathBuf, bytes: u64) -> Self {
         File::create(&path).unwrap().set_len(bytes).unwrap();
         TestDisk { path, bytes }
@@ -71,6 +108,12 @@ impl Snapshot {
         let changed = self.0.iter().zip(&before.0).enumerate().filter(|(_, (now, before))| now != before);
         let pieces = |page: u64| page * PAGE_SIZE as u64 / granularity..=((page + 1) * PAGE_SIZE as u64 - 1) / granularity;
         changed.flat_map(|(number, _)| pieces(number as u64)).collect()
+    }
+
+    /// The numbers of the blocks that differ from `before`, but not because the guest with this `magic` has written them.
+    pub fn changed_by_others(&self, before: &Snapshot, magic: u64) -> Vec<usize> {
+        let blocks = self.0.iter().zip(&before.0).enumerate();
+        blocks.filter(|(_, (now, before))| now != before && now[3] != magic).map(|(number, _)| number).collect()
     }
 
     /// The hash of the bitmap, as QEMU has it, in which what differs from `before` is set.

@@ -1,43 +1,14 @@
 //! Disks whose storage is full: the guest is paused, and nothing is lost.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use ferry::qmp::client::Client;
 use serde_json::json;
 
-use super::disk::TestDisk;
+use super::disk::{SmallStorage, TestDisk};
 use super::ferry::{Ferry, wait_for_event};
 use super::guest::Guest;
 use super::lab::{Hardware, Lab, Transport};
-
-/// A file system that is soon full. Mounting takes root.
-struct SmallStorage(PathBuf);
-
-impl SmallStorage {
-    fn mount(path: PathBuf) -> Self {
-        std::fs::create_dir(&path).unwrap();
-        run("mount", &["-t", "tmpfs", "-o", "size=6M", "ferry-test"], &path);
-        SmallStorage(path)
-    }
-
-    fn make_room(&self) {
-        run("mount", &["-o", "remount,size=64M"], &self.0);
-    }
-}
-
-impl Drop for SmallStorage {
-    fn drop(&mut self) {
-        // At once, also while a Ferry that a failed test left behind has a file open.
-        run("umount", &["--lazy"], &self.0);
-    }
-}
-
-fn run(program: &str, arguments: &[&str], path: &Path) {
-    let output = Command::new(program).args(arguments).arg(path).output().unwrap();
-    assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
-}
 
 /// Waits until the disk has paused the guest.
 fn pauses(client: &mut Client) {
@@ -59,7 +30,7 @@ fn io_status(ferry: &Ferry) -> String {
 /// A guest that writes to a disk of 32 MiB on a storage of 6 MiB until that is full.
 fn full(lab: &Lab, cmdline: &str) -> (SmallStorage, TestDisk, Ferry, Guest, Client) {
     let storage = SmallStorage::mount(lab.path("storage"));
-    let disk = TestDisk::create(storage.0.join("disk.img"), 32 << 20);
+    let disk = TestDisk::create(storage.path().join("disk.img"), 32 << 20);
     let hardware = Hardware { memory: "64M", cpus: 2, disk: Some(&disk), ..Hardware::default() };
     let mut ferry = lab.run(&hardware, &format!("fill=8M rate=500 disk=on disk_rate=1000 heartbeat=20 {cmdline}"));
     let mut guest = Guest::booting_at(&mut ferry);

@@ -53,6 +53,7 @@ mod qemu_client;
 mod recovery;
 mod reports;
 mod snapshots;
+mod storage_copy;
 mod strangers;
 mod streams;
 mod switchover;

@@ -161,8 +161,8 @@ impl World {
             Action::Run => host.task = Some(Task::Run),
             Action::LoadBitmap { run, .. } => host.bitmap_words += run.count(),
             Action::CompleteBitmap(_) => host.bitmap_complete = true,
-            // Nobody asks for it here.
-            Action::AbandonBitmaps => {}
+            // Nobody asks for it here, and no disk is copied.
+            Action::AbandonBitmaps | Action::FlushDisks => {}
             Action::Disconnect(_) => {
                 let link = host.link;
                 state.close_destination(|accepted| accepted == Accepted::Held(link));

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use ferry::memory::{HostPage, PageNumber, PageRun, PageSet};
 use ferry::migrate::destination::{self, Destination, Link, Placement};
+use ferry::migrate::layout::Layout;
 use ferry::migrate::pages::FaultAnswer;
 use ferry::migrate::report::Mode;
 use ferry::migrate::source::{self, Config, Sent, Source, Stopped};
@@ -161,8 +162,7 @@ impl Engines {
         let config = Config {
             mode,
             downtime_limit,
-            ram_pages: PAGES,
-            host_page: HostPage::SMALL,
+            layout: Layout::new(PAGES, HostPage::SMALL, &[]).unwrap(),
             page_channels: 1,
             session: SESSION,
             machine: Vec::new(),

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use ferry::memory::HostPage;
+use ferry::migrate::layout::Layout;
 use ferry::migrate::pages::CLEAR_CHUNK;
 use ferry::migrate::policy::Throttling;
 use ferry::migrate::report::Mode;
@@ -56,6 +57,8 @@ pub enum Fault {
     GuestEnds,
     /// The guest that was stopped cannot go on at the source.
     ResumeFails,
+    /// What was copied of a disk cannot be made durable.
+    FlushFails,
     /// The process stands still for minutes; its kernel keeps the connections.
     FreezeSource,
     FreezeDestination,
@@ -66,7 +69,7 @@ pub enum Fault {
 }
 
 /// What ends or changes a migration.
-const FAULTS: [Fault; 17] = [
+const FAULTS: [Fault; 18] = [
     Fault::KillSource,
     Fault::KillDestination,
     Fault::CutMain,
@@ -81,6 +84,7 @@ const FAULTS: [Fault; 17] = [
     Fault::GiveUpFails,
     Fault::GuestEnds,
     Fault::ResumeFails,
+    Fault::FlushFails,
     Fault::FreezeSource,
     Fault::FreezeDestination,
     Fault::TimePasses,
@@ -128,6 +132,8 @@ pub struct Plan {
     pub dry_run: bool,
     /// What RAM is made of at both sides.
     pub host_page: HostPage,
+    /// Blocks of a disk that is copied.
+    pub blocks: u64,
     /// Guest steps out of a hundred steps.
     pub guest_share: u64,
     pub downtime_limit: Duration,
@@ -146,6 +152,11 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// How pages are numbered.
+    pub fn layout(&self) -> Layout {
+        Layout::new(self.pages, self.host_page, &[0, self.blocks]).unwrap()
+    }
+
     pub fn undisturbed(seed: u64) -> Self {
         let mut choices = Choices(seed ^ 0x5eed);
         let mut plan = Plan {
@@ -160,6 +171,7 @@ impl Plan {
             page_channels: 1 + choices.below(3) as u8,
             dry_run: false,
             host_page: HostPage::SMALL,
+            blocks: 0,
             guest_share: [1, 5, 20][choices.below(3) as usize],
             downtime_limit: Duration::from_millis([4, 10, 300][choices.below(3) as usize]),
             faults: Vec::new(),
@@ -173,6 +185,10 @@ impl Plan {
         if choices.chance(30) {
             plan.host_page = HostPage::new(HUGE).unwrap();
             plan.pages = plan.pages.next_multiple_of(HUGE);
+        }
+        if choices.chance(40) {
+            // Sometimes more than travel together.
+            plan.blocks = if choices.chance(10) { MAX_RUN + choices.below(MAX_RUN) } else { 1 + choices.below(100) };
         }
         if choices.chance(30) {
             plan.throttling = Some(Throttling { initial: 20, increment: 30, max: 99, tailslow: choices.chance(50) });

@@ -15,7 +15,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use destination::DestinationHost;
-use ferry::memory::PageNumber;
+use ferry::memory::{PageNumber, PageRun};
+use ferry::migrate::layout::Layout;
 use freeze::{Freeze, Side};
 pub use oracle::Ending;
 use source::SourceHost;
@@ -71,15 +72,16 @@ pub struct World {
 impl World {
     pub fn new(seed: u64, plan: &Plan) -> Self {
         let mut choices = Choices::new(seed);
-        let mut ram = Ram::new(plan.pages, plan.host_page);
-        let mut truth = vec![0; plan.pages as usize];
+        let layout = plan.layout();
+        let mut ram = Ram::new(layout.clone());
+        let mut truth = vec![0; layout.pages() as usize];
         let mut next_version = 1;
-        for page in 0..plan.pages {
+        for page in all_pages(&layout) {
             if choices.chance(60) {
                 // Some touched pages are zero.
                 let version = if choices.chance(20) { 0 } else { next_version };
-                ram.write(PageNumber(page), version);
-                truth[page as usize] = version;
+                ram.write(page, version);
+                truth[page.0 as usize] = version;
                 next_version += 1;
             }
         }
@@ -187,6 +189,12 @@ impl World {
     fn say(&mut self, text: impl Into<String>) {
         self.story.push(format!("{:>6} {}", self.step, text.into()));
     }
+}
+
+/// The pages of RAM, and the blocks of the disk.
+fn all_pages(layout: &Layout) -> impl Iterator<Item = PageNumber> + use<> {
+    let blocks = layout.disks().map(|(_, pages)| pages).collect::<Vec<_>>();
+    layout.ram().pages().chain(blocks.into_iter().flat_map(PageRun::pages))
 }
 
 /// What the disabled bitmap holds.

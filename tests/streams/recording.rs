@@ -6,6 +6,7 @@ use std::time::Duration;
 use ferry::memory::PageSet;
 use ferry::migrate::destination::{Action as DestinationAction, Destination, Input, Link, Outcome as DestinationOutcome, Placement, Poll};
 use ferry::migrate::driver::saved;
+use ferry::migrate::layout::Layout;
 use ferry::migrate::report::Mode;
 use ferry::migrate::source::{self, Bulk, Config, Outcome, Sent, Source, Stopped};
 use ferry::migrate::wire::{Channel, Frame, HEADER_SIZE, Header, Kind, Package, Setup, Totals};
@@ -70,18 +71,21 @@ impl Recording {
     /// This Ferry's source understands the recorded destination.
     pub fn is_understood_by_the_source(&self) {
         let setup = self.connections[0][0].iter().find(|frame| frame.kind() == Kind::Setup);
-        let Some(Frame::Setup(Setup { ram_pages, host_page, page_channels, machine, .. })) = setup.cloned() else { panic!("no setup") };
+        let Some(Frame::Setup(Setup { ram_pages, host_page, page_channels, machine, disks, .. })) = setup.cloned() else {
+            panic!("no setup")
+        };
+        let layout = Layout::new(ram_pages, host_page, &disks).unwrap();
         let mode = if self.package().postcopy { Mode::Postcopy } else { Mode::Precopy };
         let downtime_limit = Duration::from_secs(1);
-        let mut engine = Source::new(Config { mode, downtime_limit, ram_pages, host_page, page_channels, session: 1, machine });
+        let mut engine = Source::new(Config { mode, downtime_limit, layout: layout.clone(), page_channels, session: 1, machine });
         loop {
             let input = match engine.poll(NOW) {
                 source::Poll::Act(source::Action::Send(frame)) => self.answer(&frame).map(source::Input::Frame),
-                source::Poll::Act(source::Action::StartTracking) => Some(source::Input::Harvested(PageSet::full(ram_pages))),
-                source::Poll::Act(source::Action::Harvest) => Some(source::Input::Harvested(PageSet::empty(ram_pages))),
+                source::Poll::Act(source::Action::StartTracking) => Some(source::Input::Harvested(everything(&layout))),
+                source::Poll::Act(source::Action::Harvest) => Some(source::Input::Harvested(PageSet::empty(layout.pages()))),
                 source::Poll::Act(source::Action::Stop) => Some(source::Input::Stopped(Stopped {
                     machine: self.package().machine.clone(),
-                    dirty: PageSet::empty(ram_pages),
+                    dirty: PageSet::empty(layout.pages()),
                     bitmaps: self.package().bitmaps.clone(),
                     stop_us: 1,
                     device_state_us: 1,
@@ -197,4 +201,13 @@ fn decode(mut bytes: &[u8]) -> Vec<Frame> {
         bytes = &rest[length..];
     }
     frames
+}
+
+/// The pages of RAM, and all blocks of the disks that are copied.
+fn everything(layout: &Layout) -> PageSet {
+    let mut pages = PageSet::empty(layout.pages());
+    for run in layout.disks().map(|(_, pages)| pages).chain([layout.ram()]) {
+        pages.insert(run);
+    }
+    pages
 }

@@ -88,7 +88,6 @@ fn what_comes_before_the_switch_is_written_whatever_was_there() {
     expected[2 * BLOCK..3 * BLOCK].fill(2);
     expected[20 * BLOCK..].fill(3);
     bench.disk.keep().unwrap();
-    bench.disk.sync_arrived().unwrap();
     assert!(fs::read(&bench.path).unwrap() == expected);
     arriving.place(run(2, 1), &[9; BLOCK]).unwrap();
     assert!(bench.read(0, SIZE as usize).unwrap() == expected);

@@ -1,11 +1,10 @@
 //! A disk that comes with a migration: its image is made here.
 
-use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{Disk, DiskError, Ownership};
 use crate::block::arriving::Arriving;
-use crate::block::image::IncomingFile;
+use crate::block::image::{ImageError, IncomingFile};
 use crate::block::sidecar::Sidecar;
 use crate::vm::config::DiskConfig;
 
@@ -23,7 +22,7 @@ impl Incoming {
 
 impl Disk {
     /// Makes the image of a disk of `size` bytes that a migration brings, locked and, until [`Disk::keep`], as `PATH.incoming`: a disk that is
-    /// dropped before takes it along. `config` is not read-only.
+    /// dropped before [`Disk::commit_arrival`] takes it along. `config` is not read-only.
     pub fn create(config: DiskConfig, size: u64) -> Result<Arc<Self>, DiskError> {
         let created = IncomingFile::create(&config.path, size, config.options.cache);
         let (file, image) = created.map_err(|source| DiskError::Incoming { id: config.id.clone(), source })?;
@@ -36,16 +35,22 @@ impl Disk {
         Ok(Arc::new(disk))
     }
 
-    /// The guest is this host's: the image gets its own name, never over something that is there, and stays. Before the guest runs; does nothing
-    /// the second time, or on a disk that was here before.
-    pub fn keep(&self) -> Result<(), DiskError> {
-        self.with_file(|file| file.keep()).map_err(|source| DiskError::Incoming { id: self.config.id.clone(), source })
+    /// The guest is this host's and about to write: the image stays, whatever happens. Does nothing on a disk that was here before.
+    pub fn commit_arrival(&self) {
+        if let Some(incoming) = &self.incoming {
+            incoming.lock_file().commit();
+        }
     }
 
-    /// Makes all that has arrived durable, and the image's name. Before the source is told that it may forget its image.
-    pub fn sync_arrived(&self) -> io::Result<()> {
-        self.copying(|image| image.flush())?;
-        self.with_file(|file| file.sync())
+    /// All of it has arrived: makes that durable and gives the image its own name, never over something that is there. Before the source is told
+    /// that it may forget its image. Does nothing the second time, or on a disk that was here before.
+    pub fn keep(&self) -> Result<(), DiskError> {
+        let Some(incoming) = self.incoming.as_ref().filter(|incoming| !incoming.lock_file().is_kept()) else { return Ok(()) };
+        let path = || self.config.path.clone();
+        let flushed = self.copying(|image| image.flush());
+        flushed.map_err(|source| self.image_error(ImageError::Io { action: "flush", path: path(), source }))?;
+        // Before the name: what has it is whole, also after a crash.
+        incoming.lock_file().keep().map_err(|source| DiskError::Incoming { id: self.config.id.clone(), source })
     }
 
     /// Which blocks are there, of a disk that came, or comes, with a migration.
@@ -63,17 +68,11 @@ impl Disk {
         self.arriving().is_some_and(|arriving| !arriving.is_complete())
     }
 
-    /// The image is about to be given up for good.
-    pub(super) fn remove_unless_kept(&self) {
+    /// Nothing comes of the migration: the image goes, unless the guest may have written there.
+    pub fn abandon_arrival(&self) {
         if let Some(incoming) = &self.incoming {
-            incoming.lock_file().remove_unless_kept();
-        }
-    }
-
-    fn with_file<E>(&self, operate: impl FnOnce(&mut IncomingFile) -> Result<(), E>) -> Result<(), E> {
-        match &self.incoming {
-            Some(incoming) => operate(&mut incoming.lock_file()),
-            None => Ok(()),
+            incoming.lock_file().remove_unless_committed();
+            incoming.arriving.abandon("the migration has ended");
         }
     }
 }

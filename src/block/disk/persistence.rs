@@ -110,7 +110,7 @@ impl Disk {
         let image = match std::mem::replace(&mut *ownership, Ownership::Closed) {
             // There is no whole image whose bitmaps they would be.
             Ownership::Locked(_image) if self.is_arriving() || !self.is_kept() => {
-                self.remove_unless_kept();
+                self.abandon_arrival();
                 return Ok(());
             }
             Ownership::Locked(image) => image,

@@ -1,9 +1,9 @@
-//! An image that comes with a migration: made as `PATH.incoming`, and called `PATH` when the guest is this host's.
+//! An image that comes with a migration: made as `PATH.incoming`, and called `PATH` when all of it is here. So what has its name is whole.
 
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, OFlags, RenameFlags, fcntl_setfl, renameat_with};
@@ -33,9 +33,12 @@ pub enum IncomingError {
         /// How large it would be.
         size: u64,
     },
-    /// Another migration is bringing an image of this name.
-    #[error("{0} is in use by another Ferry that receives this disk: stop that one first, or name another path")]
-    InUse(PathBuf),
+    /// Another migration is bringing an image of this name, or has not come to its end.
+    #[error(
+        "{0} is there already: another Ferry receives this disk, or one was killed when it did; if nobody needs what the guest has written \
+         there, remove it, or name another path"
+    )]
+    LeftBehind(PathBuf),
     /// Something took the path while the image was arriving.
     #[error("cannot rename {incoming}, in which the disk has arrived, to {path}, because that is there now: remove or rename it")]
     Taken {
@@ -59,7 +62,7 @@ pub enum IncomingError {
     Image(#[from] ImageError),
 }
 
-/// The name of an image that is arriving. Dropped before it is [kept](IncomingFile::keep), it removes the file, so it must go before the lock.
+/// The name of an image that is arriving. Dropped before it is [committed](IncomingFile::commit), it removes the file.
 #[derive(Debug)]
 pub struct IncomingFile {
     incoming: PathBuf,
@@ -70,13 +73,15 @@ pub struct IncomingFile {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum NameState {
     Incoming,
+    /// The guest may have written there.
+    Committed,
     Kept,
     Removed,
 }
 
 impl IncomingFile {
-    /// Makes an image of `size` bytes, all zeros that take no space, which will be at `path`, and locks it. One that was left behind, and that
-    /// nobody has locked, is replaced.
+    /// Makes an image of `size` bytes, all zeros that take no space, which will be at `path`, and locks it. One that was left behind is not
+    /// touched: a guest may have written there.
     pub fn create(path: &Path, size: u64, cache: CacheMode) -> Result<(Self, LockedImage), IncomingError> {
         if size > MAX_SIZE {
             return Err(IncomingError::TooLarge { path: path.to_owned(), size });
@@ -88,47 +93,35 @@ impl IncomingFile {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(failed("look for", path, error)),
         }
-        // No link of this name is followed; O_NONBLOCK keeps a pipe of this name from blocking us before it is refused. Direct I/O comes later:
-        // where there is none, an open that asks for it fails after the file was made.
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-        let file = options.open(&incoming).map_err(|error| match error.kind() {
-            ErrorKind::NotFound => IncomingError::NoDirectory(path.to_owned()),
-            _ => failed("create", &incoming, error),
-        })?;
-        let is_file = file.metadata().map_err(|error| failed("examine", &incoming, error))?.is_file();
-        if !is_file {
-            return Err(ImageError::Kind { path: incoming }.into());
-        }
-        super::ioctl::set_ofd_lock(&file, libc::F_WRLCK).map_err(|error| match error.raw_os_error() {
-            Some(libc::EAGAIN | libc::EACCES) => IncomingError::InUse(incoming.clone()),
-            _ => failed("lock", &incoming, error),
-        })?;
-        // Whoever had it may have renamed or removed it just before it was locked here.
-        if !is_at(&file, &incoming) {
-            return Err(IncomingError::InUse(incoming));
-        }
+        // Direct I/O comes later: where there is none, an open that asks for it fails after the file was made.
+        let file =
+            OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&incoming).map_err(|error| match error.kind() {
+                ErrorKind::AlreadyExists => IncomingError::LeftBehind(incoming.clone()),
+                ErrorKind::NotFound => IncomingError::NoDirectory(path.to_owned()),
+                _ => failed("create", &incoming, error),
+            })?;
         // From here on the file is removed if something fails.
         let name = IncomingFile { incoming, path: path.to_owned(), state: NameState::Incoming };
-        let make = || {
-            file.set_permissions(Permissions::from_mode(0o600))?;
-            file.set_len(0)?;
-            file.set_len(size)
-        };
-        make().map_err(|error| failed("make room in", &name.incoming, error))?;
+        file.set_len(size).map_err(|error| failed("make room in", &name.incoming, error))?;
         if cache == CacheMode::None {
             fcntl_setfl(&file, OFlags::DIRECT).map_err(|errno| match errno {
                 Errno::INVAL => IncomingError::Image(ImageError::NoDirectIo { path: path.to_owned() }),
                 errno => failed("use direct I/O on", &name.incoming, errno.into()),
             })?;
         }
-        // The same open file, so its lock is that of the file.
         let image = Image::of(file, path.to_owned(), false, cache)?;
         let locked = image.lock().map_err(|LockError { error, .. }| error)?;
         Ok((name, locked))
     }
 
-    /// Gives the image its name, never over something that is there, and keeps the file from then on. Does nothing the second time.
+    /// The guest is about to write there: the file stays, whatever happens.
+    pub fn commit(&mut self) {
+        if self.state == NameState::Incoming {
+            self.state = NameState::Committed;
+        }
+    }
+
+    /// Gives the image its name, never over something that is there, durably. Does nothing the second time.
     pub fn keep(&mut self) -> Result<(), IncomingError> {
         if self.is_kept() {
             return Ok(());
@@ -144,7 +137,7 @@ impl IncomingFile {
             _ => IncomingError::Io { action: "rename", path: incoming.clone(), source },
         })?;
         self.state = NameState::Kept;
-        Ok(())
+        self.sync().map_err(|source| IncomingError::Io { action: "make durable the name of", path: path.clone(), source })
     }
 
     /// Whether the file has its name and stays.
@@ -152,17 +145,16 @@ impl IncomingFile {
         self.state == NameState::Kept
     }
 
-    /// Removes the file if it is not kept. To be called before its lock is given up: afterwards it could be somebody else's.
-    pub fn remove_unless_kept(&mut self) {
+    /// Removes the file unless the guest may have written there.
+    pub fn remove_unless_committed(&mut self) {
         if self.state == NameState::Incoming {
             self.state = NameState::Removed;
-            // Nobody can be told. What is left over is replaced the next time.
+            // Nobody can be told. Who tries again is.
             let _ = fs::remove_file(&self.incoming);
         }
     }
 
-    /// Makes the image's name durable.
-    pub fn sync(&self) -> io::Result<()> {
+    fn sync(&self) -> io::Result<()> {
         let directory = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         File::open(directory)?.sync_all()
     }
@@ -170,7 +162,7 @@ impl IncomingFile {
 
 impl Drop for IncomingFile {
     fn drop(&mut self) {
-        self.remove_unless_kept();
+        self.remove_unless_committed();
     }
 }
 
@@ -179,12 +171,6 @@ fn link_instead(incoming: &Path, path: &Path) -> io::Result<()> {
     // The image has its name. One too many does no harm.
     let _ = fs::remove_file(incoming);
     Ok(())
-}
-
-/// Whether `path` is the open `file`.
-fn is_at(file: &File, path: &Path) -> bool {
-    let identity = |metadata: io::Result<fs::Metadata>| metadata.map(|metadata| (metadata.dev(), metadata.ino())).ok();
-    identity(file.metadata()).is_some_and(|open| identity(fs::symlink_metadata(path)) == Some(open))
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {

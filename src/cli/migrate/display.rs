@@ -49,8 +49,9 @@ impl Display {
                 bar.println(&progress.reason);
             }
             bar.update(|bar| {
-                bar.set_len(progress.ram_total);
-                bar.set_pos(progress.ram_total.saturating_sub(progress.ram_remaining));
+                let total = progress.ram_total + progress.disk_total;
+                bar.set_len(total);
+                bar.set_pos(total.saturating_sub(remaining(progress)));
             });
             bar.set_message(message(progress));
         }
@@ -79,17 +80,21 @@ impl Display {
     }
 }
 
+fn remaining(progress: &Progress) -> u64 {
+    progress.ram_remaining.saturating_add(progress.disk_remaining)
+}
+
 fn message(progress: &Progress) -> String {
     let status = serde_json::to_value(progress.status).ok();
     let mut parts = vec![status.as_ref().and_then(Value::as_str).unwrap_or_default().to_string()];
     if progress.pass > 0 {
         parts.push(format!("pass {}", progress.pass));
     }
-    parts.push(format!("{} left at {}/s", format::bytes(progress.ram_remaining), format::bytes(progress.bandwidth)));
+    parts.push(format!("{} left at {}/s", format::bytes(remaining(progress)), format::bytes(progress.bandwidth)));
     if progress.dirty_pages_rate > 0 {
         parts.push(format!("dirtying {}/s", format::bytes(progress.dirty_pages_rate.saturating_mul(PAGE_SIZE as u64))));
     }
-    if let Some(seconds) = progress.ram_remaining.checked_div(progress.bandwidth) {
+    if let Some(seconds) = remaining(progress).checked_div(progress.bandwidth) {
         parts.push(format!("{seconds} s to go"));
     }
     parts.join(", ")

@@ -39,6 +39,7 @@ pub(super) fn migrate(arguments: &MigrateArguments) -> Result<(), CliError> {
         max_postcopy_bandwidth: arguments.postcopy_bandwidth.map(Into::into),
         multifd_channels: arguments.channels.map(Into::into),
         multifd_compression: arguments.compression.map(Into::into),
+        ferry_storage: Some(arguments.storage.into()),
         ferry_mode: Some(arguments.mode.into()),
         ferry_dry_run: Some(arguments.dry_run),
         ..MigrateSetParameters::default()

@@ -54,6 +54,10 @@ pub(super) fn table(report: &Report) -> String {
     for (name, count) in kinds {
         table.part(name, &bytes(count));
     }
+    if report.normal_blocks + report.zero_blocks > 0 {
+        table.part("disks", &bytes(report.bytes.blocks));
+        table.row("blocks", &format!("{} sent, {} zero", report.normal_blocks, report.zero_blocks));
+    }
     table.row("pages", &format!("{} sent, {} zero", report.normal_pages, report.zero_pages));
     if report.compressed_pages > 0 {
         table.part("compressed", &format!("{}, which saved {}", report.compressed_pages, bytes(report.compression_saved)));
@@ -70,8 +74,15 @@ pub(super) fn table(report: &Report) -> String {
         let vcpus: Vec<_> = faults.vcpu_blocktime_us.iter().map(|time| microseconds(*time)).collect();
         table.part("blocktime", &format!("all vCPUs {}, each {}", microseconds(faults.blocktime_us), vcpus.join(", ")));
     }
+    if let Some(waits) = report.block_waits.as_ref().filter(|waits| waits.waited > 0) {
+        let [p50, p99, max] = [waits.p50_us, waits.p99_us, waits.max_us].map(microseconds);
+        table.row("disk waits", &format!("{} blocks: p50 {p50}, p99 {p99}, max {max}", waits.waited));
+    }
     if !report.reason.is_empty() {
         table.row("limit", &report.reason);
+    }
+    for image in &report.stale_images {
+        table.row("stale", &format!("{image}: the guest writes to its copy at the destination"));
     }
     for warning in &report.warnings {
         table.row("warning", warning);

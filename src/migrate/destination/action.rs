@@ -30,6 +30,8 @@ pub enum Action {
     /// huge page came into being around a neighbour. Serve page faults if `package.postcopy` (before anything is restored, because
     /// restoring can fault), create the bitmaps, load the state; answer with [`Input::Loaded`].
     Load(Box<Package>),
+    /// What was copied of disks is to outlive a crash of this host from now on; answer with [`Input::DisksFlushed`] or [`Input::DisksNotFlushed`].
+    FlushDisks,
     /// Take the disks' locks and run the guest; answer with [`Input::Ran`].
     Run,
     /// Put words into a bitmap; where `words` is empty there is nothing to set.

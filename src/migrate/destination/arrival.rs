@@ -14,15 +14,15 @@ pub(super) enum Ahead {
 impl Destination {
     /// The contents of `run` are about to be read from `channel`; says where they go. An error is the source's fault.
     pub fn pages(&mut self, channel: Channel, run: PageRun) -> Result<Placement, String> {
-        if !run.is_within(self.ram_pages) || run.count > MAX_RUN {
-            return Err(format!("the source sent {run} of {}", self.ram_pages));
+        if !self.layout.holds(run) || run.count > MAX_RUN {
+            return Err(format!("the source sent {run} of {}", self.layout.pages()));
         }
         let placement = self.placement(channel, run)?;
         match placement {
             Placement::Direct => {
                 self.written.insert(run);
             }
-            Placement::Fault if !self.host_page.divides(run) => return Err(format!("the source sent {run}, a part of a host page")),
+            Placement::Fault if !self.layout.divides(run) => return Err(format!("the source sent {run}, a part of a host page")),
             Placement::Fault if channel == Channel::Urgent => {}
             Placement::Fault => self.incoming.comes_anyway(run),
         }
@@ -32,13 +32,13 @@ impl Destination {
     /// The pages of `runs` are zero, the source says on `channel`. Returns which are to be made so: all by userfaultfd, or those that hold
     /// something else now. An error is the source's fault.
     pub fn zero(&mut self, channel: Channel, runs: &[PageRun]) -> Result<(Placement, Vec<PageRun>), String> {
-        if let Some(run) = runs.iter().find(|run| !run.is_within(self.ram_pages) || channel == Channel::Urgent) {
-            return Err(format!("the source sent zero {run} of {} on the {channel:?} connection", self.ram_pages));
+        if let Some(run) = runs.iter().find(|run| !self.layout.holds(**run) || channel == Channel::Urgent) {
+            return Err(format!("the source sent zero {run} of {} on the {channel:?} connection", self.layout.pages()));
         }
         let &first = runs.first().ok_or("the source sent an empty list of zero pages")?;
         let placement = self.placement(channel, first)?;
         if placement == Placement::Fault {
-            if let Some(run) = runs.iter().find(|run| !self.host_page.divides(**run)) {
+            if let Some(run) = runs.iter().find(|run| !self.layout.divides(**run)) {
                 return Err(format!("the source sent zero {run}, a part of a host page"));
             }
             runs.iter().for_each(|run| self.incoming.comes_anyway(*run));

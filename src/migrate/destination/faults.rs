@@ -7,7 +7,7 @@ use rustix::process::Pid;
 use super::{Destination, State};
 use crate::memory::{PageNumber, PageRun, PageSet};
 use crate::migrate::pages::FaultAnswer;
-use crate::migrate::report::Faults;
+use crate::migrate::report::{BlockWaits, Faults};
 
 impl Destination {
     /// Pages that have not come yet, in postcopy.
@@ -30,11 +30,15 @@ impl Destination {
         self.incoming.renew()
     }
 
-    /// Pages have been placed by userfaultfd.
+    /// Pages have been placed by userfaultfd, or blocks in an image.
     pub fn placed(&mut self, run: PageRun, now: Duration) {
         self.heard_at = now;
         let latencies = self.incoming.placed(run, now);
-        self.blocktime.placed(run, &latencies, now);
+        if self.layout.is_ram(run.first) {
+            self.blocktime.placed(run, &latencies, now);
+        } else {
+            latencies.iter().for_each(|latency| self.block_waits.record(*latency));
+        }
     }
 
     /// Somebody touched a missing page.
@@ -48,14 +52,25 @@ impl Destination {
         answer
     }
 
+    /// A device waits for those of `run`, blocks of a disk, that are missing; what is to be asked for.
+    pub fn wait_for_blocks(&mut self, run: PageRun, now: Duration) -> Vec<PageRun> {
+        self.incoming.wait_for_blocks(run, now)
+    }
+
     /// Tells, after a fault on `page` that was not answered by [`FaultAnswer::Zero`], which `thread` it is that waits.
     pub fn blocked(&mut self, thread: Pid, page: PageNumber, now: Duration) {
-        self.blocktime.begin(thread, self.host_page.around(PageRun::single(page)).first, now);
+        self.blocktime.begin(thread, self.layout.around(PageRun::single(page)).first, now);
     }
 
     /// What to ask for in advance because of that fault, once its own page has been asked for. It may be left out.
     pub fn prefetch(&mut self, page: PageNumber) -> Vec<PageRun> {
         if self.lost.is_some() || self.state == State::Ended { Vec::new() } else { self.incoming.prefetch(page) }
+    }
+
+    /// The waits for blocks that have ended, where disks are copied.
+    pub fn block_waits(&self) -> Option<BlockWaits> {
+        let [p50_us, p99_us, max_us] = self.block_waits.percentiles();
+        self.layout.has_disks().then_some(BlockWaits { waited: self.block_waits.count(), p50_us, p99_us, max_us })
     }
 
     /// The threads of the vCPUs, that of vCPU 0 first.

@@ -24,6 +24,10 @@ pub enum Input {
     },
     /// The vCPUs run: the answer to [`Action::Run`], with the time it took in microseconds.
     Ran(u64),
+    /// The answer to [`Action::FlushDisks`].
+    DisksFlushed,
+    /// The answer to [`Action::FlushDisks`] if it fails: why.
+    DisksNotFlushed(String),
     /// What came on a connection of this link makes no sense, for this reason.
     Nonsense(Link, String),
     /// Something could not be done here, said so that the person at the source understands it.

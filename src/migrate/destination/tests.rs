@@ -7,7 +7,7 @@ use crate::migrate::pages::FaultAnswer;
 const NOW: Duration = Duration::ZERO;
 
 fn setup(ram_pages: u64, host_page: HostPage) -> Setup {
-    Setup { ram_pages, host_page, huge: Vec::new(), postcopy: true, page_channels: 1, machine: Vec::new() }
+    Setup { ram_pages, host_page, huge: Vec::new(), postcopy: true, page_channels: 1, machine: Vec::new(), disks: Vec::new() }
 }
 
 /// Takes pages of a guest of 16 pages.

@@ -17,10 +17,12 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::block_io::BlockIo;
 use super::owner::DestinationOwner;
 use super::page_io::PageIo;
 use crate::memory::PageNumber;
 use crate::migrate::destination::{Destination, Input, Link, Outcome};
+use crate::migrate::layout::Layout;
 use crate::migrate::report::{Faults, Status};
 use crate::migrate::transport::{Interrupt, Listener, Reader, Wake, Writer};
 use faults::FaultService;
@@ -45,8 +47,9 @@ struct Shared {
     links: Mutex<Links>,
     /// Connections at a time, those that have not yet said what they are included.
     connections: AtomicUsize,
-    /// The guest's RAM, from when it is there to the migration's end: who waits for the next one needs the memory.
-    io: Mutex<Option<PageIo>>,
+    /// The guest's RAM, and the disks that are copied, from when they are there to the migration's end: who waits for the next one needs the
+    /// memory.
+    io: Mutex<Option<(PageIo, BlockIo)>>,
     /// In postcopy.
     faults: OnceLock<FaultService>,
     /// The process is about to end.
@@ -77,7 +80,7 @@ impl Shared {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn io(&self) -> MutexGuard<'_, Option<PageIo>> {
+    fn io(&self) -> MutexGuard<'_, Option<(PageIo, BlockIo)>> {
         self.io.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -174,7 +177,7 @@ impl DestinationMigration {
         }
         let missing = engine.missing().len();
         if missing > 0 {
-            return Err(format!("{missing} pages of the guest are at the source and nowhere else"));
+            return Err(format!("{missing} pages of the guest, or blocks of its disks, are at the source and nowhere else"));
         }
         engine.handle(Input::GiveUpRest);
         drop(engine);
@@ -227,14 +230,16 @@ impl DestinationMigration {
         self.shared.engine().status()
     }
 
-    /// Size of the guest's RAM in pages, once the source has told it.
-    pub fn ram_pages(&self) -> u64 {
-        self.shared.engine().ram_pages()
+    /// What is to come, once the source has told it.
+    pub fn layout(&self) -> Layout {
+        self.shared.engine().layout().clone()
     }
 
-    /// How many pages have not come yet, in postcopy.
-    pub fn missing_pages(&self) -> u64 {
-        self.shared.engine().missing().len()
+    /// How many pages of RAM and blocks of disks have not come yet, in postcopy.
+    pub fn missing(&self) -> (u64, u64) {
+        let engine = self.shared.engine();
+        let blocks = engine.missing().runs_within(engine.layout().storage()).map(|run| run.count).sum();
+        (engine.missing().len() - blocks, blocks)
     }
 
     /// The page faults so far, in postcopy.

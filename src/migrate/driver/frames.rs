@@ -32,9 +32,9 @@ pub enum FrameError {
     },
 }
 
-/// What the destination of a guest of `ram_pages` may say on the main connection.
-pub fn from_destination(ram_pages: u64) -> impl Fn(Header) -> bool {
-    let longest_list = longest_list_of_pages(ram_pages);
+/// What the destination of `pages` may say on the main connection.
+pub fn from_destination(pages: u64) -> impl Fn(Header) -> bool {
+    let longest_list = longest_list_of_pages(pages);
     move |header| match header.kind {
         Kind::Holding => header.length as u64 <= longest_list,
         Kind::Welcome | Kind::Abort | Kind::Prepared | Kind::PassAck | Kind::Ready | Kind::Running | Kind::Done => true,
@@ -43,8 +43,8 @@ pub fn from_destination(ram_pages: u64) -> impl Fn(Header) -> bool {
 }
 
 /// A run takes at most six bytes and covers at least one page and a gap.
-fn longest_list_of_pages(ram_pages: u64) -> u64 {
-    64 + ram_pages.saturating_mul(4)
+fn longest_list_of_pages(pages: u64) -> u64 {
+    64 + pages.saturating_mul(4)
 }
 
 /// What the source may say on the main connection before its guest's size is known and its RAM is there.
@@ -52,10 +52,9 @@ pub fn from_new_source(header: Header) -> bool {
     matches!(header.kind, Kind::Setup | Kind::Abort)
 }
 
-/// What the source of a guest of `ram_pages` may say on the main connection. Of the lists in a package only that of the missing pages
-/// grows with RAM.
-pub fn from_source(ram_pages: u64) -> impl Fn(Header) -> bool {
-    let longest_package = (16 << 20) + longest_list_of_pages(ram_pages);
+/// What the source of `pages` may say on the main connection. Of the lists in a package only that of the missing pages grows with them.
+pub fn from_source(pages: u64) -> impl Fn(Header) -> bool {
+    let longest_package = (16 << 20) + longest_list_of_pages(pages);
     move |header| match header.kind {
         Kind::Switchover => header.length as u64 <= longest_package,
         Kind::Abort | Kind::PassEnd | Kind::Commit | Kind::Bitmap | Kind::BitmapComplete | Kind::End | Kind::Goodbye => true,

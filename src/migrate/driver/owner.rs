@@ -2,6 +2,7 @@
 //! hold it.
 
 use std::num::NonZeroU64;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::block::disk::Disk;
 use crate::memory::GuestRam;
 use crate::migrate::bitmap_mapping::BitmapMapping;
+use crate::migrate::layout::Layout;
 use crate::migrate::policy::Throttling;
 use crate::migrate::report::{Mode, Status};
 use crate::migrate::transport::Address;
@@ -42,8 +44,8 @@ pub trait SourceOwner: Send + Sync {
     /// After the commit the link was lost; with what to tell a person. Pages of the guest may be needed from here, so that this process
     /// is to stay until [`super::source::SourceMigration::recover`] has joined the two again.
     fn paused(&self, text: String);
-    /// The migration is over. With the guest's RAM if it was given up.
-    fn ended(&self, outcome: source::Outcome, moved: Option<Vm<Moved>>);
+    /// The migration is over. With the guest's RAM if it was given up, and the images of disks that were copied, which are stale then.
+    fn ended(&self, outcome: source::Outcome, moved: Option<Vm<Moved>>, copied: Vec<PathBuf>);
 }
 
 /// The guest's configuration and what it needs of a host, as it rides in the `Setup` frame.
@@ -59,13 +61,13 @@ pub struct MachineSetup {
 
 /// The future owner of a guest that comes.
 pub trait DestinationOwner: Send + Sync {
-    /// Checks that this host can run the guest, opens its disks without locking them, allocates RAM and begins to build the machine in
-    /// the background. The error is shown to the person at the source.
-    fn prepare(&self, setup: MachineSetup) -> Result<GuestRam, String>;
+    /// Checks that this host can run the guest, opens its disks without locking them, creates the images of those that are copied, which `layout`
+    /// names by their indices, allocates RAM and begins to build the machine in the background. The error is shown to the person at the source.
+    fn prepare(&self, setup: MachineSetup, layout: &Layout) -> Result<(GuestRam, Vec<Arc<Disk>>), String>;
     /// What dirty bitmaps are expected, and under what names; asked when they come.
     fn bitmap_mapping(&self) -> BitmapMapping;
-    /// The machine that [`DestinationOwner::prepare`] began to build, and its disks. Waits until it is complete; called once.
-    fn built(&self) -> Result<(Vm<Built>, Vec<Arc<Disk>>), String>;
+    /// The machine that [`DestinationOwner::prepare`] began to build. Waits until it is complete; called once.
+    fn built(&self) -> Result<Vm<Built>, String>;
     /// After the commit: takes the disks' locks and runs the guest, if it is to run. An error is a guest that is here but stays paused,
     /// and why.
     fn run(&self, guest: StoppedGuest) -> Result<(), String>;
@@ -97,6 +99,8 @@ pub struct SourceRequest {
     pub pages: PageTransfer,
     /// Which dirty bitmaps go along.
     pub bitmaps: BitmapMapping,
+    /// Whether the contents of disks go along, for a destination that has no images yet. Read-only disks it must have.
+    pub copy_storage: bool,
     /// Only find out how a migration would go: nothing is moved.
     pub dry_run: bool,
     /// Bytes a second to count on in the switch; `None`: what was measured.

@@ -18,11 +18,14 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, bounded};
 
+use super::block_io::BlockIo;
 use super::owner::{MachineSetup, PageTransfer, SourceOwner, SourceRequest};
 use super::saved;
+use crate::block::block_run::BlockRun;
 use crate::block::disk::Disk;
 use crate::memory::dirty_tracker::Tracking;
 use crate::memory::{GuestRam, thp};
+use crate::migrate::layout::Layout;
 use crate::migrate::pace::Pace;
 use crate::migrate::policy::Throttling;
 use crate::migrate::report::{Mode, Progress};
@@ -107,11 +110,13 @@ impl SourceMigration {
         let failed = |error: std::io::Error| format!("cannot begin a migration: {error}");
         let mut session = [0; 16];
         File::open("/dev/urandom").and_then(|mut random| random.read_exact(&mut session)).map_err(failed)?;
+        let blocks = |disk: &Arc<Disk>| BlockRun::all(if disk.config().readonly { 0 } else { disk.size() }).count;
+        let copied: Vec<_> = disks.iter().map(blocks).filter(|_| request.copy_storage).collect();
+        let layout = Layout::new(ram.pages(), ram.host_page(), &copied)?;
         let config = Config {
             mode: request.mode,
             downtime_limit: request.downtime_limit,
-            ram_pages: ram.pages(),
-            host_page: ram.host_page(),
+            layout: layout.clone(),
             page_channels: request.pages.channels,
             session: u128::from_le_bytes(session),
             machine: saved::encode_setup(&setup)?,
@@ -135,8 +140,9 @@ impl SourceMigration {
             postcopy_pace: Mutex::new(Pace::new(request.max_postcopy_bandwidth)),
             pages: request.pages,
         });
-        let guest = guest::SourceGuest::new(owner.clone(), tracking, ram.clone(), disks, request.bitmaps);
-        let migration = run::Migration::new(shared.clone(), owner, ram.clone(), guest, woken);
+        let blocks = BlockIo::new(layout, disks.clone());
+        let guest = guest::SourceGuest::new(owner.clone(), tracking, ram.clone(), disks, blocks.clone(), request.bitmaps);
+        let migration = run::Migration::new(shared.clone(), owner, ram.clone(), blocks, guest, woken);
         let engine = shared.clone();
         let run = move || {
             // Not in this call: it takes a walk over the page tables.

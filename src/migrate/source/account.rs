@@ -5,9 +5,10 @@ use std::time::Duration;
 #[cfg(doc)]
 use super::Bulk;
 use super::{Source, State};
+use crate::block::block_run::COPY_BLOCK;
 use crate::memory::PAGE_SIZE;
 use crate::migrate::policy::{Goal, History};
-use crate::migrate::report::{BytesByKind, Progress, Status};
+use crate::migrate::report::{Progress, Report, Status};
 use crate::migrate::wire::{Channel, Frame};
 
 /// A pass that sent less than this says nothing about bandwidth.
@@ -26,6 +27,8 @@ pub struct Sent {
     pub saved: u64,
     /// Bytes of everything on the wire.
     pub bytes: u64,
+    /// Whether these were blocks of a disk.
+    pub blocks: bool,
     /// Time spent in sending, without looking at pages or waiting for a bandwidth limit.
     pub busy: Duration,
 }
@@ -52,6 +55,7 @@ impl Source {
             compressed: pass.sent.compressed + sent.compressed,
             saved: pass.sent.saved + sent.saved,
             bytes: pass.sent.bytes + sent.bytes,
+            blocks: false,
             busy: pass.sent.busy.max(busy),
         };
         self.in_flight == 0
@@ -99,12 +103,16 @@ impl Source {
     pub fn progress(&self, now: Duration) -> Progress {
         let (status, _) = self.stage();
         let remaining = self.outgoing.unsent().len();
+        let blocks_remaining = self.outgoing.unsent_blocks();
+        let layout = &self.config.layout;
         Progress {
             status,
             total_time_ms: if status.is_active() { now } else { Duration::from_micros(self.report.total_us) }.as_millis() as u64,
             setup_time_ms: self.setup_time.as_millis() as u64,
-            ram_total: self.config.ram_pages * PAGE_SIZE as u64,
-            ram_remaining: remaining * PAGE_SIZE as u64,
+            ram_total: layout.ram().bytes(),
+            ram_remaining: (remaining - blocks_remaining) * PAGE_SIZE as u64,
+            disk_total: layout.blocks() * COPY_BLOCK,
+            disk_remaining: blocks_remaining * COPY_BLOCK,
             normal_pages: self.report.normal_pages,
             zero_pages: self.report.zero_pages,
             postcopy_requests: self.requests,
@@ -123,13 +131,16 @@ impl Source {
     fn count(&mut self, sent: Sent) {
         self.totals.normal += sent.normal;
         self.totals.zero += sent.zero;
-        self.report.normal_pages += sent.normal;
-        self.report.zero_pages += sent.zero;
+        let Report { bytes, normal_pages, zero_pages, normal_blocks, zero_blocks, .. } = &mut self.report;
+        let contents = (sent.normal * PAGE_SIZE as u64).saturating_sub(sent.saved);
+        let (normal, zero, kind) =
+            if sent.blocks { (normal_blocks, zero_blocks, &mut bytes.blocks) } else { (normal_pages, zero_pages, &mut bytes.pages) };
+        *normal += sent.normal;
+        *zero += sent.zero;
+        *kind += contents;
+        bytes.control += sent.bytes.saturating_sub(contents);
         self.report.compressed_pages += sent.compressed;
         self.report.compression_saved += sent.saved;
-        let contents = (sent.normal * PAGE_SIZE as u64).saturating_sub(sent.saved);
-        let bytes = &mut self.report.bytes;
-        *bytes = BytesByKind { pages: bytes.pages + contents, control: bytes.control + sent.bytes.saturating_sub(contents), ..*bytes };
     }
 
     /// Bytes a second of the pass under way, while really sending; 0 where too little was sent to tell. Compressed contents count with the

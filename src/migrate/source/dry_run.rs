@@ -103,6 +103,7 @@ mod tests {
 
     use super::*;
     use crate::memory::{HostPage, PageRun};
+    use crate::migrate::layout::Layout;
     use crate::migrate::wire::VERSION;
 
     const PAGES: u64 = 1 << 18;
@@ -155,8 +156,7 @@ mod tests {
         let config = Config {
             mode: Mode::Auto,
             downtime_limit,
-            ram_pages: PAGES,
-            host_page: HostPage::SMALL,
+            layout: Layout::new(PAGES, HostPage::SMALL, &[]).unwrap(),
             page_channels: 1,
             session: 1,
             machine: Vec::new(),
@@ -183,8 +183,7 @@ mod tests {
         let config = Config {
             mode: Mode::Auto,
             downtime_limit: Duration::ZERO,
-            ram_pages: PAGES,
-            host_page: HostPage::SMALL,
+            layout: Layout::new(PAGES, HostPage::SMALL, &[]).unwrap(),
             page_channels: 1,
             session: 1,
             machine: Vec::new(),

@@ -33,15 +33,17 @@ impl Source {
         self.report.error = Some(text.clone());
         // A `Commit` that has not gone out is made up for by the recovery.
         self.actions.clear();
+        self.requested.clear();
         self.actions.push_back(Action::Disconnect(text));
         self.enter(State::Paused, None);
     }
 
     /// The destination is back: what it lacks is to go, whatever went before.
     pub(super) fn on_holding(&mut self, holding: &Holding) -> Result<(), String> {
-        let mut missing = PageSet::empty(self.config.ram_pages);
+        let mut missing = PageSet::empty(self.config.layout.pages());
         for &run in &holding.missing {
-            if !run.is_within(self.config.ram_pages) || !self.config.host_page.divides(run) || missing.insert(run) != run.count {
+            let layout = &self.config.layout;
+            if !layout.holds(run) || !layout.divides(run) || missing.insert(run) != run.count {
                 return Err(format!("the destination's list of missing pages is wrong at {run}"));
             }
         }

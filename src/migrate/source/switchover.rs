@@ -43,7 +43,7 @@ impl Source {
             ..Downtime::default()
         };
         if self.switch_postcopy {
-            self.outgoing.widen(self.config.host_page);
+            self.outgoing.begin_postcopy();
         }
         self.bitmaps = OutgoingBitmaps::new(&stopped.bitmaps);
         self.package = Some(stopped);

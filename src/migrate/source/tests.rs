@@ -11,8 +11,7 @@ fn config(mode: Mode) -> Config {
     Config {
         mode,
         downtime_limit: Duration::from_millis(50),
-        ram_pages: PAGES,
-        host_page: HostPage::SMALL,
+        layout: Layout::new(PAGES, HostPage::SMALL, &[]).unwrap(),
         page_channels: 1,
         session: 1,
         machine: Vec::new(),

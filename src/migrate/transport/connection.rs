@@ -291,6 +291,15 @@ impl Reader {
         }
     }
 
+    /// Whether a read would find something now, if only the end of the connection.
+    pub fn has_more(&self) -> Result<bool, LinkError> {
+        if self.start < self.end {
+            return Ok(true);
+        }
+        let waited = self.interrupt.wait_for(&self.link.socket, PollFlags::IN, Some(Instant::now()))?;
+        Ok(!matches!(waited, Wait::TimedOut))
+    }
+
     /// Fills `bytes`.
     pub fn read_exact(&mut self, bytes: &mut [u8], deadline: Option<Instant>) -> Result<(), LinkError> {
         // SAFETY: `bytes` is borrowed until this returns.

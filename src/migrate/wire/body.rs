@@ -20,6 +20,10 @@ pub struct Setup {
     pub page_channels: u8,
     /// The machine's configuration and needs.
     pub machine: Vec<u8>,
+    /// How many blocks each disk of the guest has whose contents come along, as [`Layout::new`](crate::migrate::layout::Layout::new) takes them:
+    /// 0 where the destination has the disk. Empty before version 3.
+    #[serde(skip)]
+    pub disks: Vec<u64>,
 }
 
 /// Pages sent since the beginning, for the destination to compare with what it received.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ferry::memory::PageNumber;
+use ferry::memory::{PageNumber, PageRun};
 use ferry::migrate::destination::{Action, Destination, Input, Link, Outcome, Placement, Poll};
 use ferry::migrate::wire::{Channel, Compressed, Frame, Totals};
 
@@ -59,6 +59,8 @@ impl Host {
                 Step::Wait(time) => self.now += time,
                 Step::Local(byte @ 0..0x80) => {
                     self.engine.fault(PageNumber(byte.into()), self.now);
+                    let storage = self.engine.layout().storage();
+                    self.engine.wait_for_blocks(PageRun::new(storage.first.0 + u64::from(byte), 40), self.now);
                 }
                 Step::Local(byte) => self.engine.handle(match byte % 5 {
                     0 => Input::Failed("no".into()),
@@ -79,7 +81,7 @@ impl Host {
         assert!(!self.ended, "{action:?} after the end");
         match action {
             Action::Send(_, frame) => drop(frame.encode().expect("what is sent can be encoded")),
-            Action::Prepare(setup) if setup.ram_pages <= HOST_PAGES => self.engine.handle(Input::Prepared),
+            Action::Prepare(_) if self.engine.layout().pages() <= HOST_PAGES => self.engine.handle(Input::Prepared),
             Action::Prepare(_) => self.engine.handle(Input::Failed("too large".into())),
             Action::Load(package) => {
                 assert!(package.postcopy || package.missing.is_empty());
@@ -91,6 +93,7 @@ impl Host {
             }
             Action::FinishBuilding => {}
             Action::LoadBitmap { .. } | Action::CompleteBitmap(_) | Action::AbandonBitmaps => assert!(self.committed),
+            Action::FlushDisks => self.engine.handle(Input::DisksFlushed),
             Action::Disconnect(_) | Action::Reconnect(_) => {}
             Action::Complete => {
                 assert!(!self.whole && self.committed && self.engine.missing().is_empty(), "complete, but pages are missing");

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use ferry::memory::{HostPage, PageRun, PageSet};
 use ferry::migrate::bitmaps::IncomingBitmaps;
+use ferry::migrate::layout::Layout;
 use ferry::migrate::report::Mode;
 use ferry::migrate::source::{Action, Bulk, Config, Input, Outcome, Poll, Sent, Source, Stopped};
 use ferry::migrate::wire::{BitmapFlags, BitmapInfo, BitmapPlace, Channel, Frame};
@@ -11,14 +12,17 @@ use ferry::migrate::wire::{BitmapFlags, BitmapInfo, BitmapPlace, Channel, Frame}
 use super::allocation::{proportionate, within};
 use super::session::{Step, steps};
 
-const PAGES: u64 = 1024;
+/// RAM, a gap as large, and a disk.
+const PAGES: u64 = 1024 + 300;
+const RAM_PAGES: u64 = 512;
 
 pub fn run(data: &[u8]) {
     let Some((&choice, data)) = data.split_first() else { return };
     let mode = [Mode::Auto, Mode::Precopy, Mode::Postcopy][usize::from(choice % 3)];
     let downtime_limit = Duration::from_millis(50);
     let host_page = if choice < 128 { HostPage::SMALL } else { HostPage::HUGE };
-    let config = Config { mode, downtime_limit, ram_pages: PAGES, host_page, page_channels: 2, session: 1, machine: vec![1; 10] };
+    let Ok(layout) = Layout::new(RAM_PAGES, host_page, &[0, PAGES - 2 * RAM_PAGES]) else { return };
+    let config = Config { mode, downtime_limit, layout, page_channels: 2, session: 1, machine: vec![1; 10] };
     let engine = Source::new(config);
     let (now, bitmaps) = (Duration::ZERO, IncomingBitmaps::default());
     let mut host = Host { engine, now, stopped: false, given_up: false, connected: false, ended: false, bitmaps, infos: Vec::new() };
@@ -47,7 +51,11 @@ impl Host {
                 }
                 Step::Frame(Channel::Main, frame) => self.engine.handle(Input::Frame(frame), self.now),
                 Step::Frame(Channel::Urgent, Frame::Request(run)) => match self.engine.request(run) {
-                    Ok(()) => self.engine.sent_urgent(sent(run)),
+                    Ok(()) => {
+                        while let Some(run) = self.engine.next_requested() {
+                            self.engine.sent_urgent(sent(run));
+                        }
+                    }
                     Err(reason) => self.engine.handle(Input::Lost(Channel::Urgent, reason), self.now),
                 },
                 Step::Frame(Channel::Urgent, frame) => {
@@ -133,7 +141,7 @@ impl Host {
                 self.connected = false;
             }
             Action::OpenOthers => assert!(self.connected),
-            Action::StartTracking => self.engine.handle(Input::Harvested(PageSet::full(PAGES)), self.now),
+            Action::StartTracking => self.engine.handle(Input::Harvested(everything()), self.now),
             Action::Harvest => self.engine.handle(Input::Harvested(some_pages()), self.now),
             Action::Stop => {
                 self.stopped = true;
@@ -176,4 +184,10 @@ fn some_pages() -> PageSet {
 
 fn sent(run: PageRun) -> Sent {
     Sent { normal: run.count, bytes: run.bytes(), busy: Duration::from_micros(run.count), ..Sent::default() }
+}
+
+fn everything() -> PageSet {
+    let mut pages = PageSet::full(PAGES);
+    pages.remove(PageRun::new(RAM_PAGES, RAM_PAGES));
+    pages
 }

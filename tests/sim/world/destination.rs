@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
 use ferry::block::dirty_bitmap::BitmapRun;
-use ferry::memory::PageNumber;
+use ferry::memory::{PageNumber, PageRun};
 use ferry::migrate::destination::{self, Action, Destination, Input, Link};
 use ferry::migrate::wire::{Channel, Kind, Package};
 
@@ -25,6 +25,8 @@ pub(super) struct DestinationHost {
     /// Faults that the kernel has queued, and answers under way.
     pub(super) faults: VecDeque<PageNumber>,
     pub(super) placing: Vec<Placing>,
+    /// Blocks that the guest's device has begun to wait for.
+    pub(super) wanted: VecDeque<PageRun>,
     pub(super) blocked: Option<PageNumber>,
     /// When a page was placed last, or the source came back.
     pub(super) heard_at: Duration,
@@ -66,13 +68,14 @@ impl DestinationHost {
     pub(super) fn new(plan: &Plan) -> Self {
         DestinationHost {
             engine: Destination::new(),
-            ram: Ram::new(plan.pages, plan.host_page),
+            ram: Ram::new(plan.layout()),
             right: Right::None,
             alive: true,
             whole: false,
             outcome: None,
             userfault: false,
             faults: VecDeque::new(),
+            wanted: VecDeque::new(),
             placing: Vec::new(),
             blocked: None,
             heard_at: Duration::ZERO,
@@ -142,6 +145,10 @@ impl World {
             }
             Action::FinishBuilding => {}
             Action::Load(package) => self.load(*package),
+            Action::FlushDisks => {
+                let fails = self.fails(Fault::FlushFails);
+                self.destination.engine.handle(if fails { Input::DisksNotFlushed("it is broken".into()) } else { Input::DisksFlushed });
+            }
             Action::Run => {
                 if self.source.right != Right::GivenUp {
                     return Err("the guest is to run though the source has not given it up".into());
@@ -202,9 +209,7 @@ impl World {
         if self.fails(Fault::LoadFails) {
             return self.destination.engine.handle(Input::Failed("the state does not load".into()));
         }
-        for run in package.missing {
-            self.destination.ram.discard(run);
-        }
+        self.destination.ram.expect(&package.missing);
         self.destination.userfault = package.postcopy;
         self.destination.right = Right::Paused;
         self.destination.engine.handle(Input::Loaded { load_us: 5, warnings: Vec::new() });

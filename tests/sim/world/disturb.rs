@@ -69,7 +69,9 @@ impl World {
             Fault::LoseFrame => return self.connections.iter_mut().any(|connection| connection.to_destination.lose_one()),
             // These wait for the moment at which they can happen.
             Fault::PauseSource | Fault::PauseDestination | Fault::GiveUpDestination | Fault::Lose(_) => return false,
-            Fault::PrepareFails | Fault::LoadFails | Fault::StopFails | Fault::GiveUpFails | Fault::ResumeFails => return false,
+            Fault::PrepareFails | Fault::LoadFails | Fault::StopFails | Fault::GiveUpFails | Fault::ResumeFails | Fault::FlushFails => {
+                return false;
+            }
         }
         true
     }

@@ -11,6 +11,8 @@ use super::World;
 const SLACK: Duration = Duration::from_secs(90);
 const PAGE_TIMEOUT: Duration = Duration::from_secs(30);
 const END_TIMEOUT: Duration = Duration::from_secs(120);
+/// Where a disk is copied, which may take its time to be flushed.
+const END_TIMEOUT_WITH_DISKS: Duration = Duration::from_secs(1800);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Side {
@@ -61,7 +63,8 @@ impl World {
                 since.is_some_and(|since| long_ago(since, PAGE_TIMEOUT))
             }
             Side::Destination if source.alive && source.outcome.is_none() && !source.engine.is_paused() && !source.engine.is_over() => {
-                source.end_sent.is_some_and(|sent| long_ago(sent, END_TIMEOUT))
+                let limit = if self.plan.blocks > 0 { END_TIMEOUT_WITH_DISKS } else { END_TIMEOUT };
+                source.end_sent.is_some_and(|sent| long_ago(sent, limit))
             }
             _ => false,
         };

@@ -1,6 +1,6 @@
 //! The guest: writes and reads wherever it runs, and checks every read.
 
-use ferry::memory::PageNumber;
+use ferry::memory::{PageNumber, PageRun};
 use ferry::migrate::pages::CLEAR_CHUNK;
 
 use super::{BITS, Right, World};
@@ -13,6 +13,9 @@ impl World {
     // --- the guest ---
 
     pub(super) fn guest_step(&mut self) -> Result<(), String> {
+        if self.plan.blocks > 0 && self.choices.chance(30) {
+            return self.guest_uses_disk();
+        }
         let page = if self.plan.pages > CLEAR_CHUNK + 4 && self.choices.chance(30) {
             // Where a run might cross the border between two chunks.
             PageNumber(CLEAR_CHUNK - 4 + self.choices.below(8))
@@ -52,6 +55,38 @@ impl World {
             self.truth[page.0 as usize] = version;
         }
         Ok(())
+    }
+
+    /// Writes a block as a whole, which waits for nothing, or reads one.
+    fn guest_uses_disk(&mut self) -> Result<(), String> {
+        let Some((_, disk)) = self.plan.layout().disks().next() else { return Ok(()) };
+        let block = PageNumber(disk.first.0 + self.choices.below(disk.count));
+        let writes = self.choices.chance(40);
+        let at_source = self.source.alive && self.source.right == Right::Running;
+        let at_destination = self.destination.alive && self.destination.right == Right::Running && self.destination.blocked.is_none();
+        if !at_source && !at_destination {
+            return Ok(());
+        }
+        if writes {
+            if at_source && self.next_version > CALM {
+                return Ok(());
+            }
+            let version = self.fresh_version();
+            let ram = if at_source { &mut self.source.ram } else { &mut self.destination.ram };
+            ram.write(block, version);
+            self.truth[block.0 as usize] = version;
+            return Ok(());
+        }
+        if at_source {
+            return self.check_read(block, self.source.ram.read(block), "source");
+        }
+        if self.destination.userfault && !self.destination.ram.is_populated(block) {
+            let count = (1 + self.choices.below(4)).min(disk.end() - block.0);
+            self.destination.wanted.push_back(PageRun { first: block, count });
+            self.destination.blocked = Some(block);
+            return Ok(());
+        }
+        self.check_read(block, self.destination.ram.read(block), "destination")
     }
 
     fn fresh_version(&mut self) -> Version {

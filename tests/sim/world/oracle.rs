@@ -1,9 +1,8 @@
 //! The oracle: sees both hosts and the truth, and judges how it ended.
 
-use ferry::memory::PageNumber;
 use ferry::migrate::report::Status;
 
-use super::{Right, World};
+use super::{Right, World, all_pages};
 
 /// How a world ended, as the oracle sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,8 +61,8 @@ impl World {
                 if source.throttle != 0 {
                     return Err("the guest stayed and is slowed down".into());
                 }
-                for page in 0..self.plan.pages {
-                    self.check_read(PageNumber(page), source.ram.read(PageNumber(page)), "source, at the end,")?;
+                for page in all_pages(&self.plan.layout()) {
+                    self.check_read(page, source.ram.read(page), "source, at the end,")?;
                 }
                 if destination.alive && destination.engine.is_committed() {
                     return Err("the destination has a guest that stayed".into());
@@ -103,8 +102,8 @@ impl World {
 
     /// All that the guest has written, and all that its disks' bitmaps have recorded, is at the destination.
     pub(super) fn check_whole(&self, when: &str) -> Result<(), String> {
-        for page in 0..self.plan.pages {
-            self.check_read(PageNumber(page), self.destination.ram.read(PageNumber(page)), when)?;
+        for page in all_pages(&self.plan.layout()) {
+            self.check_read(page, self.destination.ram.read(page), when)?;
         }
         let bitmap = &self.destination.bitmap;
         if !bitmap.abandoned && (!bitmap.complete || bitmap.loaded != self.bits) {

@@ -71,6 +71,14 @@ impl World {
             }
             return Ok(());
         }
+        if let Some(blocks) = destination.wanted.pop_front() {
+            // Where the link is lost its owner is told; the next urgent connection makes up for it.
+            let asked = destination.engine.wait_for_blocks(blocks, self.now);
+            if !destination.engine.is_paused() {
+                asked.into_iter().for_each(|run| self.request(run));
+            }
+            return Ok(());
+        }
         let Some(page) = destination.faults.pop_front() else { return Ok(()) };
         match destination.engine.fault(page, self.now) {
             FaultAnswer::Wait => {}
@@ -87,7 +95,7 @@ impl World {
 
     /// The kernel places nothing less.
     fn check_whole_host_pages(&self, run: PageRun) -> Result<(), String> {
-        if self.plan.host_page.divides(run) { Ok(()) } else { Err(format!("{run} is to be placed, a part of a host page")) }
+        if self.plan.layout().divides(run) { Ok(()) } else { Err(format!("{run} is to be placed, a part of a host page")) }
     }
 
     fn request(&mut self, run: PageRun) {
@@ -127,6 +135,7 @@ impl World {
         self.destination.userfault = false;
         self.destination.blocked = None;
         self.destination.faults.clear();
+        self.destination.wanted.clear();
         self.destination.whole = true;
         self.check_whole("destination, when it is complete,")
     }

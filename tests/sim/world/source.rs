@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use ferry::block::dirty_bitmap::BitmapRun;
 use ferry::memory::{HostPage, PageNumber, PageRun, PageSet};
+use ferry::migrate::layout::Layout;
 use ferry::migrate::source::{self, Bulk, Config, Sent, Source, Stopped};
 use ferry::migrate::wire::{BitmapFlags, BitmapInfo, Channel, Frame};
 
@@ -56,8 +57,8 @@ pub(super) struct PageSender {
 impl SourceHost {
     /// A host that runs the guest in `ram` and begins to move it.
     pub(super) fn new(plan: &Plan, ram: Ram) -> Self {
-        let Plan { mode, downtime_limit, pages: ram_pages, host_page, page_channels, .. } = *plan;
-        let config = Config { mode, downtime_limit, ram_pages, host_page, page_channels, session: 42, machine: vec![1, 2, 3] };
+        let Plan { mode, downtime_limit, page_channels, .. } = *plan;
+        let config = Config { mode, downtime_limit, layout: plan.layout(), page_channels, session: 42, machine: vec![1, 2, 3] };
         let mut engine = if plan.dry_run { Source::dry_run(config) } else { Source::new(config) };
         engine.handle(source::Input::PauseBeforeSwitchover(plan.pause_before_switchover), Duration::ZERO);
         engine.handle(source::Input::Throttling(plan.throttling), Duration::ZERO);
@@ -84,7 +85,7 @@ impl SourceHost {
 
     /// Begins to move the guest once more.
     pub(super) fn retry(&mut self, plan: &Plan) {
-        let ram = std::mem::replace(&mut self.ram, Ram::new(0, plan.host_page));
+        let ram = std::mem::replace(&mut self.ram, Ram::new(Layout::default()));
         *self = SourceHost::new(plan, ram);
     }
 }
@@ -263,6 +264,8 @@ impl World {
             return self.source.inputs.push_back(source::Input::Lost(channel, "broken".into()));
         }
         let mut sent = Sent::default();
+        let is_ram = self.plan.layout().is_ram(runs[0].first);
+        let unit = if is_ram { unit } else { HostPage::SMALL };
         let firsts = runs.iter().flat_map(|run| (run.first.0..run.end()).step_by(unit.pages() as usize));
         for run in firsts.map(|first| PageRun { first: PageNumber(first), count: unit.pages() }) {
             sent.busy += Duration::from_micros(2 * run.count);

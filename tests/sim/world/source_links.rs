@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use ferry::migrate::source::{self, Sent, Source};
+use ferry::migrate::source::{self, Sent, Source, Waiting};
 use ferry::migrate::wire::{Channel, Frame};
 
 use super::World;
@@ -93,17 +93,21 @@ impl World {
     pub(super) fn source_serves_requests(&mut self) {
         let Some(urgent) = self.source.urgent.filter(|_| self.source.alive) else { return };
         let pipe = &mut self.connections[urgent].to_source;
-        if !pipe.is_ready(self.step) {
+        let is_ready = pipe.is_ready(self.step);
+        let waiting = self.source.engine.requested();
+        if waiting == Waiting::Pages || (waiting == Waiting::Blocks && !is_ready) {
+            let Some(run) = self.source.engine.next_requested() else { return };
+            let contents = run.pages().map(|page| self.source.ram.read(page)).collect();
+            self.connections[urgent].to_destination.pages(run, contents);
+            let busy = Duration::from_micros(run.count * 2);
+            return self.source.engine.sent_urgent(Sent { normal: run.count, bytes: run.bytes(), busy, ..Sent::default() });
+        }
+        if !is_ready {
             return;
         }
         let input = match pipe.receive().map(|message| message.frame) {
             Some(Frame::Request(run)) => match self.source.engine.request(run) {
-                Ok(()) => {
-                    let contents = run.pages().map(|page| self.source.ram.read(page)).collect();
-                    self.connections[urgent].to_destination.pages(run, contents);
-                    let busy = Duration::from_micros(run.count * 2);
-                    return self.source.engine.sent_urgent(Sent { normal: run.count, bytes: run.bytes(), busy, ..Sent::default() });
-                }
+                Ok(()) => return,
                 Err(reason) => source::Input::Failed(reason),
             },
             Some(frame) => source::Input::Lost(Channel::Urgent, format!("{frame:?} does not belong here")),

@@ -174,11 +174,11 @@ fn nothing_is_stored_for_an_image_that_is_not_whole() {
     fs::remove_file(&path).unwrap();
     let disk = Disk::create(config(&path), SIZE).unwrap();
     disk.bitmaps().change(|held| held.add("b", Granularity::default(), true, true)).unwrap();
-    disk.keep().unwrap();
+    disk.commit_arrival();
     disk.arriving().unwrap().expect([BlockRun::new(0, 1)], |_| {});
     assert!(matches!(disk.freeze().unwrap_err(), DiskError::Arriving(_)));
     disk.close().unwrap();
-    assert!(path.exists() && !sidecar.exists());
+    assert!(path.with_extension("img.incoming").exists() && !path.exists() && !sidecar.exists());
 }
 
 #[test]
@@ -188,7 +188,7 @@ fn an_image_that_has_no_name_yet_is_not_given_up_to_others() {
     fs::remove_file(&path).unwrap();
     let disk = Disk::create(config(&path), SIZE).unwrap();
     disk.release().unwrap();
-    assert!(Disk::create(config(&path), SIZE).unwrap_err().to_string().contains("in use by another Ferry"));
+    assert!(Disk::create(config(&path), SIZE).unwrap_err().to_string().contains("is there already: another Ferry receives this disk"));
     disk.acquire().unwrap();
     disk.close().unwrap();
     // Now it is another's, which the end of the first does not take away.

@@ -1,9 +1,10 @@
-//! Page faults of the guest that has come before its pages.
+//! Page faults of the guest that has come before its pages, and its devices' waits for blocks that have not come.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::super::block_io::BlockIo;
 use super::super::frames;
 use super::Shared;
 use crate::memory::uffd::{Fault, MissingPages, UffdError, Userfaultfd};
@@ -14,28 +15,35 @@ use crate::migrate::report::Status;
 use crate::migrate::transport::{Wake, Writer};
 use crate::migrate::wire::{Channel, Frame};
 
-/// The pages that are missing, and the thread that asks for those somebody touches.
+/// The pages that are missing, and the thread that asks for those somebody touches, and for blocks.
 pub struct FaultService {
     pub pages: MissingPages,
     ram: GuestRam,
     /// Tells the thread that a new urgent connection is there, or that it is to end.
     news: Wake,
     stopped: AtomicBool,
+    /// The disks that are copied.
+    blocks: BlockIo,
+    /// Blocks that devices have begun to wait for.
+    wanted: Mutex<Vec<PageRun>>,
     /// Pages that cannot come, and that the owner was told of.
     told: Mutex<BTreeSet<PageNumber>>,
 }
 
 impl FaultService {
     /// Discards `missing`, and from then on asks over the urgent connection for what is touched. Comes before anything of the guest is restored.
-    pub fn start(shared: &Arc<Shared>, uffd: Userfaultfd, ram: &GuestRam, missing: &[PageRun]) -> Result<(), String> {
+    pub fn start(shared: &Arc<Shared>, uffd: Userfaultfd, ram: &GuestRam, blocks: &BlockIo, missing: &[PageRun]) -> Result<(), String> {
         let error = |error: UffdError| error.to_string();
         let pages = uffd.register(ram.clone()).map_err(error)?;
+        let mut missing = missing.iter().filter(|run| blocks.blocks(**run).is_none());
         // After the registration, which keeps huge pages from filling what is discarded, and before anybody looks.
-        missing.iter().try_for_each(|run| pages.discard(*run)).map_err(error)?;
+        missing.try_for_each(|run| pages.discard(*run)).map_err(error)?;
         let news = Wake::new().map_err(|error| format!("cannot serve page faults: {error}"))?;
         // The urgent connection is there already.
         news.wake();
-        let service = FaultService { pages, ram: ram.clone(), news, stopped: AtomicBool::new(false), told: Mutex::default() };
+        let (ram, blocks) = (ram.clone(), blocks.clone());
+        let (stopped, wanted, told) = (AtomicBool::new(false), Mutex::default(), Mutex::default());
+        let service = FaultService { pages, ram, blocks, news, stopped, wanted, told };
         if shared.faults.set(service).is_err() {
             return Err("page faults are served already".into());
         }
@@ -58,15 +66,29 @@ impl FaultService {
     /// Somebody waits for `page`, which nobody sends as things are. A guest that will never run here is not harmed by zeros, which let its
     /// restore end; any other waits, and its owner is told.
     pub fn unanswered(&self, shared: &Shared, page: PageNumber) {
-        if shared.engine().status() == Status::Failed {
+        let run = PageRun::single(page);
+        if let Some((disk, blocks)) = self.blocks.blocks(run) {
+            if self.told().insert(page) {
+                let (id, block) = (&disk.config().id, blocks.first);
+                shared.owner.waits_for_lost_page(format!(
+                    "the guest waits for block {block} of disk {id}, which the source had not sent before the link was lost"
+                ));
+            }
+        } else if shared.engine().status() == Status::Failed {
             // Fails only with the address space.
-            let _ = self.pages.place_zero(self.ram.host_page().around(PageRun::single(page)));
+            let _ = self.pages.place_zero(self.ram.host_page().around(run));
         } else if self.told().insert(page) {
             let address = self.ram.guest_address(page).map_or(0, |address| address.0);
             shared.owner.waits_for_lost_page(format!(
                 "the guest waits for {page} (guest address {address:#x}), which the source had not sent before the link was lost"
             ));
         }
+    }
+
+    /// A device waits for blocks.
+    pub fn want(&self, run: PageRun) {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner).push(run);
+        self.news.wake();
     }
 
     fn told(&self) -> MutexGuard<'_, BTreeSet<PageNumber>> {
@@ -84,6 +106,18 @@ fn serve_faults(shared: &Arc<Shared>) {
                 service.news.take();
                 if service.stopped.load(Ordering::SeqCst) {
                     return;
+                }
+                let wanted = std::mem::take(&mut *service.wanted.lock().unwrap_or_else(PoisonError::into_inner));
+                for blocks in wanted {
+                    // Together, for the same reason as below.
+                    let (asked, is_lost) = {
+                        let mut engine = shared.engine();
+                        (engine.wait_for_blocks(blocks, shared.now()), super::no_answers(&engine))
+                    };
+                    match asked.first() {
+                        Some(run) if is_lost => service.unanswered(shared, run.first),
+                        _ => asked.into_iter().for_each(|run| request(shared, &mut urgent, run)),
+                    }
                 }
                 let connection = shared.links().urgent.take();
                 if let Some(connection) = connection {

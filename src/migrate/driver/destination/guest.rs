@@ -3,16 +3,19 @@
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
-use super::super::owner::{DestinationOwner, StoppedGuest};
+use super::super::block_io::BlockIo;
+use super::super::owner::{DestinationOwner, MachineSetup, StoppedGuest};
 use super::super::page_io::PageIo;
 use super::super::saved;
 use super::Shared;
 use super::bitmaps::IncomingBitmaps;
 use super::faults::FaultService;
+use crate::block::block_run::BlockRun;
 use crate::block::disk::Disk;
 use crate::memory::uffd::Userfaultfd;
 use crate::memory::{GuestRam, HostPage, PAGE_SIZE, PageRun, thp};
 use crate::migrate::destination::Input;
+use crate::migrate::layout::Layout;
 use crate::migrate::wire::{Package, Setup};
 use crate::vm::{Built, Vm};
 
@@ -20,7 +23,7 @@ use crate::vm::{Built, Vm};
 #[derive(Default)]
 pub struct DestinationGuest {
     prepared: Option<Prepared>,
-    built: Option<(Vm<Built>, Vec<Arc<Disk>>)>,
+    built: Option<Vm<Built>>,
     pub bitmaps: IncomingBitmaps,
     stopped: Option<StoppedGuest>,
     /// When the guest certainly still ran at the source: its state is saved only after an answer that was sent then.
@@ -29,6 +32,9 @@ pub struct DestinationGuest {
 
 struct Prepared {
     ram: GuestRam,
+    disks: Vec<Arc<Disk>>,
+    /// Those of them that are copied.
+    blocks: BlockIo,
     /// Where it was mapped by transparent huge pages at the source.
     huge: Vec<PageRun>,
     /// Proof that postcopy can be, if it may come.
@@ -40,8 +46,10 @@ impl DestinationGuest {
     pub fn prepare(&mut self, shared: &Shared, setup: Setup) -> Result<(), String> {
         let Setup { ram_pages, host_page, huge, postcopy, machine, .. } = setup;
         let setup = saved::decode_setup(&machine, ram_pages)?;
+        let layout = shared.engine().layout().clone();
+        check_copied(&setup, &layout)?;
         let uffd = if postcopy { Some(Userfaultfd::open().map_err(|error| error.to_string())?) } else { None };
-        let ram = shared.owner.prepare(setup)?;
+        let (ram, disks) = shared.owner.prepare(setup, &layout)?;
         if ram.pages() != ram_pages {
             return Err(format!("{} pages of RAM were prepared for a guest of {ram_pages}", ram.pages()));
         }
@@ -50,8 +58,9 @@ impl DestinationGuest {
         }
         // Before the first page comes.
         thp::allow_only(&ram, &huge);
-        *shared.io() = Some(PageIo::new(ram.clone()));
-        self.prepared = Some(Prepared { ram, huge, uffd });
+        let blocks = BlockIo::new(layout, disks.clone());
+        *shared.io() = Some((PageIo::new(ram.clone()), blocks.clone()));
+        self.prepared = Some(Prepared { ram, disks, blocks, huge, uffd });
         Ok(())
     }
 
@@ -69,13 +78,15 @@ impl DestinationGuest {
         let prepared = self.prepared.as_mut().ok_or("there is no RAM yet")?;
         if package.postcopy {
             let uffd = prepared.uffd.take().ok_or("postcopy came, but only precopy was announced")?;
-            FaultService::start(shared, uffd, &prepared.ram, &package.missing)?;
+            FaultService::start(shared, uffd, &prepared.ram, &prepared.blocks, &package.missing)?;
         }
+        expect_blocks(shared, &prepared.blocks, &package.missing);
         let (was_running, mut state) = saved::decode_guest(&package.machine)?;
         self.finish_building(&*shared.owner)?;
-        let (vm, disks) = self.built.take().ok_or("the machine was used already")?;
+        let prepared = self.prepared.as_ref().ok_or("there is no RAM yet")?;
+        let vm = self.built.take().ok_or("the machine was used already")?;
         shared.engine().set_vcpu_threads(&vm.vcpu_threads());
-        let (bitmaps, warnings) = IncomingBitmaps::new(&package.bitmaps, &disks, &shared.owner.bitmap_mapping());
+        let (bitmaps, warnings) = IncomingBitmaps::new(&package.bitmaps, &prepared.disks, &shared.owner.bitmap_mapping());
         self.bitmaps = bitmaps;
         if let Some(ran_at) = self.ran_at {
             state.bound_blackout(begin.elapsed()..=ran_at.elapsed());
@@ -84,6 +95,12 @@ impl DestinationGuest {
         let vm = vm.restore(&state).map_err(|error| format!("the guest's state cannot be loaded: {error}"))?;
         self.stopped = Some(StoppedGuest { vm, was_running });
         Ok(Input::Loaded { load_us: begin.elapsed().as_micros() as u64, warnings })
+    }
+
+    /// What was copied of disks outlives a crash of this host from here on, under the names that the images are to have.
+    pub fn flush_disks(&self) -> Result<(), String> {
+        let Some(prepared) = &self.prepared else { return Ok(()) };
+        prepared.blocks.disks().try_for_each(|(disk, _)| disk.keep()).map_err(|error| error.to_string())
     }
 
     /// All of the guest is here, and nothing of its RAM is watched any more: huge pages may be anywhere, and are made again in the background
@@ -105,8 +122,40 @@ impl DestinationGuest {
 
     /// Hands the guest to its owner, after the commit. An error is a guest that is here but does not run.
     pub fn run(&mut self, owner: &dyn DestinationOwner) -> Result<(), String> {
+        if let Some(prepared) = &self.prepared {
+            prepared.blocks.disks().for_each(|(disk, _)| disk.commit_arrival());
+        }
         owner.run(self.stopped.take().ok_or("the guest was not loaded")?)
     }
+}
+
+/// From now on `missing` is what is missing of the disks that are copied.
+fn expect_blocks(shared: &Arc<Shared>, blocks: &BlockIo, missing: &[PageRun]) {
+    for (disk, pages) in blocks.disks() {
+        let Some(arriving) = disk.arriving() else { continue };
+        let its = missing.iter().filter(|run| pages.first <= run.first && run.end() <= pages.end());
+        let its = its.map(|run| BlockRun::new(run.first.0 - pages.first.0, run.count));
+        // The disk does not keep the migration.
+        let migration = Arc::downgrade(shared);
+        arriving.expect(its, move |blocks| {
+            let Some(shared) = migration.upgrade() else { return };
+            if let Some(faults) = shared.faults.get() {
+                faults.want(PageRun::new(pages.first.0 + blocks.first, blocks.count));
+            }
+        });
+    }
+}
+
+/// Whether the blocks that are to come are those of the guest's disks.
+fn check_copied(setup: &MachineSetup, layout: &Layout) -> Result<(), String> {
+    for (index, pages) in layout.disks() {
+        let (config, size) =
+            setup.config.disks.get(index).zip(setup.disk_sizes.get(index)).ok_or("a disk is to come that the guest does not have")?;
+        if config.readonly || BlockRun::all(*size).count != pages.count {
+            return Err(format!("{} blocks of disk {} of {size} bytes are to come, which cannot be", pages.count, config.id));
+        }
+    }
+    Ok(())
 }
 
 fn kib(host_page: HostPage) -> u64 {

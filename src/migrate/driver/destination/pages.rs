@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::super::block_io::BlockIo;
 use super::super::frames::{self, FRAME_TIMEOUT, FrameError};
-use super::super::page_io::{PageIo, PageIoError};
+use super::super::page_io::PageIo;
 use super::Shared;
 use super::faults::FaultService;
 use crate::memory::PageRun;
@@ -68,16 +69,18 @@ impl PageReader<'_> {
     fn pages(&mut self, run: PageRun) -> Result<(), Input> {
         let deadline = Some(Instant::now() + FRAME_TIMEOUT);
         let placement = self.shared.engine().pages(self.channel, run).map_err(|reason| self.nonsense(reason))?;
-        if placement == Placement::Direct {
-            let shared = self.shared;
-            io(shared)?.receive(run, &mut self.reader, deadline).map_err(|error| self.lost(error))?;
-            return self.received(Totals { normal: run.count, zero: 0 });
+        let (ram, blocks) = io(self.shared)?;
+        let is_blocks = blocks.blocks(run).is_some();
+        if placement == Placement::Direct && !is_blocks {
+            ram.receive(run, &mut self.reader, deadline).map_err(|error| self.lost(error))?;
+            self.received(Totals { normal: run.count, zero: 0 });
+            return Ok(());
         }
         // Bounded by the engine.
         self.contents.resize(run.bytes() as usize, 0);
         let read = self.reader.read_exact(&mut self.contents, deadline);
         read.map_err(|error| self.lost(error))?;
-        self.place(run)
+        self.put(run, placement, &ram, &blocks)
     }
 
     fn compressed(&mut self, compressed: &Compressed) -> Result<(), Input> {
@@ -87,39 +90,50 @@ impl PageReader<'_> {
         self.decompressor
             .decompress(compressed.method, &compressed.contents, &mut self.contents)
             .map_err(|error| self.nonsense(format!("{run} came, but {error}")))?;
-        if placement == Placement::Fault {
-            return self.place(run);
+        let (ram, blocks) = io(self.shared)?;
+        self.put(run, placement, &ram, &blocks)
+    }
+
+    /// Puts `contents` in their place.
+    fn put(&self, run: PageRun, placement: Placement, ram: &PageIo, blocks: &BlockIo) -> Result<(), Input> {
+        match (blocks.blocks(run), placement) {
+            (Some(_), _) => blocks.place(run, Some(&self.contents)).map_err(failed)?,
+            (None, Placement::Fault) => self.faults()?.pages.place(run, &self.contents).map(drop).map_err(failed)?,
+            (None, Placement::Direct) => ram.write(run, &self.contents).map_err(failed)?,
         }
-        io(self.shared)?.write(run, &self.contents).map_err(failed)?;
-        self.received(Totals { normal: run.count, zero: 0 })
+        match placement {
+            Placement::Direct => self.received(Totals { normal: run.count, zero: 0 }),
+            Placement::Fault => self.placed(run),
+        }
+        Ok(())
+    }
+
+    /// Only now are they no longer missing.
+    fn placed(&self, run: PageRun) {
+        self.shared.engine().placed(run, self.shared.now());
     }
 
     fn zero(&mut self, runs: &[PageRun]) -> Result<(), Input> {
         let (placement, to_do) = self.shared.engine().zero(self.channel, runs).map_err(|reason| self.nonsense(reason))?;
-        if placement == Placement::Direct {
-            let ram = io(self.shared)?;
-            to_do.iter().try_for_each(|run| ram.discard(*run)).map_err(failed)?;
-            return self.received(Totals { normal: 0, zero: runs.iter().map(|run| run.count).sum() });
-        }
-        let faults = self.faults()?;
+        let (ram, blocks) = io(self.shared)?;
         for run in to_do {
-            faults.pages.place_zero(run).map_err(|error| Input::Failed(error.to_string()))?;
-            self.shared.engine().placed(run, self.shared.now());
+            match (blocks.blocks(run), placement) {
+                (Some(_), _) => blocks.place(run, None).map_err(failed)?,
+                (None, Placement::Fault) => self.faults()?.pages.place_zero(run).map(drop).map_err(failed)?,
+                (None, Placement::Direct) => ram.discard(run).map_err(failed)?,
+            }
+            if placement == Placement::Fault {
+                self.placed(run);
+            }
+        }
+        if placement == Placement::Direct {
+            self.received(Totals { normal: 0, zero: runs.iter().map(|run| run.count).sum() });
         }
         Ok(())
     }
 
-    /// Places `contents` where the guest may wait for them.
-    fn place(&self, run: PageRun) -> Result<(), Input> {
-        self.faults()?.pages.place(run, &self.contents).map_err(|error| Input::Failed(error.to_string()))?;
-        // Only now are they no longer missing.
-        self.shared.engine().placed(run, self.shared.now());
-        Ok(())
-    }
-
-    fn received(&self, pages: Totals) -> Result<(), Input> {
+    fn received(&self, pages: Totals) {
         self.shared.engine().received(pages);
-        Ok(())
     }
 
     fn faults(&self) -> Result<&FaultService, Input> {
@@ -128,10 +142,10 @@ impl PageReader<'_> {
 }
 
 /// For one frame: nothing here keeps the RAM of a migration that is over.
-fn io(shared: &Shared) -> Result<PageIo, Input> {
+fn io(shared: &Shared) -> Result<(PageIo, BlockIo), Input> {
     shared.io().clone().ok_or_else(|| Input::Failed("pages came before there was RAM".into()))
 }
 
-fn failed(error: PageIoError) -> Input {
+fn failed(error: impl ToString) -> Input {
     Input::Failed(error.to_string())
 }

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::frames::{self, FRAME_TIMEOUT};
-use super::super::page_io::PageIo;
 use super::Shared;
 use super::greet::drain;
 use super::guest::DestinationGuest;
@@ -74,9 +73,9 @@ impl Session {
     fn read(&mut self) {
         let Some((reader, _)) = &mut self.main else { return };
         let deadline = Some(Instant::now() + FRAME_TIMEOUT);
-        let ram_pages = self.shared.io().as_ref().map(PageIo::pages);
-        let frame = match ram_pages {
-            Some(ram_pages) => frames::read(reader, frames::from_source(ram_pages), deadline),
+        let pages = self.shared.io().as_ref().map(|(_, blocks)| blocks.layout().pages());
+        let frame = match pages {
+            Some(pages) => frames::read(reader, frames::from_source(pages), deadline),
             None => frames::read(reader, frames::from_new_source, deadline),
         };
         match frame {
@@ -94,6 +93,7 @@ impl Session {
             Action::Prepare(setup) => self.guest.prepare(&self.shared, setup).map(|()| Some(Input::Prepared)).map_err(Input::Failed),
             Action::FinishBuilding => self.guest.finish_building(&*self.shared.owner).map(|()| None).map_err(Input::Failed),
             Action::Load(package) => self.guest.load(&self.shared, &package).map(Some).map_err(Input::Failed),
+            Action::FlushDisks => self.guest.flush_disks().map(|()| Some(Input::DisksFlushed)).map_err(Input::DisksNotFlushed),
             Action::Run => Ok(Some(self.start())),
             Action::LoadBitmap { index, first, run } => self.guest.bitmaps.load(index, first, &run).map(|()| None).map_err(Input::Warning),
             Action::CompleteBitmap(index) => self.guest.bitmaps.complete(index).map(|()| None).map_err(Input::Warning),

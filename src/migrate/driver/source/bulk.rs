@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
 
+use super::super::block_io::{BlockIo, BlockIoError, split_zero};
 use super::super::page_io::{PageIo, PageIoError, Piece};
 use super::Shared;
 use super::links::wire_bytes;
@@ -32,6 +33,9 @@ pub enum BulkError {
     /// They cannot be read, or the connection failed.
     #[error(transparent)]
     Pages(#[from] PageIoError),
+    /// Blocks cannot be read.
+    #[error(transparent)]
+    Blocks(#[from] BlockIoError),
     /// A frame cannot be encoded.
     #[error(transparent)]
     Wire(#[from] WireError),
@@ -49,18 +53,19 @@ enum Part {
 pub struct PageSender {
     shared: Arc<Shared>,
     io: PageIo,
+    blocks: BlockIo,
     channel: Channel,
     writer: Writer,
     compressor: Option<Compressor>,
     payoff: Payoff,
-    /// A copy of the pages to compress, which the guest may be writing.
+    /// A copy of the pages to compress, which the guest may be writing, or of blocks.
     copy: Vec<u8>,
 }
 
 impl PageSender {
-    pub fn new(shared: Arc<Shared>, io: PageIo, channel: Channel, writer: Writer) -> Self {
+    pub fn new(shared: Arc<Shared>, io: PageIo, blocks: BlockIo, channel: Channel, writer: Writer) -> Self {
         let compressor = shared.pages.compression.and_then(Compressor::new);
-        PageSender { shared, io, channel, writer, compressor, payoff: Payoff::default(), copy: Vec::new() }
+        PageSender { shared, io, blocks, channel, writer, compressor, payoff: Payoff::default(), copy: Vec::new() }
     }
 
     /// Sends what comes until nothing more does; a failure is reported and ends it.
@@ -73,8 +78,12 @@ impl PageSender {
             match self.send(&batch) {
                 Ok(sent) => self.account(sent, batch.charged),
                 Err(error) => {
+                    let input = match error {
+                        BulkError::Blocks(error) => Input::Failed(error.to_string()),
+                        error => Input::Lost(self.channel, error.to_string()),
+                    };
                     // Fails when the link is closed.
-                    let _ = inputs.send(Input::Lost(self.channel, error.to_string()));
+                    let _ = inputs.send(input);
                     return;
                 }
             }
@@ -108,6 +117,10 @@ impl PageSender {
     fn pack(&mut self, batch: &Batch, compress: bool) -> Result<(Vec<Part>, Sent), BulkError> {
         let (mut parts, mut zero, mut sent) = (Vec::new(), Vec::new(), Sent::default());
         for run in &batch.runs {
+            if self.blocks.blocks(*run).is_some() {
+                self.pack_blocks(*run, compress, &mut parts, &mut zero, &mut sent)?;
+                continue;
+            }
             for span in self.io.split_zero(*run, MAX_RUN, batch.unit) {
                 let span = span?;
                 if span.is_zero && self.shared.pages.zero_page_detection {
@@ -139,6 +152,42 @@ impl PageSender {
         Ok((parts, sent))
     }
 
+    /// The same for blocks of a disk, whose contents are a copy in any case.
+    fn pack_blocks(
+        &mut self,
+        run: PageRun,
+        compress: bool,
+        parts: &mut Vec<Part>,
+        zero: &mut Vec<PageRun>,
+        sent: &mut Sent,
+    ) -> Result<(), BulkError> {
+        sent.blocks = true;
+        self.blocks.read(run, &mut self.copy)?;
+        let mut rest = self.copy.as_slice();
+        for span in split_zero(run, &self.copy) {
+            let (contents, after) = rest.split_at_checked(span.run.bytes() as usize).unwrap_or_default();
+            rest = after;
+            if span.is_zero {
+                sent.zero += span.run.count;
+                zero.push(span.run);
+                continue;
+            }
+            sent.normal += span.run.count;
+            let compressor = self.compressor.as_mut().filter(|_| compress);
+            let frame = match compressor.map(|compressor| compressed_frame(span.run, compressor, contents)).transpose()?.flatten() {
+                Some(frame) => {
+                    sent.compressed += span.run.count;
+                    sent.saved += wire_bytes(span.run).saturating_sub(frame.len() as u64);
+                    frame
+                }
+                None => [&Header::pages(span.run).encode(), contents].concat(),
+            };
+            sent.bytes += frame.len() as u64;
+            parts.push(Part::Frame(frame));
+        }
+        Ok(())
+    }
+
     fn account(&self, sent: Sent, charged: Option<(bool, u64)>) {
         let refund = charged.map_or(0, |(committed, bytes)| {
             let refund = bytes.saturating_sub(sent.bytes);
@@ -155,8 +204,12 @@ impl PageSender {
 fn compressed(io: &PageIo, run: PageRun, compressor: &mut Compressor, copy: &mut Vec<u8>) -> Result<Option<Vec<u8>>, BulkError> {
     copy.clear();
     io.copy(run, copy)?;
+    compressed_frame(run, compressor, copy)
+}
+
+fn compressed_frame(run: PageRun, compressor: &mut Compressor, contents: &[u8]) -> Result<Option<Vec<u8>>, BulkError> {
     let method = compressor.method();
-    let Some(contents) = compressor.compress(copy) else { return Ok(None) };
-    let frame = Frame::Compressed(Compressed { run, method, contents: contents.to_vec() }).encode()?;
-    Ok((frame.len() < HEADER_SIZE + copy.len()).then_some(frame))
+    let Some(compressed) = compressor.compress(contents) else { return Ok(None) };
+    let frame = Frame::Compressed(Compressed { run, method, contents: compressed.to_vec() }).encode()?;
+    Ok((frame.len() < HEADER_SIZE + contents.len()).then_some(frame))
 }

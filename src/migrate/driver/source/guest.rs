@@ -1,11 +1,14 @@
 //! The guest in the source's hands: tracked while it runs, stopped, let go on, or given up.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::super::block_io::BlockIo;
 use super::super::owner::{SourceOwner, StoppedGuest};
 use super::super::saved;
-use crate::block::dirty_bitmap::{BitmapRun, OutgoingBitmap, RunLimits};
+use crate::block::block_run::BlockRun;
+use crate::block::dirty_bitmap::{BitmapRun, ChangeTracking, OutgoingBitmap, RunLimits};
 use crate::block::disk::{Disk, DiskIo};
 use crate::memory::dirty_tracker::{DirtyTracker, Tracking};
 use crate::memory::{GuestRam, PageRun, PageSet};
@@ -34,6 +37,10 @@ pub struct SourceGuest {
     tracking: Tracking,
     ram: GuestRam,
     disks: Vec<Arc<Disk>>,
+    /// Those of them that are copied.
+    blocks: BlockIo,
+    /// Of these, from the first harvest to the end.
+    changes: Vec<ChangeTracking>,
     /// Which of their bitmaps go along.
     mapping: BitmapMapping,
     tracker: Option<DirtyTracker>,
@@ -45,22 +52,46 @@ pub struct SourceGuest {
 }
 
 impl SourceGuest {
-    pub fn new(owner: Arc<dyn SourceOwner>, tracking: Tracking, ram: GuestRam, disks: Vec<Arc<Disk>>, mapping: BitmapMapping) -> Self {
-        SourceGuest { owner, tracking, ram, disks, mapping, tracker: None, stopped: None, bitmaps: Vec::new(), moved: None }
+    pub fn new(
+        owner: Arc<dyn SourceOwner>,
+        tracking: Tracking,
+        ram: GuestRam,
+        disks: Vec<Arc<Disk>>,
+        blocks: BlockIo,
+        mapping: BitmapMapping,
+    ) -> Self {
+        let (tracker, stopped, moved) = (None, None, None);
+        SourceGuest { owner, tracking, ram, disks, blocks, changes: Vec::new(), mapping, tracker, stopped, bitmaps: Vec::new(), moved }
     }
 
-    /// Begins to track dirty pages; returns those that hold anything.
+    /// Begins to track dirty pages and blocks; returns those that hold anything.
     pub fn start_tracking(&mut self) -> Result<PageSet, String> {
-        let mut populated = PageSet::empty(self.ram.pages());
+        let mut populated = PageSet::empty(self.blocks.layout().pages());
         self.tracker = Some(self.tracking.start(&self.ram, &mut populated).map_err(|error| error.to_string())?);
+        for (disk, pages) in self.blocks.disks() {
+            // First, so that nothing is missed which comes into being meanwhile.
+            self.changes.push(disk.track_changes());
+            let insert = |blocks: BlockRun| {
+                populated.insert(PageRun::new(pages.first.0 + blocks.first, blocks.count));
+            };
+            disk.allocated(insert).map_err(|error| format!("disk {}: cannot tell what its image holds: {error}", disk.config().id))?;
+        }
         Ok(populated)
     }
 
-    /// The pages dirtied since the last harvest.
+    /// The pages dirtied since the last harvest, and the blocks.
     pub fn harvest(&mut self) -> Result<PageSet, String> {
-        let mut dirty = PageSet::empty(self.ram.pages());
+        let mut dirty = PageSet::empty(self.blocks.layout().pages());
         let tracker = self.tracker.as_mut().ok_or("dirty pages are not tracked")?;
         tracker.harvest(&mut dirty).map_err(|error| error.to_string())?;
+        for ((_, pages), changes) in self.blocks.disks().zip(&mut self.changes) {
+            // Disks begin at whole words. What is taken now is read later, and a write that comes between is marked for the next harvest.
+            let first_word = (pages.first.0 / 64) as usize;
+            (first_word..)
+                .zip(changes.take().words())
+                .filter(|(_, bits)| *bits != 0)
+                .for_each(|(word, bits)| dirty.insert_word(word, bits));
+        }
         Ok(dirty)
     }
 
@@ -84,7 +115,7 @@ impl SourceGuest {
     pub fn stop(&mut self) -> Result<Stopped, StopError> {
         // Most of what the disks must write back is written while the guest still runs, so that giving the locks up is short. An error
         // here is none yet: giving up will meet it again.
-        for disk in &self.disks {
+        for disk in self.blocks.shared_disks() {
             let _ = disk.with_io(DiskIo::flush);
         }
         let begin = Instant::now();
@@ -99,6 +130,10 @@ impl SourceGuest {
             error => StopError::Failed(format!("the guest cannot be saved: {error}")),
         })?;
         let machine = saved::encode_guest(guest.was_running, &state)?;
+        for (disk, _) in self.blocks.disks() {
+            // Before the last harvest: nobody writes to it any more.
+            disk.freeze().map_err(|error| error.to_string())?;
+        }
         let bitmaps = self.reserve_bitmaps();
         let saved = Instant::now();
         // After the state was saved, because saving can write guest RAM.
@@ -151,15 +186,16 @@ impl SourceGuest {
     pub fn resume(&mut self) -> Result<(), String> {
         // First, so that the bitmaps can be used again when the guest runs.
         self.bitmaps.clear();
+        self.blocks.disks().for_each(|(disk, _)| disk.thaw());
         self.stopped.take().map_or(Ok(()), |guest| self.owner.put_back(guest))
     }
 
-    /// Gives up the disks and then the guest itself, unless `hindrance` tells a reason not to at the last moment. After an error the disks
+    /// Gives up the disks, those that are copied excepted, and then the guest itself, unless `hindrance` tells a reason not to at the last moment. After an error the disks
     /// are locked as before and [`SourceGuest::resume`] lets the guest go on.
     pub fn give_up(&mut self, hindrance: impl FnOnce() -> Option<String>) -> Result<(), String> {
         let mut released = Vec::new();
         let mut hindered = None;
-        for disk in self.disks.iter().filter(|disk| disk.io().is_ok()) {
+        for disk in self.blocks.shared_disks().filter(|disk| disk.io().is_ok()) {
             released.push(disk);
             if let Err(error) = disk.release() {
                 hindered = Some(error.to_string());
@@ -167,8 +203,8 @@ impl SourceGuest {
             }
         }
         let Some(mut reason) = hindered.or_else(hindrance) else {
-            released
-                .into_iter()
+            self.disks
+                .iter()
                 .for_each(|disk| disk.snapshots().break_all("the guest has moved to another host, which writes to the disk now"));
             self.moved = self.stopped.take().map(|guest| guest.vm.give_up());
             return Ok(());
@@ -177,6 +213,11 @@ impl SourceGuest {
             reason += &format!("; and the disk cannot be used again: {error}");
         }
         Err(reason)
+    }
+
+    /// The images that nobody needs any more once the guest is whole elsewhere.
+    pub fn stale_images(&self) -> Vec<PathBuf> {
+        self.blocks.disks().map(|(disk, _)| disk.config().path.clone()).collect()
     }
 
     /// Ends the tracking; returns the guest if it was given up.

@@ -5,21 +5,22 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
+use super::super::block_io::BlockIo;
 use super::super::frames;
 use super::super::page_io::{PageIo, Piece};
 use super::Shared;
 use crate::memory::{PAGE_SIZE, PageRun};
-use crate::migrate::source::{Input, Sent, Source};
-use crate::migrate::transport::{Address, Interrupt, Reader, Writer, connect};
+use crate::migrate::source::{Input, Sent, Source, Waiting};
+use crate::migrate::transport::{Address, Interrupt, LinkError, Reader, Writer, connect};
 use crate::migrate::wire::{Channel, Frame, HEADER_SIZE, Header, Kind};
 
 /// How long a destination is given to hear that the guest was not given up.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Passes on what comes on the main connection until it ends, its end last.
-pub fn read_main(mut reader: Reader, ram_pages: u64, inputs: &Sender<Input>) {
+pub fn read_main(mut reader: Reader, pages: u64, inputs: &Sender<Input>) {
     loop {
-        let input = match frames::read(&mut reader, frames::from_destination(ram_pages), None) {
+        let input = match frames::read(&mut reader, frames::from_destination(pages), None) {
             Ok(frame) => Input::Frame(frame),
             Err(error) => Input::Lost(Channel::Main, error.to_string()),
         };
@@ -31,26 +32,61 @@ pub fn read_main(mut reader: Reader, ram_pages: u64, inputs: &Sender<Input>) {
     }
 }
 
-/// Answers page requests at once, from the guest's RAM, until the urgent connection ends.
-pub fn serve_requests(shared: &Arc<Shared>, io: &PageIo, mut reader: Reader, mut writer: Writer, inputs: &Sender<Input>) {
+/// Answers requests at once, from the guest's RAM and its disks, until the urgent connection ends.
+pub fn serve_requests(shared: &Arc<Shared>, io: &PageIo, blocks: &BlockIo, reader: Reader, writer: Writer, inputs: &Sender<Input>) {
+    let mut requests = Requests { shared, io, blocks, reader, writer, contents: Vec::new() };
     let input = loop {
-        let run = match frames::read(&mut reader, |header| header.kind == Kind::Request, None) {
-            Ok(Frame::Request(run)) => run,
-            Ok(frame) => break Input::Failed(format!("the destination sent {:?} on the urgent connection", frame.kind())),
-            Err(error) => break Input::Lost(Channel::Urgent, error.to_string()),
-        };
-        let allowed = shared.engine().request(run);
-        if let Err(reason) = allowed {
-            break Input::Failed(reason);
+        if let Err(input) = requests.serve() {
+            break input;
         }
-        let begin = Instant::now();
-        if let Err(error) = io.send(&[Piece::Bytes(&Header::pages(run).encode()), Piece::Pages(run)], &mut writer, None) {
-            break Input::Lost(Channel::Urgent, error.to_string());
-        }
-        shared.engine().sent_urgent(Sent { normal: run.count, bytes: wire_bytes(run), busy: begin.elapsed(), ..Sent::default() });
     };
     // Fails when the migration is over.
     let _ = inputs.send(input);
+}
+
+/// The urgent connection.
+struct Requests<'a> {
+    shared: &'a Shared,
+    io: &'a PageIo,
+    blocks: &'a BlockIo,
+    reader: Reader,
+    writer: Writer,
+    /// Of blocks.
+    contents: Vec<u8>,
+}
+
+impl Requests<'_> {
+    /// Reads the request that comes next, where none is waiting or what has come already may be more urgent; otherwise answers one.
+    fn serve(&mut self) -> Result<(), Input> {
+        let waiting = self.shared.engine().requested();
+        let lost = |error: LinkError| Input::Lost(Channel::Urgent, error.to_string());
+        if waiting == Waiting::Nothing || (waiting == Waiting::Blocks && self.reader.has_more().map_err(lost)?) {
+            return self.read();
+        }
+        let Some(run) = self.shared.engine().next_requested() else { return Ok(()) };
+        let begin = Instant::now();
+        let header = Header::pages(run).encode();
+        let is_blocks = self.blocks.blocks(run).is_some();
+        let contents = if is_blocks {
+            self.blocks.read(run, &mut self.contents).map_err(|error| Input::Failed(error.to_string()))?;
+            Piece::Bytes(&self.contents)
+        } else {
+            Piece::Pages(run)
+        };
+        let sent = self.io.send(&[Piece::Bytes(&header), contents], &mut self.writer, None);
+        sent.map_err(|error| Input::Lost(Channel::Urgent, error.to_string()))?;
+        let (normal, bytes) = (run.count, wire_bytes(run));
+        self.shared.engine().sent_urgent(Sent { normal, bytes, blocks: is_blocks, busy: begin.elapsed(), ..Sent::default() });
+        Ok(())
+    }
+
+    fn read(&mut self) -> Result<(), Input> {
+        match frames::read(&mut self.reader, |header| header.kind == Kind::Request, None) {
+            Ok(Frame::Request(run)) => self.shared.engine().request(run).map_err(Input::Failed),
+            Ok(frame) => Err(Input::Failed(format!("the destination sent {:?} on the urgent connection", frame.kind()))),
+            Err(error) => Err(Input::Lost(Channel::Urgent, error.to_string())),
+        }
+    }
 }
 
 /// Watches a connection for pages until it ends. The destination says nothing there, unless it refuses it.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Select, Sender, at, bounded, never, select};
 
+use super::super::block_io::BlockIo;
 use super::super::frames::{self, FRAME_TIMEOUT, FrameError};
 use super::super::owner::SourceOwner;
 use super::super::page_io::PageIo;
@@ -38,6 +39,7 @@ pub struct Migration {
     shared: Arc<Shared>,
     owner: Arc<dyn SourceOwner>,
     io: PageIo,
+    blocks: BlockIo,
     guest: SourceGuest,
     /// The main connection, unless it is broken: then part of a frame may have been sent, so nothing can follow.
     main: Option<Writer>,
@@ -59,13 +61,21 @@ pub struct Migration {
 }
 
 impl Migration {
-    pub fn new(shared: Arc<Shared>, owner: Arc<dyn SourceOwner>, ram: GuestRam, guest: SourceGuest, woken: Receiver<()>) -> Self {
+    pub fn new(
+        shared: Arc<Shared>,
+        owner: Arc<dyn SourceOwner>,
+        ram: GuestRam,
+        blocks: BlockIo,
+        guest: SourceGuest,
+        woken: Receiver<()>,
+    ) -> Self {
         let (input_sender, inputs) = bounded(INPUTS);
         Migration {
             shared,
             owner,
             to_clear: PageSet::empty(ram.pages()),
             io: PageIo::new(ram),
+            blocks,
             guest,
             main: None,
             closing: None,
@@ -241,14 +251,14 @@ impl Migration {
         let (reader, writer) = self.connect()?.split();
         let committed = self.shared.engine().is_committed();
         self.main = Some(if committed { writer } else { writer.interrupted_by(&self.shared.cancel) });
-        let (inputs, ram_pages) = (self.input_sender.clone(), self.to_clear.universe());
-        self.spawn("migration-read", move || links::read_main(reader, ram_pages, &inputs))
+        let (inputs, pages) = (self.input_sender.clone(), self.blocks.layout().pages());
+        self.spawn("migration-read", move || links::read_main(reader, pages, &inputs))
     }
 
     fn open_urgent(&mut self) -> Result<(), String> {
         let (reader, writer) = self.greet(Channel::Urgent, self.connect()?)?;
-        let (shared, io, inputs) = (self.shared.clone(), self.io.clone(), self.input_sender.clone());
-        self.spawn("migration-urgent", move || links::serve_requests(&shared, &io, reader, writer, &inputs))
+        let (shared, io, blocks, inputs) = (self.shared.clone(), self.io.clone(), self.blocks.clone(), self.input_sender.clone());
+        self.spawn("migration-urgent", move || links::serve_requests(&shared, &io, &blocks, reader, writer, &inputs))
     }
 
     fn open_for_pages(&mut self) -> Result<(), String> {
@@ -259,7 +269,7 @@ impl Migration {
             let (reader, writer) = self.greet(channel, connection)?;
             let (batches, taken) = bounded(BATCHES);
             self.senders.push((batches, closer));
-            let sender = PageSender::new(self.shared.clone(), self.io.clone(), channel, writer);
+            let sender = PageSender::new(self.shared.clone(), self.io.clone(), self.blocks.clone(), channel, writer);
             let (sends, watches) = (self.input_sender.clone(), self.input_sender.clone());
             self.spawn("migration-pages", move || sender.run(&taken, &sends))?;
             self.spawn("migration-watch", move || links::watch(channel, reader, &watches))?;
@@ -478,7 +488,8 @@ impl Migration {
         if self.shared.engine().may_be_waited_for() {
             links::settle(&self.shared, &self.address());
         }
+        let stale = self.guest.stale_images();
         let moved = self.guest.end();
-        self.owner.ended(outcome, moved);
+        self.owner.ended(outcome, moved, stale);
     }
 }

@@ -92,7 +92,15 @@ fn strangers_do_not_keep_a_real_source_away() {
 fn story() -> Vec<Vec<u8>> {
     let package =
         Package { sent: Totals::default(), postcopy: true, missing: vec![PageRun::new(0, 5)], bitmaps: vec![], machine: vec![1; 50] };
-    let setup = Setup { ram_pages: 512, host_page: HostPage::SMALL, huge: vec![], postcopy: true, page_channels: 1, machine: vec![0; 30] };
+    let setup = Setup {
+        ram_pages: 512,
+        host_page: HostPage::SMALL,
+        huge: vec![],
+        postcopy: true,
+        page_channels: 1,
+        machine: vec![0; 30],
+        disks: vec![],
+    };
     [Frame::Setup(setup), Frame::PassEnd(Totals::default()), Frame::Switchover(package), Frame::Commit, Frame::End]
         .iter()
         .map(|frame| frame.encode().unwrap())
@@ -105,7 +113,7 @@ fn ends(bytes: &[u8]) -> String {
     let (handle, address): (DestinationMigration, _) = destination.listen("tcp:127.0.0.1:0");
     say(&address, &[&hello(Channel::Main), bytes].concat());
     let outcome = destination.outcome();
-    assert!(destination.guest.lock().unwrap().is_none() && handle.missing_pages() == 0);
+    assert!(destination.guest.lock().unwrap().is_none() && handle.missing().0 == 0);
     match outcome {
         destination::Outcome::Abandoned(reason) => reason,
         other => panic!("{other:?}"),

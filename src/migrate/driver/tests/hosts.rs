@@ -1,6 +1,7 @@
 //! Owners of guests as simple as can be, and what they saw.
 
 use std::num::NonZeroU64;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use crate::migrate::bitmap_mapping::BitmapMapping;
 use crate::migrate::driver::destination::DestinationMigration;
 use crate::migrate::driver::owner::{DestinationOwner, MachineSetup, PageTransfer, SourceOwner, SourceRequest, StoppedGuest};
 use crate::migrate::driver::source::SourceMigration;
+use crate::migrate::layout::Layout;
 use crate::migrate::report::{Mode, Status};
 use crate::migrate::transport::{Address, Listener};
 use crate::migrate::{destination, source};
@@ -166,7 +168,7 @@ impl SourceOwner for SourceHost {
         let _ = self.events.send(SourceEvent::Paused(text));
     }
 
-    fn ended(&self, outcome: source::Outcome, moved: Option<Vm<Moved>>) {
+    fn ended(&self, outcome: source::Outcome, moved: Option<Vm<Moved>>, _copied: Vec<PathBuf>) {
         let _ = self.events.send(SourceEvent::Ended(Box::new(outcome), moved));
     }
 }
@@ -243,17 +245,17 @@ impl DestinationOwner for DestinationHost {
         BitmapMapping::default()
     }
 
-    fn prepare(&self, setup: MachineSetup) -> Result<GuestRam, String> {
+    fn prepare(&self, setup: MachineSetup, _layout: &Layout) -> Result<(GuestRam, Vec<Arc<Disk>>), String> {
         if let Some(reason) = &self.refuse {
             return Err(reason.clone());
         }
         let ram = setup.config.allocate_ram().map_err(|error| error.to_string())?;
         *self.built.lock().unwrap() = Some(guest::build(&setup.config, ram.clone()));
-        Ok(ram)
+        Ok((ram, self.disks.clone()))
     }
 
-    fn built(&self) -> Result<(Vm<Built>, Vec<Arc<Disk>>), String> {
-        Ok((self.built.lock().unwrap().take().unwrap(), self.disks.clone()))
+    fn built(&self) -> Result<Vm<Built>, String> {
+        Ok(self.built.lock().unwrap().take().unwrap())
     }
 
     fn run(&self, guest: StoppedGuest) -> Result<(), String> {
@@ -303,6 +305,7 @@ pub fn request(address: &Address, mode: Mode) -> SourceRequest {
         max_postcopy_bandwidth: None,
         // So that versions of a page could overtake one another.
         pages: PageTransfer { channels: PAGE_CHANNELS, ..PageTransfer::default() },
+        copy_storage: false,
         dry_run: false,
         switchover_bandwidth: None,
         pause_before_switchover: false,

@@ -28,7 +28,7 @@ fn moves(address: &str, mode: Mode, workload: Workload) -> source::Outcome {
     let (outcome, moved) = source.outcome();
     assert!(matches!(outcome, source::Outcome::Completed(_)), "{outcome:?}");
     assert_eq!(destination.outcome(), destination::Outcome::Completed);
-    assert_eq!(handle.missing_pages(), 0);
+    assert_eq!(handle.missing().0, 0);
     assert!(migration.is_committed() && migration.cancel().is_err() && source.guest.lock().unwrap().is_none());
     let left = moved.expect("the source still has the RAM");
     assert_counts(&destination.ram());
