@@ -305,7 +305,7 @@ impl Destination {
             (Input::DisksFlushed, _) => self.durable = Durable::Yes,
             (Input::DisksNotFlushed(reason), _) => {
                 self.durable = Durable::Failed;
-                self.fail(&reason);
+                self.fail_here(&reason);
             }
             (Input::Ran(resume_us), State::Starting) => {
                 self.resume_us = resume_us;
@@ -316,7 +316,8 @@ impl Destination {
             }
             (Input::Prepared | Input::Loaded { .. } | Input::Ran(_), _) => {}
             (Input::Warning(warning), _) => self.warnings.push(warning),
-            (Input::Nonsense(_, reason) | Input::Failed(reason), _) => self.fail(&reason),
+            (Input::Failed(reason), _) => self.fail_here(&reason),
+            (Input::Nonsense(_, reason), _) => self.fail(&reason),
             (Input::Lost(_, _, reason), _) => self.fail(&format!("the connection to the source was lost: {reason}")),
             // The source may have given the guest up just now: it says whether it has, or the link is lost and a person finds out.
             (Input::GiveUp(reason), State::Ready) if self.lost.is_none() => self.send(Channel::Main, Frame::Abort(reason)),
@@ -487,6 +488,18 @@ impl Destination {
         self.actions.clear();
         self.send(Channel::Main, Frame::Abort(reason.into()));
         self.finish(Outcome::Abandoned(reason.into()));
+    }
+
+    /// Something could not be done here, which the source is told where it cannot know.
+    fn fail_here(&mut self, reason: &str) {
+        let is_told = self.is_committed() && self.lost.is_none();
+        self.fail(reason);
+        if is_told {
+            // Before the connection is closed.
+            let disconnect = self.actions.pop_back();
+            self.send(Channel::Main, Frame::Abort(reason.into()));
+            self.actions.extend(disconnect);
+        }
     }
 
     /// The link is lost, and may come back. What it brought is dealt with; what it was to carry is told on the next one.
