@@ -62,8 +62,10 @@ fn bitmap(name: &str) -> BitmapInfo {
 /// All that a source says on its main connection, except for the pages in postcopy.
 fn from_source(postcopy: bool) -> Vec<Frame> {
     let (host_page, huge) = (HostPage::SMALL, vec![PageRun::new(512, 512)]);
-    let setup = Setup { ram_pages: 1024, host_page, huge, postcopy, page_channels: 1, machine: vec![1, 2, 3], disks: Vec::new() };
-    let missing = if postcopy { vec![PageRun::new(2, 1), PageRun::new(40, 8)] } else { Vec::new() };
+    let disks = if postcopy { vec![0, 40] } else { Vec::new() };
+    let setup = Setup { ram_pages: 1024, host_page, huge, postcopy, page_channels: 1, machine: vec![1, 2, 3], disks };
+    // The second disk's blocks, of which four are missing, begin at page 1536.
+    let missing = if postcopy { vec![PageRun::new(2, 1), PageRun::new(40, 8), PageRun::new(1540, 4)] } else { Vec::new() };
     let sent = Totals { normal: 4, zero: 3 };
     let bitmaps = vec![bitmap("a"), bitmap("b")];
     let mut frames = vec![
@@ -80,7 +82,7 @@ fn from_source(postcopy: bool) -> Vec<Frame> {
         Frame::BitmapComplete(1),
     ];
     if postcopy {
-        frames.extend([Frame::Pages(PageRun::new(2, 1)), Frame::Zero(vec![PageRun::new(40, 8)])]);
+        frames.extend([Frame::Pages(PageRun::new(2, 1)), Frame::Zero(vec![PageRun::new(40, 8)]), Frame::Zero(vec![PageRun::new(1540, 4)])]);
     }
     frames.extend([Frame::End, Frame::Goodbye]);
     frames
@@ -96,7 +98,8 @@ fn from_destination(postcopy: bool) -> Vec<Frame> {
         Frame::Ready { load_us: 5, warnings: vec!["hm".into()] },
         Frame::Running(3),
         Frame::Request(PageRun::new(100, 1)),
-        Frame::Done { faults: Box::new(faults), warnings: Vec::new(), block_waits: None },
+        Frame::Request(PageRun::new(1030, 40)),
+        Frame::Done { faults: Box::new(faults), warnings: Vec::new(), block_waits: Some(Box::default()) },
         Frame::Abort("no".into()),
     ]
 }
@@ -183,7 +186,7 @@ fn recovery_of_destination() -> Vec<u8> {
 /// The link breaks behind the commit, and a person joins the two again.
 fn recovery_of_source() -> Vec<u8> {
     let mut steps = vec![2, 0x84, 4];
-    let [welcome, prepared, ready, running, done] = [0, 1, 3, 4, 6].map(|index| from_destination(true)[index].clone());
+    let [welcome, prepared, ready, running, done] = [0, 1, 3, 4, 7].map(|index| from_destination(true)[index].clone());
     for frame in [&welcome, &prepared, &Frame::PassAck, &ready] {
         steps.extend(bytes(frame));
         steps.extend([0x84, 100]);

@@ -18,8 +18,8 @@ mod recording;
 use ferry::migrate::wire::{HEADER_SIZE, Header, Kind};
 use recording::Recording;
 
-/// Moves a guest with a dirty bitmap, and recovers once if that is asked for; what was said.
-fn record(mode: &str, recovers: bool, name: &str) -> Recording {
+/// Moves a guest with a dirty bitmap, perhaps with its disk, and recovers once if that is asked for; what was said.
+fn record(mode: &str, storage: &str, recovers: bool, name: &str) -> Recording {
     let lab = Lab::new();
     let disk = lab.disk(16 << 20);
     // Little, so that the recording is small; or much that does not compress and is hardly touched, so that it takes its time.
@@ -32,9 +32,24 @@ fn record(mode: &str, recovers: bool, name: &str) -> Recording {
     let mut guest = Guest::booting_at(&mut here);
     guest.beats(1);
     here.execute("block-dirty-bitmap-add", json!({ "node": "root", "name": "backup" })).unwrap();
-    let mut there = lab.receive(Transport::Tcp);
+    let copy = lab.path("copy");
+    let to_copy = ["--disk", &format!("id=root,path={}", copy.display())];
+    let mut there = lab.receive_with(Transport::Tcp, if storage == "copy" { &to_copy } else { &[] });
     let link = Proxy::recording(&there.address);
-    let options = ["--mode", mode, "--downtime", "1s", "--channels", "1", "--compression", "zstd", "--postcopy-bandwidth", limit];
+    let options = [
+        "--mode",
+        mode,
+        "--storage",
+        storage,
+        "--downtime",
+        "1s",
+        "--channels",
+        "1",
+        "--compression",
+        "zstd",
+        "--postcopy-bandwidth",
+        limit,
+    ];
     let mut client = here.client();
     let moving = lab.migrate(&here, &link.address, &options);
     if recovers {
@@ -82,10 +97,12 @@ fn without_contents(mut bytes: &[u8]) -> Vec<u8> {
 #[test]
 fn what_is_said_today_is_understood_from_a_recording() {
     for mode in ["precopy", "postcopy"] {
-        let recording = record(mode, false, mode);
-        recording.is_understood_by_the_destination();
-        recording.is_understood_by_the_source();
+        for (storage, name) in [("shared", mode.into()), ("copy", format!("copy-{mode}"))] {
+            let recording = record(mode, storage, false, &name);
+            recording.is_understood_by_the_destination();
+            recording.is_understood_by_the_source();
+        }
     }
-    let kinds = record("postcopy", true, "recovery").kinds();
+    let kinds = record("postcopy", "shared", true, "recovery").kinds();
     assert!(kinds.contains(&Kind::Holding));
 }

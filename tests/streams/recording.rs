@@ -184,6 +184,7 @@ impl DestinationHost {
                     saved::decode_guest(&package.machine).unwrap();
                     self.engine.handle(Input::Loaded { load_us: 1, warnings: Vec::new() });
                 }
+                DestinationAction::FlushDisks => self.engine.handle(Input::DisksFlushed),
                 DestinationAction::Run => self.engine.handle(Input::Ran(1)),
                 DestinationAction::End(outcome) => self.outcome = Some(outcome),
                 _ => {}

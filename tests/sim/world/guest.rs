@@ -72,6 +72,9 @@ impl World {
                 return Ok(());
             }
             let version = self.fresh_version();
+            if !at_source && self.destination.userfault && !self.destination.ram.is_populated(block) {
+                self.say("guest: writes a block that has not come");
+            }
             let ram = if at_source { &mut self.source.ram } else { &mut self.destination.ram };
             ram.write(block, version);
             self.truth[block.0 as usize] = version;
@@ -82,6 +85,7 @@ impl World {
         }
         if self.destination.userfault && !self.destination.ram.is_populated(block) {
             let count = (1 + self.choices.below(4)).min(disk.end() - block.0);
+            self.say("guest: waits for a block");
             self.destination.wanted.push_back(PageRun { first: block, count });
             self.destination.blocked = Some(block);
             return Ok(());
