@@ -127,7 +127,7 @@ pub(super) struct ReceiveArguments {
     /// Where to wait for the source: tcp:HOST:PORT or unix:PATH
     #[arg(long, value_name = "URI", value_parser = parse_address)]
     listen: String,
-    /// Where the disk with this id is on this host; may be given several times
+    /// Where the disk with this id is on this host, or where the image of one that is copied is to be made; may be given several times
     #[arg(long = "disk", value_name = "id=ID,path=P", value_parser = disk::parse_mapping)]
     disks: Vec<(String, PathBuf)>,
     #[command(flatten)]

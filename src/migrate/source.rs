@@ -449,8 +449,13 @@ impl Source {
             // Said again after a recovery; the first one counts.
             (Frame::Running(_), State::Committed | State::Ending) if self.report.downtime.total_us > 0 => {}
             (Frame::Running(resume_us), State::Committed | State::Ending) => {
-                self.report.downtime.resume_us = resume_us;
-                self.report.downtime.total_us = (now - self.stopped_at).as_micros() as u64;
+                let downtime = &mut self.report.downtime;
+                downtime.resume_us = resume_us;
+                downtime.total_us = match self.link {
+                    0 => (now - self.stopped_at).as_micros() as u64,
+                    // The first one was lost, and the guest has run since.
+                    _ => (self.ready_at - self.stopped_at).as_micros() as u64 + downtime.commit_us + resume_us,
+                };
             }
             (Frame::Done { faults, warnings, block_waits }, State::Ending) => {
                 self.report.warnings.extend(warnings);

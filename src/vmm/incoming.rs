@@ -21,6 +21,8 @@ use crate::qmp::response::Waiting;
 use crate::vm::facts::HostFacts;
 use crate::vm::{Built, Vm};
 
+type Machine = Result<Vm<Built>, VmmError>;
+
 /// A guest that is expected or on its way.
 #[derive(Default)]
 pub(super) struct Incoming {
@@ -28,7 +30,7 @@ pub(super) struct Incoming {
     disks: Vec<(String, PathBuf)>,
     active: AtomicBool,
     migration: Mutex<Option<DestinationMigration>>,
-    building: Mutex<Option<JoinHandle<Result<Vm<Built>, VmmError>>>>,
+    building: Mutex<Option<JoinHandle<Machine>>>,
 }
 
 impl Incoming {

@@ -125,7 +125,7 @@ def fails_killed(job):
 
 def main():
     run_here("cargo", "build", "--quiet", "--locked")
-    run_here("scripts/guest-linux")
+    run_here("scripts/guest-linux", "--fio")
     begin = time.monotonic()
     checks = Checks()
     guests = ROOT / "target/guest/linux"

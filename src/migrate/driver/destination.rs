@@ -11,6 +11,7 @@ mod greet;
 mod guest;
 mod pages;
 mod session;
+mod urgent_blocks;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};

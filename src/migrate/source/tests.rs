@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::memory::PageSet;
+use crate::migrate::wire::Holding;
 
 const NOW: Duration = Duration::from_secs(1);
 const LATER: Duration = Duration::from_secs(3600);
@@ -144,4 +145,28 @@ fn a_destination_that_never_confirms_the_end_is_a_lost_link() {
     assert_eq!(source.poll(NOW + END_TIMEOUT - NOW), Poll::Wait(Some(NOW + END_TIMEOUT)));
     let Poll::Act(Action::Disconnect(text)) = source.poll(NOW + END_TIMEOUT) else { panic!("it is waited for") };
     assert!(text.contains("did not confirm what it was sent in time") && source.is_paused(), "{text}");
+}
+
+#[test]
+fn the_guest_stood_still_no_longer_because_the_source_heard_late_that_it_ran() {
+    let us = Duration::from_micros;
+    for (committed, waited) in [(true, Duration::ZERO), (false, LATER - NOW)] {
+        let mut source = stopped(Source::new(config(Mode::Postcopy)), 60);
+        done(&mut source, NOW);
+        source.handle(Input::Frame(Frame::Ready { load_us: 5, warnings: Vec::new() }), NOW + us(7));
+        done(&mut source, NOW + us(9));
+        source.handle(Input::Lost(Channel::Main, "cut".into()), NOW + us(10));
+        done(&mut source, NOW + us(10));
+        assert!(source.is_paused());
+        source.handle(Input::Recover, LATER);
+        done(&mut source, LATER);
+        let holding = Holding { committed, missing: Vec::new(), bitmaps: Default::default() };
+        for frame in [Frame::Welcome { version: VERSION, program: "a test".into() }, Frame::Holding(holding)] {
+            source.handle(Input::Frame(frame), LATER);
+        }
+        done(&mut source, LATER + us(9));
+        source.handle(Input::Frame(Frame::Running(11)), LATER + us(50));
+        // Until READY, then until the commit that counted was said, then until the guest ran.
+        assert_eq!(source.report.downtime.total_us, 10 + 20 + 30 + 9 + waited.as_micros() as u64 + 11);
+    }
 }

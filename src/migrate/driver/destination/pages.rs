@@ -8,6 +8,7 @@ use super::super::frames::{self, FRAME_TIMEOUT, FrameError};
 use super::super::page_io::PageIo;
 use super::Shared;
 use super::faults::FaultService;
+use super::urgent_blocks::UrgentBlocks;
 use crate::memory::PageRun;
 use crate::migrate::compression::Decompressor;
 use crate::migrate::destination::{Input, Link, Placement};
@@ -16,7 +17,8 @@ use crate::migrate::wire::{Channel, Compressed, Frame, Header, Kind, Totals};
 
 /// Receives pages until the connection ends.
 pub fn receive(shared: &Arc<Shared>, link: Link, channel: Channel, reader: Reader) {
-    let mut pages = PageReader { shared, link, channel, reader, contents: Vec::new(), decompressor: Decompressor::default() };
+    let (contents, decompressor) = (Vec::new(), Decompressor::default());
+    let mut pages = PageReader { shared, link, channel, reader, contents, decompressor, urgent_blocks: None };
     let end = loop {
         match pages.receive() {
             Ok(()) => shared.wake.wake(),
@@ -28,13 +30,15 @@ pub fn receive(shared: &Arc<Shared>, link: Link, channel: Channel, reader: Reade
 
 /// A connection that brings pages.
 struct PageReader<'a> {
-    shared: &'a Shared,
+    shared: &'a Arc<Shared>,
     link: Link,
     channel: Channel,
     reader: Reader,
     /// What is to be placed whole.
     contents: Vec<u8>,
     decompressor: Decompressor,
+    /// Once some have come.
+    urgent_blocks: Option<UrgentBlocks>,
 }
 
 impl PageReader<'_> {
@@ -80,6 +84,14 @@ impl PageReader<'_> {
         self.contents.resize(run.bytes() as usize, 0);
         let read = self.reader.read_exact(&mut self.contents, deadline);
         read.map_err(|error| self.lost(error))?;
+        if self.channel == Channel::Urgent && is_blocks {
+            let urgent = match self.urgent_blocks.take() {
+                Some(urgent) => urgent,
+                None => UrgentBlocks::start(self.shared, blocks)?,
+            };
+            self.urgent_blocks.insert(urgent).place(run, std::mem::take(&mut self.contents));
+            return Ok(());
+        }
         self.put(run, placement, &ram, &blocks)
     }
 
