@@ -137,6 +137,9 @@ pub struct Progress {
     /// At the destination: the page faults of a postcopy.
     #[serde(default)]
     pub faults: Option<Faults>,
+    /// At the destination: the waits for blocks of disks that are copied.
+    #[serde(default)]
+    pub block_waits: Option<BlockWaits>,
     /// The blackout that switching now would cost, in milliseconds.
     pub expected_downtime_ms: u64,
     /// What was decided last, and why, in words.

@@ -70,6 +70,7 @@ impl Incoming {
             waiting_pages: waiting.len() as u64,
             waiting_ms: since.map_or(0, |since| since.as_millis() as u64),
             faults: migration.faults(),
+            block_waits: migration.block_waits(),
             error: migration.lost(),
             ..Progress::default()
         })

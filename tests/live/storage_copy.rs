@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::disk::{SmallStorage, TestDisk};
-use super::ferry::{Ferry, wait_for_migration};
+use super::ferry::{Ferry, wait_for_migration, wait_until};
 use super::guest::Guest;
 use super::lab::{Hardware, Lab, Transport};
 use super::migration::Migration;
@@ -169,6 +169,9 @@ fn lost_links_cost_nothing_of_a_disk_either() {
         migration = lab.recover(&here, &there.address);
         wait_for_migration(&mut client, "postcopy-active");
     }
+    wait_until(&mut there.client(), "a wait for a block that has ended", |_| {
+        there.ask("query-migrate")["ferry"]["progress"]["block-waits"]["waited"].as_u64() > Some(0)
+    });
     let progress = there.ask("query-migrate");
     assert!(progress["disk"]["remaining"].as_u64().unwrap() > 0 && progress["disk"]["total"] == SIZE.next_multiple_of(4096), "{progress}");
     here.execute("migrate-set-parameters", json!({ "max-postcopy-bandwidth": 0 })).unwrap();

@@ -24,7 +24,7 @@ use super::page_io::PageIo;
 use crate::memory::PageNumber;
 use crate::migrate::destination::{Destination, Input, Link, Outcome};
 use crate::migrate::layout::Layout;
-use crate::migrate::report::{Faults, Status};
+use crate::migrate::report::{BlockWaits, Faults, Status};
 use crate::migrate::transport::{Interrupt, Listener, Reader, Wake, Writer};
 use faults::FaultService;
 
@@ -246,6 +246,11 @@ impl DestinationMigration {
     /// The page faults so far, in postcopy.
     pub fn faults(&self) -> Option<Faults> {
         self.shared.engine().faults()
+    }
+
+    /// The waits for blocks so far, where disks are copied.
+    pub fn block_waits(&self) -> Option<BlockWaits> {
+        self.shared.engine().block_waits()
     }
 
     /// The pages that somebody in the guest waits for, longest waiting first, and for how long the first has been waited for.
