@@ -56,7 +56,11 @@ fn describe(migration: &Value) -> String {
             let remaining = format::bytes(progress.ram_remaining);
             // A destination knows nothing of passes.
             let pass = if progress.pass > 0 { format!(", pass {}", progress.pass) } else { String::new() };
-            format!("{pass}, {remaining} of {} remaining", format::bytes(progress.ram_total))
+            let disks = match progress.disk_total {
+                0 => String::new(),
+                total => format!(" of RAM and {} of {} of disks", format::bytes(progress.disk_remaining), format::bytes(total)),
+            };
+            format!("{pass}, {remaining} of {}{disks} remaining", format::bytes(progress.ram_total))
         }
         Ok(Details::Report(report)) => {
             format!(" after {}, downtime {}", format::microseconds(report.total_us), format::microseconds(report.downtime.total_us))

@@ -174,6 +174,8 @@ fn lost_links_cost_nothing_of_a_disk_either() {
     });
     let progress = there.ask("query-migrate");
     assert!(progress["disk"]["remaining"].as_u64().unwrap() > 0 && progress["disk"]["total"] == SIZE.next_multiple_of(4096), "{progress}");
+    let status = there.command("status");
+    assert!(status.contains("of 64.0 MiB of disks remaining"), "{status}");
     here.execute("migrate-set-parameters", json!({ "max-postcopy-bandwidth": 0 })).unwrap();
     let (_, report) = migration.succeeds();
     assert_eq!(report.recoveries, 6);
