@@ -76,6 +76,8 @@ pub struct Destination {
     link: Link,
     /// Why the link was lost, until there is another one.
     lost: Option<String>,
+    /// Nobody waits for the source any more.
+    alone: bool,
     urgent: bool,
     /// The connections for pages that stand, one bit each.
     page_channels: u16,
@@ -125,6 +127,7 @@ impl Destination {
             session: None,
             link: Link::default(),
             lost: None,
+            alone: false,
             urgent: false,
             page_channels: 0,
             wanted_page_channels: 0,
@@ -331,8 +334,10 @@ impl Destination {
                 self.bitmaps = IncomingBitmaps::default();
                 self.actions.push_back(Action::AbandonBitmaps);
                 self.pause("the rest was given up here");
-                self.complete();
-                self.finish(Outcome::Completed);
+                self.alone = true;
+                if self.durable == Durable::Failed {
+                    self.durable = Durable::No;
+                }
             }
             (Input::GiveUp(_) | Input::Pause | Input::GiveUpRest, _) => {}
         }
@@ -463,6 +468,9 @@ impl Destination {
                 self.done();
             }
             self.complete();
+            if self.alone {
+                self.finish(Outcome::Completed);
+            }
         }
     }
 

@@ -68,10 +68,12 @@ impl Disk {
         self.arriving().is_some_and(|arriving| !arriving.is_complete())
     }
 
-    /// Nothing comes of the migration: the image goes, unless the guest may have written there.
+    /// Nothing comes of the migration: the image goes, unless the guest may have written there. Then it stays, and the guest, which is about to
+    /// end with its process, waits on for what has not come.
     pub fn abandon_arrival(&self) {
-        if let Some(incoming) = &self.incoming {
-            incoming.lock_file().remove_unless_committed();
+        if let Some(incoming) = &self.incoming
+            && incoming.lock_file().remove_unless_committed()
+        {
             incoming.arriving.abandon("the migration has ended");
         }
     }

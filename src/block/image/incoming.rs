@@ -145,13 +145,15 @@ impl IncomingFile {
         self.state == NameState::Kept
     }
 
-    /// Removes the file unless the guest may have written there.
-    pub fn remove_unless_committed(&mut self) {
-        if self.state == NameState::Incoming {
+    /// Removes the file unless the guest may have written there. Whether it was.
+    pub fn remove_unless_committed(&mut self) -> bool {
+        let is_removed = self.state == NameState::Incoming;
+        if is_removed {
             self.state = NameState::Removed;
             // Nobody can be told. Who tries again is.
             let _ = fs::remove_file(&self.incoming);
         }
+        is_removed
     }
 
     fn sync(&self) -> io::Result<()> {

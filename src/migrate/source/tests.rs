@@ -170,3 +170,17 @@ fn the_guest_stood_still_no_longer_because_the_source_heard_late_that_it_ran() {
         assert_eq!(source.report.downtime.total_us, 10 + 20 + 30 + 9 + waited.as_micros() as u64 + 11);
     }
 }
+
+#[test]
+fn a_destination_that_does_not_know_how_to_take_disks_is_told_from_one_that_does() {
+    for (version, goes_on) in [(1, false), (2, false), (VERSION, true)] {
+        let layout = Layout::new(PAGES, HostPage::SMALL, &[0, 40]).unwrap();
+        let mut source = Source::new(Config { layout, ..config(Mode::Auto) });
+        done(&mut source, NOW);
+        source.handle(Input::Frame(Frame::Welcome { version, program: "ferry 0.0".into() }), NOW);
+        let done = done(&mut source, NOW);
+        assert_eq!(done.iter().any(|done| done == "Setup"), goes_on, "{done:?}");
+        let error = source.report.error.unwrap_or_default();
+        assert_eq!(error.contains("(ferry 0.0) does not know how to take disks; it needs a newer version"), !goes_on, "{error}");
+    }
+}
