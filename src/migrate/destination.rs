@@ -331,10 +331,12 @@ impl Destination {
             }
             (Input::Pause, State::Ready | State::Starting | State::Running) => self.pause("it was broken on purpose"),
             (Input::GiveUpRest, State::Running) if self.incoming.missing().is_empty() => {
-                self.bitmaps = IncomingBitmaps::default();
-                self.actions.push_back(Action::AbandonBitmaps);
-                self.pause("the rest was given up here");
-                self.alone = true;
+                if !std::mem::replace(&mut self.alone, true) {
+                    self.bitmaps = IncomingBitmaps::default();
+                    self.actions.push_back(Action::AbandonBitmaps);
+                    self.pause("the rest was given up here");
+                }
+                // Another try.
                 if self.durable == Durable::Failed {
                     self.durable = Durable::No;
                 }

@@ -128,7 +128,7 @@ pub struct Progress {
     pub bandwidth: u64,
     /// Bytes on the wire.
     pub bytes: BytesByKind,
-    /// At the destination: pages that the guest waits for just now.
+    /// At the destination: pages, and blocks of disks, that the guest waits for just now.
     #[serde(default)]
     pub waiting_pages: u64,
     /// How long the first of them has been waited for, in milliseconds.

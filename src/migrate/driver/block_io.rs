@@ -34,9 +34,12 @@ pub enum BlockIoError {
     Disk(#[from] DiskError),
 }
 
-/// The disks of a guest that are copied. Clones share them.
+/// The disks of a guest that are copied. Clones, which are made for each frame, share them.
 #[derive(Clone, Debug)]
-pub struct BlockIo {
+pub struct BlockIo(Arc<Disks>);
+
+#[derive(Debug)]
+struct Disks {
     layout: Layout,
     disks: Vec<Arc<Disk>>,
 }
@@ -44,29 +47,29 @@ pub struct BlockIo {
 impl BlockIo {
     /// All disks of the guest, those that are copied as `layout` says.
     pub fn new(layout: Layout, disks: Vec<Arc<Disk>>) -> Self {
-        BlockIo { layout, disks }
+        BlockIo(Arc::new(Disks { layout, disks }))
     }
 
     /// How pages are numbered.
     pub fn layout(&self) -> &Layout {
-        &self.layout
+        &self.0.layout
     }
 
     /// The disks that are copied, and their pages.
     pub fn disks(&self) -> impl Iterator<Item = (&Arc<Disk>, PageRun)> {
-        self.layout.disks().filter_map(|(index, pages)| Some((self.disks.get(index)?, pages)))
+        self.0.layout.disks().filter_map(|(index, pages)| Some((self.0.disks.get(index)?, pages)))
     }
 
     /// The disks that are not copied.
     pub fn shared_disks(&self) -> impl Iterator<Item = &Arc<Disk>> {
-        let is_shared = |index: usize| self.layout.pages_of(index).is_none();
-        self.disks.iter().enumerate().filter(move |(index, _)| is_shared(*index)).map(|(_, disk)| disk)
+        let is_shared = |index: usize| self.0.layout.pages_of(index).is_none();
+        self.0.disks.iter().enumerate().filter(move |(index, _)| is_shared(*index)).map(|(_, disk)| disk)
     }
 
     /// What `run` is, if those are blocks.
     pub fn blocks(&self, run: PageRun) -> Option<(&Arc<Disk>, BlockRun)> {
-        match self.layout.place(run)? {
-            Place::Disk(index, blocks) => Some((self.disks.get(index)?, blocks)),
+        match self.0.layout.place(run)? {
+            Place::Disk(index, blocks) => Some((self.0.disks.get(index)?, blocks)),
             Place::Ram(_) => None,
         }
     }

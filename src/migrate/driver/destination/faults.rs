@@ -68,7 +68,8 @@ impl FaultService {
     pub fn unanswered(&self, shared: &Shared, page: PageNumber) {
         let run = PageRun::single(page);
         if let Some((disk, blocks)) = self.blocks.blocks(run) {
-            if self.told().insert(page) {
+            // A request is for many: the first says enough of its disk.
+            if self.told().insert(PageNumber(page.0 - blocks.first)) {
                 let (id, block) = (&disk.config().id, blocks.first);
                 shared.owner.waits_for_lost_page(format!(
                     "the guest waits for block {block} of disk {id}, which the source had not sent before the link was lost"
