@@ -144,6 +144,27 @@ fn images_of_a_guest_that_stands_still_compare_equal_and_are_as_sparse() {
 }
 
 #[test]
+fn a_disk_that_has_come_goes_on() {
+    let lab = Lab::new();
+    let disk = filled(&lab);
+    let (mut here, mut guest) = run(&lab, &disk);
+    let (first, second) = (lab.path("copy"), lab.path("copy"));
+    // Copied, then shared, then copied again.
+    for (path, storage) in [(&first, "copy"), (&first, "shared"), (&second, "copy")] {
+        let mut there = receive(&lab, Transport::Unix, path);
+        let mut client = there.client();
+        lab.migrate(&here, &there.address, &["--mode", "postcopy", "--storage", storage]).succeeds();
+        here.ends_with(0);
+        guest.moved_to(&mut there);
+        // The source may hear of it sooner.
+        wait_until(&mut client, "all of it is there", |_| there.migration_status() == "completed");
+        guest.writes_blocks(50);
+        here = there;
+    }
+    ends_well(here, guest, &disk, &second);
+}
+
+#[test]
 fn lost_links_cost_nothing_of_a_disk_either() {
     let lab = Lab::new();
     let disk = filled(&lab);
