@@ -44,7 +44,6 @@ pub use action::{Action, Bulk, Outcome, Poll};
 use ending::Failure;
 pub use input::{Input, Stopped};
 use requested::Requested;
-pub use requested::Waiting;
 
 use super::bitmaps::{BitmapStep, OutgoingBitmaps};
 use super::layout::Layout;
@@ -361,34 +360,6 @@ impl Source {
                 self.set_throttle(throttling.map_or(0, |throttling| self.throttle.min(throttling.max)));
             }
         }
-    }
-
-    /// The destination asks for pages on the urgent connection. What [`Source::next_requested`] says is to be sent there at once. An error is the
-    /// destination's fault and ends what can be ended.
-    pub fn request(&mut self, run: PageRun) -> Result<(), String> {
-        if !matches!(self.state, State::Switching | State::Committed | State::Ending) || !self.switch_postcopy {
-            return Err(format!("the destination asked for {run}, but there is no postcopy"));
-        }
-        let layout = &self.config.layout;
-        if !layout.holds(run) || run.count > MAX_RUN || !layout.divides(run) {
-            return Err(format!("the destination asked for {run} of {} pages", layout.pages()));
-        }
-        self.outgoing.take_requested(run);
-        if !self.requested.insert(run, layout.is_ram(run.first)) {
-            return Err("the destination asks for more than it may at a time".into());
-        }
-        self.requests += 1;
-        Ok(())
-    }
-
-    /// What is to be sent next on the urgent connection, and then reported with [`Source::sent_urgent`]: pages first.
-    pub fn next_requested(&mut self) -> Option<PageRun> {
-        self.requested.take_next()
-    }
-
-    /// What [`Source::next_requested`] has next.
-    pub fn requested(&self) -> Waiting {
-        self.requested.waiting()
     }
 
     fn send(&mut self, frame: Frame) {

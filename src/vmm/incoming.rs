@@ -107,6 +107,11 @@ impl Incoming {
         self.with_migration(DestinationMigration::give_up_rest)
     }
 
+    /// Why the link is lost, while it is.
+    pub fn lost(&self) -> Option<String> {
+        self.progress()?.error
+    }
+
     /// The process is about to end.
     pub fn close(&self) {
         if let Some(migration) = &*lock(&self.migration) {
@@ -183,11 +188,12 @@ impl Vmm {
             return Err(format!("the guest has {} MiB of RAM, more than this host", setup.config.memory >> 20));
         }
         let disks = self.incoming.open_disks(&mut setup, layout)?;
+        // At once: who ends this process removes the images that were made.
+        (*lock(&self.disks)).clone_from(&disks);
         let ram = setup.config.allocate_ram().map_err(|error| error.to_string())?;
         if setup.config.lock_memory {
             ram.may_lock().map_err(|error| error.to_string())?;
         }
-        (*lock(&self.disks)).clone_from(&disks);
         let (vmm, machine_ram, its_disks) = (self.clone(), ram.clone(), disks.clone());
         let build = move || vmm.machine.build(&setup.config, machine_ram, &its_disks);
         let thread = std::thread::Builder::new().name("build".into()).spawn(build).map_err(|error| error.to_string())?;

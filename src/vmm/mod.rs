@@ -51,6 +51,8 @@ use signals::Signals;
 const LINGER: Duration = Duration::from_secs(2);
 /// Why a process whose guest has moved does not end yet.
 const STILL_NEEDED: &str = "ferry: the guest has moved, but its destination still needs pages from here; this ends when it has them";
+/// Why a process whose guest has come does not end yet.
+const STILL_COMING: &str = "ferry: the guest is here, but its disks are still coming from the source; this can end when they are";
 /// How long a client has to take the last events.
 const FLUSH: Duration = Duration::from_millis(500);
 
@@ -294,8 +296,12 @@ impl Main {
                     eprintln!("{STILL_NEEDED}\r");
                     return Ok(None);
                 }
+                if self.lost.is_none() && vmm.incomplete_images().is_some() {
+                    eprintln!("{STILL_COMING}\r");
+                    return Ok(None);
+                }
                 self.shutdown(vmm, reason);
-                return self.lost.take().map_or(Ok(Some(())), |text| Err(VmmError::Incomplete(text)));
+                return self.incomplete(vmm).map_or(Ok(Some(())), Err);
             }
             Message::MovedAway => {
                 if let Some(server) = &self.server {
@@ -314,6 +320,7 @@ impl Main {
                 eprintln!("ferry: {text}\r");
                 self.lost = Some(text);
                 match self.ended_early.take() {
+                    Some(event) if vmm.incomplete_images().is_some() => self.wait_for_disks(event),
                     Some(VmEvent::Reset) => return Err(VmmError::RestartIncomplete),
                     Some(event) => return self.on_guest_end(vmm, event),
                     None => {}
@@ -337,7 +344,26 @@ impl Main {
             self.ended_early = Some(event);
             return Ok(None);
         }
+        if vmm.incomplete_images().is_some() {
+            self.wait_for_disks(event);
+            return Ok(None);
+        }
         self.on_guest_end(vmm, event)
+    }
+
+    /// The guest has ended without its source. Its missing pages have gone with it, but its disks are half here and half there.
+    fn wait_for_disks(&mut self, event: VmEvent) {
+        eprintln!("ferry: the guest has ended ({event}), but not all of its disks has come: this process waits for `ferry recover`\r");
+        self.ended_early = Some(event);
+    }
+
+    /// What is missing because a person does not want to wait for it, and where the rest is.
+    fn incomplete(&mut self, vmm: &Vmm) -> Option<VmmError> {
+        let images = vmm
+            .incomplete_images()
+            .map(|images| format!("not all of its disks has come; what has, and what the guest has written, is in {images}"));
+        let parts: Vec<_> = self.lost.take().into_iter().chain(images).collect();
+        (!parts.is_empty()).then(|| VmmError::Incomplete(parts.join("; ")))
     }
 
     fn on_guest_end(&mut self, vmm: &Arc<Vmm>, event: VmEvent) -> Result<Option<()>, VmmError> {
@@ -397,8 +423,8 @@ impl Main {
             return Ok(None);
         }
         self.shutdown(vmm, ShutdownReason::HostSignal);
-        if let Some(text) = self.lost.take() {
-            return Err(VmmError::Incomplete(text));
+        if let Some(error) = self.incomplete(vmm) {
+            return Err(error);
         }
         Err(if needed { VmmError::SignalWhileNeeded } else { VmmError::Signal })
     }

@@ -167,8 +167,18 @@ impl Vmm {
         if self.migration().is_ok_and(|migration| migration.is_committed() && !migration.is_paused()) {
             return Err(QmpError::generic("the guest has moved, but not all of it: its destination still needs pages from here"));
         }
+        if self.incoming.lost().is_none() && self.incomplete_images().is_some() {
+            return Err(QmpError::generic("the guest is here, but not all of its disks: they are still coming from the source"));
+        }
         let _ = self.messages.send(Message::Quit(ShutdownReason::HostQmpQuit));
         done()
+    }
+
+    /// The images, in words, in which a guest has written and of which not all has come.
+    pub fn incomplete_images(&self) -> Option<String> {
+        let paths: Vec<_> =
+            self.all_disks().iter().filter_map(|disk| disk.incomplete_image()).map(|path| path.display().to_string()).collect();
+        (!paths.is_empty()).then(|| paths.join(" and "))
     }
 
     pub(super) fn all_disks(&self) -> Vec<Arc<Disk>> {

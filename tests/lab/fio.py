@@ -137,7 +137,7 @@ def main():
         raw.touch()
         with open(raw, "r+b") as file:
             file.truncate(64 << 20)
-        with Pair(files, [ext4, raw], seconds=600) as pair:
+        with Pair(files, [ext4, raw], seconds=1200) as pair:
             guest = Fio(pair, ext4)
             run_steps(checks, pair, "fio", [
                 ("boots at a", guest.boot),

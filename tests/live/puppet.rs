@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use super::disk::TestDisk;
 use super::ferry::Ferry;
 use super::lab::{Hardware, Lab};
 use super::output::{LIMIT, More, Output};
@@ -73,9 +74,14 @@ pub struct Puppet {
 impl Puppet {
     /// Boots one.
     pub fn boot(lab: &Lab) -> (Ferry, Self) {
+        Self::boot_with(lab, None)
+    }
+
+    /// Boots one that has a disk, which it does not touch.
+    pub fn boot_with(lab: &Lab, disk: Option<&TestDisk>) -> (Ferry, Self) {
         let path: PathBuf = lab.path("puppet");
         std::fs::write(&path, kernel()).unwrap();
-        let mut ferry = lab.run_with(&path, &Hardware { memory: "64M", cpus: 1, ..Hardware::default() }, "", &[]);
+        let mut ferry = lab.run_with(&path, &Hardware { memory: "64M", cpus: 1, disk, ..Hardware::default() }, "", &[]);
         let mut puppet = Puppet { console: ferry.console() };
         puppet.says("b");
         (ferry, puppet)

@@ -12,6 +12,7 @@ use super::guest::Guest;
 use super::lab::{Hardware, Lab, Transport};
 use super::migration::Migration;
 use super::proxy::Proxy;
+use super::puppet::Puppet;
 use super::recovery::wait_for_pause;
 
 /// The last block has 512 bytes.
@@ -34,7 +35,22 @@ fn filled(lab: &Lab) -> TestDisk {
     disk
 }
 
-/// Its guest, which writes to it, also where it is a hole, and checks what it reads.
+/// A guest that is to be moved.
+struct Begun {
+    lab: Lab,
+    disk: TestDisk,
+    here: Ferry,
+    guest: Guest,
+}
+
+/// A guest that writes to such a disk, also where it is a hole, and checks what it reads.
+fn begin() -> Begun {
+    let lab = Lab::new();
+    let disk = filled(&lab);
+    let (here, guest) = run(&lab, &disk);
+    Begun { lab, disk, here, guest }
+}
+
 fn run(lab: &Lab, disk: &TestDisk) -> (Ferry, Guest) {
     let hardware = Hardware { memory: "64M", cpus: 2, disk: Some(disk), ..Hardware::default() };
     let mut ferry = lab.run(&hardware, "fill=16M rate=1000 order=random disk=on disk_rate=500 heartbeat=20");
@@ -83,9 +99,7 @@ fn ends_well(mut ferry: Ferry, mut guest: Guest, disk: &TestDisk, copy: &Path) {
 }
 
 fn arrives(mode: &str, transport: Transport, options: &[&str]) {
-    let lab = Lab::new();
-    let disk = filled(&lab);
-    let (mut here, mut guest) = run(&lab, &disk);
+    let Begun { lab, disk, mut here, mut guest } = begin();
     let path = lab.path("copy");
     let mut there = receive(&lab, transport, &path);
     let options = [&["--mode", mode, "--downtime", "2s"], options].concat();
@@ -145,9 +159,7 @@ fn images_of_a_guest_that_stands_still_compare_equal_and_are_as_sparse() {
 
 #[test]
 fn a_disk_that_has_come_goes_on() {
-    let lab = Lab::new();
-    let disk = filled(&lab);
-    let (mut here, mut guest) = run(&lab, &disk);
+    let Begun { lab, disk, mut here, mut guest } = begin();
     let (first, second) = (lab.path("copy"), lab.path("copy"));
     // Copied, then shared, then copied again.
     for (path, storage) in [(&first, "copy"), (&first, "shared"), (&second, "copy")] {
@@ -166,9 +178,7 @@ fn a_disk_that_has_come_goes_on() {
 
 #[test]
 fn lost_links_cost_nothing_of_a_disk_either() {
-    let lab = Lab::new();
-    let disk = filled(&lab);
-    let (mut here, mut guest) = run(&lab, &disk);
+    let Begun { lab, disk, mut here, mut guest } = begin();
     here.execute("block-dirty-bitmap-add", json!({ "node": "root", "name": "backup", "granularity": 4096 })).unwrap();
     let path = lab.path("copy");
     let mut there = receive(&lab, Transport::Tcp, &path);
@@ -213,9 +223,7 @@ fn lost_links_cost_nothing_of_a_disk_either() {
 
 #[test]
 fn a_guest_whose_source_has_died_runs_until_it_needs_a_block_which_is_named() {
-    let lab = Lab::new();
-    let disk = filled(&lab);
-    let (mut here, mut guest) = run(&lab, &disk);
+    let Begun { lab, disk, mut here, mut guest } = begin();
     let path = lab.path("copy");
     let mut there = receive(&lab, Transport::Tcp, &path);
     let mut client = here.client();
@@ -233,7 +241,9 @@ fn a_guest_whose_source_has_died_runs_until_it_needs_a_block_which_is_named() {
     // The whole image is nowhere, and so is its name.
     assert!(incoming(&path).exists() && !path.exists());
     there.command("quit");
-    there.end();
+    there.ends_with(1);
+    let said = there.process.stderr.text_to_end();
+    assert!(said.contains(&format!("what the guest has written, is in {}", incoming(&path).display())), "{said}");
     assert!(incoming(&path).exists() && !path.exists());
     let mut next = receive(&lab, Transport::Tcp, &path);
     let (mut again, _guest) = run(&lab, &disk);
@@ -244,10 +254,42 @@ fn a_guest_whose_source_has_died_runs_until_it_needs_a_block_which_is_named() {
 }
 
 #[test]
+fn the_disks_of_a_guest_that_has_ended_are_waited_for() {
+    for ends_first in [true, false] {
+        let lab = Lab::new();
+        let disk = filled(&lab);
+        let (mut here, mut puppet) = Puppet::boot_with(&lab, Some(&disk));
+        let path = lab.path("copy");
+        let mut there = receive(&lab, Transport::Tcp, &path);
+        let mut client = here.client();
+        let migration = copy(&lab, &here, &there.address, &["--mode", "postcopy", "--postcopy-bandwidth", "1M"]);
+        wait_for_migration(&mut client, "postcopy-active");
+        puppet.moved_to(&mut there);
+        puppet.answers(&mut there);
+        let refusal = there.refusal("quit", json!({}));
+        assert!(refusal.contains("still coming from the source"), "{refusal}");
+        wait_until(&mut there.client(), "all of RAM", |_| there.ask("query-migrate")["ram"]["remaining"] == 0);
+        if ends_first {
+            there.process.types("p");
+        }
+        here.ask("migrate-pause");
+        migration.fails(&["`ferry recover` joins"]);
+        wait_for_pause(&there);
+        if !ends_first {
+            there.process.types("p");
+        }
+        there.process.stderr.wait_for("but not all of its disks has come: this process waits for `ferry recover`");
+        here.execute("migrate-set-parameters", json!({ "max-postcopy-bandwidth": 0 })).unwrap();
+        lab.recover(&here, &there.address).succeeds();
+        here.ends_with(0);
+        there.ends_with(0);
+        assert!(fs::read(&disk.path).unwrap() == fs::read(&path).unwrap() && !incoming(&path).exists());
+    }
+}
+
+#[test]
 fn a_move_that_fails_leaves_no_image_and_a_retry_arrives() {
-    let lab = Lab::new();
-    let disk = filled(&lab);
-    let (mut here, mut guest) = run(&lab, &disk);
+    let Begun { lab, disk, mut here, mut guest } = begin();
     let path = lab.path("copy");
     // Cancelled half-way.
     let mut there = receive(&lab, Transport::Tcp, &path);
@@ -292,9 +334,7 @@ fn a_move_that_fails_leaves_no_image_and_a_retry_arrives() {
 
 #[test]
 fn a_storage_that_is_full_at_the_destination_costs_nothing() {
-    let lab = Lab::new();
-    let disk = filled(&lab);
-    let (mut here, mut guest) = run(&lab, &disk);
+    let Begun { lab, disk, mut here, mut guest } = begin();
     let storage = SmallStorage::mount(lab.path("storage"));
     let path = storage.path().join("copy");
     let mut there = receive(&lab, Transport::Tcp, &path);

@@ -1,5 +1,6 @@
 //! A disk that comes with a migration: its image is made here.
 
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{Disk, DiskError, Ownership};
@@ -56,6 +57,11 @@ impl Disk {
     /// Which blocks are there, of a disk that came, or comes, with a migration.
     pub fn arriving(&self) -> Option<&Arc<Arriving>> {
         self.incoming.as_ref().map(|incoming| &incoming.arriving)
+    }
+
+    /// Where its image is, if a guest has written there and not all of it is known to be here.
+    pub fn incomplete_image(&self) -> Option<PathBuf> {
+        self.incoming.as_ref().and_then(|incoming| incoming.lock_file().incomplete().map(Path::to_path_buf))
     }
 
     /// Whether the image has its name, or was here before.

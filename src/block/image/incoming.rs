@@ -75,6 +75,8 @@ enum NameState {
     Incoming,
     /// The guest may have written there.
     Committed,
+    /// It has its name, but not durably.
+    Renamed,
     Kept,
     Removed,
 }
@@ -123,9 +125,18 @@ impl IncomingFile {
 
     /// Gives the image its name, never over something that is there, durably. Does nothing the second time.
     pub fn keep(&mut self) -> Result<(), IncomingError> {
-        if self.is_kept() {
-            return Ok(());
+        match self.state {
+            NameState::Kept => return Ok(()),
+            NameState::Renamed => {}
+            NameState::Incoming | NameState::Committed | NameState::Removed => self.rename()?,
         }
+        let durable = self.sync();
+        durable.map_err(|source| IncomingError::Io { action: "make durable the name of", path: self.path.clone(), source })?;
+        self.state = NameState::Kept;
+        Ok(())
+    }
+
+    fn rename(&mut self) -> Result<(), IncomingError> {
         let (incoming, path) = (&self.incoming, &self.path);
         let renamed = match renameat_with(CWD, incoming, CWD, path, RenameFlags::NOREPLACE) {
             // The file system, or the kernel, does not know the flag.
@@ -136,11 +147,16 @@ impl IncomingFile {
             ErrorKind::AlreadyExists => IncomingError::Taken { incoming: incoming.clone(), path: path.clone() },
             _ => IncomingError::Io { action: "rename", path: incoming.clone(), source },
         })?;
-        self.state = NameState::Kept;
-        self.sync().map_err(|source| IncomingError::Io { action: "make durable the name of", path: path.clone(), source })
+        self.state = NameState::Renamed;
+        Ok(())
     }
 
-    /// Whether the file has its name and stays.
+    /// The file, if a guest has written there and it has not got its name.
+    pub fn incomplete(&self) -> Option<&Path> {
+        (self.state == NameState::Committed).then_some(&self.incoming)
+    }
+
+    /// Whether the file has its name, durably.
     pub fn is_kept(&self) -> bool {
         self.state == NameState::Kept
     }

@@ -5,6 +5,7 @@
 //! has a thread that sends what the migration's own hands it. The engine's lock is never held while one of them sends, sleeps, waits or
 //! calls KVM.
 
+mod block_reader;
 mod bulk;
 mod guest;
 mod links;

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use ferry::migrate::source::{self, Sent, Source, Waiting};
+use ferry::migrate::source::{self, Sent, Source};
 use ferry::migrate::wire::{Channel, Frame};
 
 use super::World;
@@ -94,9 +94,10 @@ impl World {
         let Some(urgent) = self.source.urgent.filter(|_| self.source.alive) else { return };
         let pipe = &mut self.connections[urgent].to_source;
         let is_ready = pipe.is_ready(self.step);
-        let waiting = self.source.engine.requested();
-        if waiting == Waiting::Pages || (waiting == Waiting::Blocks && !is_ready) {
-            let Some(run) = self.source.engine.next_requested() else { return };
+        // One thing at a time: more may have come before the next.
+        if (!is_ready || self.choices.chance(50))
+            && let Some(run) = self.source.engine.next_requested()
+        {
             let contents = run.pages().map(|page| self.source.ram.read(page)).collect();
             self.connections[urgent].to_destination.pages(run, contents);
             let busy = Duration::from_micros(run.count * 2);

@@ -11,7 +11,7 @@ use super::Shared;
 use crate::memory::PageRun;
 use crate::migrate::destination::Input;
 
-/// Runs that may wait to be written: more than the requests of a few disks come in.
+/// Runs of each disk that may wait to be written: more than its guest's device asks for at a time.
 const WAITING: usize = 64;
 
 /// Of one urgent connection.
@@ -24,7 +24,7 @@ pub struct UrgentBlocks {
 impl UrgentBlocks {
     /// Begins to write what comes to `blocks`.
     pub fn start(shared: &Arc<Shared>, blocks: BlockIo) -> Result<Self, Input> {
-        let (runs, taken) = bounded(WAITING);
+        let (runs, taken) = bounded(WAITING * blocks.disks().count());
         let shared = shared.clone();
         let thread = std::thread::Builder::new().name("migration-blocks".into()).spawn(move || write(&shared, &blocks, &taken));
         let thread = thread.map_err(|error| Input::Failed(format!("cannot start a thread: {error}")))?;

@@ -9,9 +9,10 @@ use super::super::block_io::BlockIo;
 use super::super::frames;
 use super::super::page_io::{PageIo, Piece};
 use super::Shared;
+use super::block_reader::BlockReader;
 use crate::memory::{PAGE_SIZE, PageRun};
-use crate::migrate::source::{Input, Sent, Source, Waiting};
-use crate::migrate::transport::{Address, Interrupt, LinkError, Reader, Writer, connect};
+use crate::migrate::source::{Input, Sent, Source};
+use crate::migrate::transport::{Address, Awaited, Interrupt, LinkError, Reader, Writer, connect};
 use crate::migrate::wire::{Channel, Frame, HEADER_SIZE, Header, Kind};
 
 /// How long a destination is given to hear that the guest was not given up.
@@ -34,12 +35,14 @@ pub fn read_main(mut reader: Reader, pages: u64, inputs: &Sender<Input>) {
 
 /// Answers requests at once, from the guest's RAM and its disks, until the urgent connection ends.
 pub fn serve_requests(shared: &Arc<Shared>, io: &PageIo, blocks: &BlockIo, reader: Reader, writer: Writer, inputs: &Sender<Input>) {
-    let mut requests = Requests { shared, io, blocks, reader, writer, contents: Vec::new() };
-    let input = loop {
-        if let Err(input) = requests.serve() {
-            break input;
+    let disks = blocks.layout().has_disks().then(|| BlockReader::start(blocks.clone())).transpose();
+    let served = disks.and_then(|disks| {
+        let mut requests = Requests { shared, io, blocks, disks, reader, writer };
+        loop {
+            requests.serve()?;
         }
-    };
+    });
+    let Err::<std::convert::Infallible, _>(input) = served;
     // Fails when the migration is over.
     let _ = inputs.send(input);
 }
@@ -49,34 +52,44 @@ struct Requests<'a> {
     shared: &'a Shared,
     io: &'a PageIo,
     blocks: &'a BlockIo,
+    /// Where disks are copied.
+    disks: Option<BlockReader>,
     reader: Reader,
     writer: Writer,
-    /// Of blocks.
-    contents: Vec<u8>,
 }
 
 impl Requests<'_> {
-    /// Reads the request that comes next, where none is waiting or what has come already may be more urgent; otherwise answers one.
+    /// Does what is most urgent: sends pages that were asked for, reads what has come, sends blocks that have been read, waits.
     fn serve(&mut self) -> Result<(), Input> {
-        let waiting = self.shared.engine().requested();
-        let lost = |error: LinkError| Input::Lost(Channel::Urgent, error.to_string());
-        if waiting == Waiting::Nothing || (waiting == Waiting::Blocks && self.reader.has_more().map_err(lost)?) {
-            return self.read();
+        let next = self.shared.engine().next_requested();
+        if let Some(run) = next {
+            return match &self.disks {
+                Some(disks) if self.blocks.blocks(run).is_some() => {
+                    disks.ask(run);
+                    Ok(())
+                }
+                _ => self.send(run, Piece::Pages(run), false),
+            };
         }
-        let Some(run) = self.shared.engine().next_requested() else { return Ok(()) };
+        let Some(disks) = &self.disks else { return self.read() };
+        if !self.reader.has_more().map_err(lost)?
+            && let Some(read) = disks.next()
+        {
+            let (run, contents) = read?;
+            return self.send(run, Piece::Bytes(&contents), true);
+        }
+        match self.reader.wait(&disks.news, None).map_err(lost)? {
+            Awaited::Readable => self.read(),
+            Awaited::Woken | Awaited::TimedOut => Ok(()),
+        }
+    }
+
+    fn send(&mut self, run: PageRun, contents: Piece<'_>, blocks: bool) -> Result<(), Input> {
         let begin = Instant::now();
-        let header = Header::pages(run).encode();
-        let is_blocks = self.blocks.blocks(run).is_some();
-        let contents = if is_blocks {
-            self.blocks.read(run, &mut self.contents).map_err(|error| Input::Failed(error.to_string()))?;
-            Piece::Bytes(&self.contents)
-        } else {
-            Piece::Pages(run)
-        };
-        let sent = self.io.send(&[Piece::Bytes(&header), contents], &mut self.writer, None);
+        let sent = self.io.send(&[Piece::Bytes(&Header::pages(run).encode()), contents], &mut self.writer, None);
         sent.map_err(|error| Input::Lost(Channel::Urgent, error.to_string()))?;
         let (normal, bytes) = (run.count, wire_bytes(run));
-        self.shared.engine().sent_urgent(Sent { normal, bytes, blocks: is_blocks, busy: begin.elapsed(), ..Sent::default() });
+        self.shared.engine().sent_urgent(Sent { normal, bytes, blocks, busy: begin.elapsed(), ..Sent::default() });
         Ok(())
     }
 
@@ -87,6 +100,10 @@ impl Requests<'_> {
             Err(error) => Err(Input::Lost(Channel::Urgent, error.to_string())),
         }
     }
+}
+
+fn lost(error: LinkError) -> Input {
+    Input::Lost(Channel::Urgent, error.to_string())
 }
 
 /// Watches a connection for pages until it ends. The destination says nothing there, unless it refuses it.
