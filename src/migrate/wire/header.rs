@@ -15,7 +15,7 @@ pub struct Header {
 }
 
 impl Header {
-    /// The header of the contents of `run`, which must be at most [`MAX_RUN`] pages.
+    /// The header of the contents of `run`, which must be at most [`MAX_RUN`](super::MAX_RUN) pages.
     pub const fn pages(run: PageRun) -> Self {
         Header { kind: Kind::Pages, length: run.count as usize * PAGE_SIZE, page: run.first.0 }
     }
