@@ -35,8 +35,6 @@ struct State {
     expected: Option<Expected>,
     /// Being written, by an arrival or by the guest. No two of them overlap, and who waits has none.
     claimed: Vec<BlockRun>,
-    /// What the guest's requests wait for.
-    waiting: Vec<BlockRun>,
     abandoned: Option<String>,
 }
 
@@ -185,13 +183,8 @@ impl Arriving {
         Ok(Some(Claim { arriving: self, runs }))
     }
 
-    /// What is missing of what requests of the guest are waiting for, for a link that is new; in runs of at most [`MAX_ASKED`].
-    pub fn waiting(&self) -> Vec<BlockRun> {
-        let state = self.state();
-        in_requests(state.waiting.iter().flat_map(|run| state.missing(*run)))
-    }
-
     /// How many blocks are missing: all before [`Arriving::expect`].
+    #[cfg(test)]
     pub fn missing_blocks(&self) -> u64 {
         self.state().expected.as_ref().map_or(BlockRun::all(self.disk_size).count, |expected| expected.missing.len())
     }
@@ -219,17 +212,16 @@ impl Arriving {
     fn wait<T>(&self, wanted: &[BlockRun], mut ready: impl FnMut(&mut State) -> Option<T>) -> io::Result<T> {
         let mut state = self.state();
         let mut asked = false;
-        let result = loop {
+        loop {
             if let Some(result) = ready(&mut state) {
-                break Ok(result);
+                return Ok(result);
             }
             if let Some(reason) = &state.abandoned {
-                break Err(io::Error::other(format!("blocks of the disk never arrived: {reason}")));
+                return Err(io::Error::other(format!("blocks of the disk never arrived: {reason}")));
             }
             let ask = state.expected.as_ref().map(|expected| expected.on_missing.clone()).filter(|_| !asked);
             if let Some(ask) = ask {
                 asked = true;
-                state.waiting.extend(wanted);
                 let missing = in_requests(wanted.iter().flat_map(|run| state.missing(*run)));
                 drop(state);
                 missing.into_iter().for_each(|run| ask(run));
@@ -237,14 +229,7 @@ impl Arriving {
             } else {
                 state = self.news.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
-        };
-        if asked {
-            for run in wanted {
-                let found = state.waiting.iter().position(|waiting| waiting == run);
-                found.map(|index| state.waiting.swap_remove(index));
-            }
         }
-        result
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

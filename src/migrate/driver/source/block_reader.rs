@@ -14,7 +14,8 @@ const AHEAD: usize = 4;
 /// Blocks, and their contents.
 pub type ReadBlocks = (PageRun, Vec<u8>);
 
-/// Of one urgent connection. The thread ends with it, after the read that it is at.
+/// Of one urgent connection. The thread ends with it, after the read that it is at. Nobody joins it, because a storage that hangs must not keep
+/// the link from being given up; it shares nothing with the next link's but the disks.
 pub struct BlockReader {
     asked: Sender<PageRun>,
     read: Receiver<Result<ReadBlocks, Input>>,
