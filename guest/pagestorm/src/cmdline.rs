@@ -47,6 +47,28 @@ pub enum Order {
     HotCold,
 }
 
+/// What a heartbeat is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Heartbeat {
+    /// A line with a number and the TSC.
+    Line,
+    /// The byte `.`.
+    Byte,
+    /// A byte that tells how many pages were dirtied since the last one: [`Heartbeat::writes_byte`].
+    Writes,
+}
+
+impl Heartbeat {
+    /// Most pages that one byte tells of.
+    pub const MOST_WRITES: u64 = 127;
+
+    /// The byte for `writes` pages, and how many of them it tells of: 128 and that number, which no text contains.
+    pub fn writes_byte(writes: u64) -> (u8, u64) {
+        let told = writes.min(Self::MOST_WRITES);
+        (128 + told as u8, told)
+    }
+}
+
 /// How a vCPU with nothing to do waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Idle {
@@ -80,7 +102,9 @@ pub struct Config {
     /// `heartbeat=`, milliseconds; 0 is none.
     pub heartbeat: u64,
     /// `heartbeat_byte=`
-    pub heartbeat_byte: bool,
+    pub heartbeat_byte: Heartbeat,
+    /// `slow=`, microseconds; 0 is not measured.
+    pub slow: u64,
     /// `idle=`
     pub idle: Idle,
     /// `run=`, seconds; 0 is for ever.
@@ -104,7 +128,8 @@ impl Default for Config {
             disk_rate: Rate::PerSecond(100),
             disk_discard: false,
             heartbeat: 100,
-            heartbeat_byte: false,
+            heartbeat_byte: Heartbeat::Line,
+            slow: 0,
             idle: Idle::Halt,
             run: 0,
             tsc_khz: None,
@@ -183,7 +208,16 @@ fn set(config: &mut Config, key: &str, value: &str) -> Option<Option<()>> {
         "disk_rate" => store(&mut config.disk_rate, rate(value)),
         "disk_discard" => store(&mut config.disk_discard, switch(value)),
         "heartbeat" => store(&mut config.heartbeat, limited(3_600_000)),
-        "heartbeat_byte" => store(&mut config.heartbeat_byte, switch(value)),
+        "heartbeat_byte" => store(
+            &mut config.heartbeat_byte,
+            match value {
+                "off" => Some(Heartbeat::Line),
+                "on" => Some(Heartbeat::Byte),
+                "writes" => Some(Heartbeat::Writes),
+                _ => None,
+            },
+        ),
+        "slow" => store(&mut config.slow, limited(1_000_000)),
         "idle" => store(
             &mut config.idle,
             match value {

@@ -3,6 +3,8 @@
 
 use core::sync::atomic::AtomicU64;
 
+use crate::latency::Latencies;
+
 /// [`CpuRecord::writing`] while no page is being written.
 pub const NOT_WRITING: u64 = u64::MAX;
 
@@ -30,6 +32,8 @@ pub struct CpuRecord {
     pub disk_reads: AtomicU64,
     /// How far the vCPU has come; see the kernel's `worker`.
     pub phase: AtomicU64,
+    /// With `slow=N`: writes of pages that took so long, since the last `slow` line.
+    pub slow: Latencies,
 }
 
 impl CpuRecord {
@@ -46,6 +50,7 @@ impl CpuRecord {
             disk_writes: AtomicU64::new(0),
             disk_reads: AtomicU64::new(0),
             phase: AtomicU64::new(0),
+            slow: Latencies::new(),
         }
     }
 }

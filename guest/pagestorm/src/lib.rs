@@ -7,6 +7,7 @@
 pub mod blocks;
 pub mod cmdline;
 pub mod cpu_record;
+pub mod latency;
 pub mod layout;
 pub mod page;
 pub mod workload;

@@ -8,7 +8,7 @@ fn an_empty_line_gives_the_defaults() {
 #[test]
 fn every_key() {
     let line = "fill=2G pattern=zero rate=max order=hotcold verify=0 cpus=2 disk=on disk_rate=7 \
-                disk_discard=on heartbeat=1 heartbeat_byte=on idle=spin run=9 tsc_khz=2000000 corrupt=5";
+                disk_discard=on heartbeat=1 heartbeat_byte=writes slow=30 idle=spin run=9 tsc_khz=2000000 corrupt=5";
     assert_eq!(
         parse(line),
         Ok(Config {
@@ -22,7 +22,8 @@ fn every_key() {
             disk_rate: Rate::PerSecond(7),
             disk_discard: true,
             heartbeat: 1,
-            heartbeat_byte: true,
+            heartbeat_byte: Heartbeat::Writes,
+            slow: 30,
             idle: Idle::Spin,
             run: 9,
             tsc_khz: Some(2_000_000),

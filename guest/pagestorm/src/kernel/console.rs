@@ -47,11 +47,16 @@ pub fn byte(byte: u8) {
     out8(COM1, byte);
 }
 
-/// Ends a line that something unexpected has cut off, or heartbeat bytes.
+/// Ends a line that has begun.
 pub fn end_line() {
     if !AT_LINE_START.load(Relaxed) {
         byte(b'\n');
     }
+}
+
+/// Prints a part of a line.
+pub fn text(text: fmt::Arguments<'_>) {
+    let _ = fmt::Write::write_fmt(&mut Console, text);
 }
 
 /// Where [`line!`] writes to.

@@ -2,6 +2,9 @@
 
 use core::sync::atomic::Ordering::*;
 
+use pagestorm::cmdline::Heartbeat;
+use pagestorm::latency;
+
 use super::console::{self, line};
 use super::world::{RECORDS, World};
 
@@ -15,6 +18,8 @@ pub struct Reporter {
     next_stat: u64,
     stats: u64,
     passes: u64,
+    /// By heartbeats.
+    writes_told: u64,
 }
 
 impl Reporter {
@@ -29,6 +34,7 @@ impl Reporter {
             next_stat: now + world.tsc_hz,
             stats: 0,
             passes: 0,
+            writes_told: 0,
         }
     }
 
@@ -45,10 +51,14 @@ impl Reporter {
         if let Some(period) = self.period
             && now >= self.next_heartbeat
         {
-            if self.world.config.heartbeat_byte {
-                console::byte(b'.');
-            } else {
-                line!("hb seq={} tsc={now}", self.heartbeats);
+            match self.world.config.heartbeat_byte {
+                Heartbeat::Line => line!("hb seq={} tsc={now}", self.heartbeats),
+                Heartbeat::Byte => console::byte(b'.'),
+                Heartbeat::Writes => {
+                    let (byte, told) = Heartbeat::writes_byte(self.writes() - self.writes_told);
+                    self.writes_told += told;
+                    console::byte(byte);
+                }
             }
             self.heartbeats += 1;
             // Beats that were missed are not made up for.
@@ -65,6 +75,15 @@ impl Reporter {
         }
     }
 
+    fn writes(&self) -> u64 {
+        let cpus = self.world.cpus as usize;
+        RECORDS
+            .iter()
+            .take(cpus)
+            .map(|record| record.writes.load(Relaxed))
+            .sum()
+    }
+
     /// Passes over all of RAM: the least that any vCPU has made.
     pub fn finished_passes(&self) -> u64 {
         let busy = RECORDS
@@ -78,7 +97,21 @@ impl Reporter {
 
     /// Prints every vCPU's counters.
     pub fn print_stat(&mut self) {
-        for (cpu, record) in RECORDS.iter().take(self.world.cpus as usize).enumerate() {
+        let records = RECORDS.iter().take(self.world.cpus as usize).enumerate();
+        if matches!(
+            self.world.config.heartbeat_byte,
+            Heartbeat::Byte | Heartbeat::Writes
+        ) {
+            console::end_line();
+        }
+        for (cpu, record) in records {
+            if self.world.config.slow > 0 {
+                console::text(format_args!("slow cpu={cpu} seq={} us=", self.stats));
+                for (bucket, count) in record.slow.take() {
+                    console::text(format_args!("{}:{count},", latency::lowest(bucket)));
+                }
+                console::end_line();
+            }
             line!(
                 "stat cpu={cpu} seq={} writes={} reads={} passes={} disk_writes={} disk_reads={}",
                 self.stats,

@@ -43,6 +43,8 @@ pub struct Worker {
     /// Next page to check, counted from the first.
     cursor: u64,
     last_tsc: u64,
+    /// Cycles over which a write is slow; 0: not measured.
+    slow: u64,
 }
 
 fn stamp(number: u64, generation: u32) -> Stamp {
@@ -95,6 +97,7 @@ impl Worker {
             owed: 0,
             cursor: 0,
             last_tsc: now,
+            slow: config.slow * (world.tsc_hz / 1_000_000),
         }
     }
 
@@ -190,7 +193,14 @@ impl Worker {
             self.check_next();
         } else if self.writes.due(now) {
             let page = self.first_page + self.picker.pick();
+            let began = rdtsc();
             self.write_page(page);
+            if self.slow > 0 {
+                let cycles = rdtsc() - began;
+                if cycles > self.slow {
+                    self.record.slow.add(cycles * 1_000_000 / self.world.tsc_hz);
+                }
+            }
             self.record.writes.fetch_add(1, Relaxed);
             self.owed = self.world.config.verify;
         } else if self.background_checks.due(now) {

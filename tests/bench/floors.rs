@@ -1,0 +1,80 @@
+//! What this host can do at best: the floors that `scripts/bench` measures in the same rounds as the migrations.
+//!
+//! - `floors tcp huge|small BYTES`: bytes over loopback TCP into fresh memory of huge or 4 KiB pages, one thread on each side. Prints seconds
+//!   and the seconds of both processors.
+//! - `floors warm BYTES`: touches so much memory and holds it until its standard input ends. On a virtual machine free memory may have been
+//!   given back to the host, and its first touch then costs ten times what it costs afterwards.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::Instant;
+
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+use rustix::time::{ClockId, clock_gettime};
+
+/// What a migration sends at once.
+const CHUNK: usize = 1 << 20;
+
+/// Fresh memory of so many bytes, at an address that a huge page may have. It stays until the process ends.
+fn memory(bytes: usize, advice: Advice) -> &'static mut [u8] {
+    let length = bytes + (2 << 20);
+    // SAFETY: a new mapping, which nothing else knows of and nothing unmaps.
+    unsafe {
+        let start = mmap_anonymous(std::ptr::null_mut(), length, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE).unwrap();
+        madvise(start, length, advice).unwrap();
+        let start = start.cast::<u8>();
+        std::slice::from_raw_parts_mut(start.add(start.align_offset(2 << 20)), bytes)
+    }
+}
+
+/// One byte in each page.
+fn touch(memory: &mut [u8]) {
+    memory.iter_mut().step_by(4096).enumerate().for_each(|(page, byte)| *byte = page as u8 | 1);
+}
+
+fn pin(processor: usize) {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(processor);
+    // On a host with one processor both sides share it.
+    let _ = rustix::thread::sched_setaffinity(None, &set);
+}
+
+fn cpu_seconds() -> f64 {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}
+
+fn tcp(pages: Advice, bytes: usize) {
+    let source = memory(bytes, Advice::LinuxHugepage);
+    touch(source);
+    let target = memory(bytes, pages);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let mut receiver = listener.accept().unwrap().0;
+    sender.set_nodelay(true).unwrap();
+    let (began, cpu) = (Instant::now(), cpu_seconds());
+    let sending = std::thread::spawn(move || {
+        pin(1);
+        source.chunks(CHUNK).for_each(|chunk| sender.write_all(chunk).unwrap());
+    });
+    pin(0);
+    target.chunks_mut(CHUNK).for_each(|chunk| receiver.read_exact(chunk).unwrap());
+    sending.join().unwrap();
+    println!("{{\"seconds\": {:.6}, \"cpu_seconds\": {:.6}}}", began.elapsed().as_secs_f64(), cpu_seconds() - cpu);
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let bytes = |text: &String| text.parse().expect("a number of bytes");
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["tcp", "huge", _] => tcp(Advice::LinuxHugepage, bytes(&arguments[2])),
+        ["tcp", "small", _] => tcp(Advice::LinuxNoHugepage, bytes(&arguments[2])),
+        ["warm", _] => {
+            touch(memory(bytes(&arguments[1]), Advice::LinuxHugepage));
+            println!("touched");
+            std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
+        }
+        _ => panic!("floors tcp huge|small BYTES | floors warm BYTES"),
+    }
+}
