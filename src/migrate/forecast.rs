@@ -171,8 +171,8 @@ mod tests {
 
     #[test]
     fn a_small_hot_set_is_no_hindrance() {
-        // 10 MiB, hot; 26 ms.
+        // 10 MiB, hot: sending them takes 26 ms, in which not all of them are dirtied again.
         let precopy = observed(1_000_000, 2560).forecast(&goal(Mode::Precopy));
-        assert!(precopy.ends && precopy.passes == 1 && precopy.downtime_us > 25_000, "{precopy:?}");
+        assert!(precopy.ends && precopy.passes == 2 && precopy.downtime_us < 25_000, "{precopy:?}");
     }
 }

@@ -19,6 +19,9 @@ const ASSUMED_LOAD: Duration = Duration::from_millis(1);
 const LITTLE: u64 = 64;
 /// Another pass pays when it leaves less than this part of what the last one left.
 const WORTHWHILE: f64 = 0.7;
+/// Where the blackout is within its limit already, another pass pays when it leaves less than this part: it takes about as long as the
+/// blackout becomes shorter.
+const BETTER_STILL: f64 = 0.5;
 /// Passes that are looked at together: what they leave in the middle is what the next one is expected to leave, and one of them must leave
 /// worthwhile less than all before did.
 const TOGETHER: usize = 3;
@@ -145,7 +148,7 @@ impl History<'_> {
     fn expected_share(&self) -> f64 {
         let passes = self.comparable();
         let recent = passes.get(passes.len().saturating_sub(TOGETHER)..).unwrap_or_default();
-        let mut shares: Vec<_> = recent.iter().map(|pass| pass.remaining_pages as f64 / pass.sent_pages().max(1) as f64).collect();
+        let mut shares: Vec<_> = recent.iter().map(share_left).collect();
         shares.sort_by(f64::total_cmp);
         // Of two the better one.
         shares.get(shares.len().saturating_sub(1) / 2).copied().unwrap_or(1.0)
@@ -189,6 +192,13 @@ pub fn decide(history: &History<'_>, goal: &Goal) -> Verdict {
         return verdict(Decision::SwitchPostcopy, format!("{left}; postcopy was asked for"));
     }
     if blackout <= goal.downtime_limit {
+        // One that does not pay ends it: the limit is kept, so nothing else is to be gained.
+        let share = share_left(last);
+        if last.remaining_pages > LITTLE && share < BETTER_STILL {
+            let next = megabytes(last.remaining_pages as f64 * share);
+            let reason = format!("{left}, within {limit}, but pass {} would leave {next}: another pass", last.number + 1);
+            return verdict(Decision::AnotherPass, reason);
+        }
         return verdict(Decision::SwitchPrecopy, format!("{left}, within {limit}: switch"));
     }
     if last.remaining_pages <= LITTLE {
@@ -219,6 +229,11 @@ pub fn decide(history: &History<'_>, goal: &Goal) -> Verdict {
         Some(_) => verdict(Decision::AnotherPass, format!("{why}, and its vCPUs may not be slowed down any further")),
         None => verdict(Decision::AnotherPass, format!("{why}, so precopy cannot end within the limit")),
     }
+}
+
+/// Which part of what a pass was to send it left.
+fn share_left(pass: &Pass) -> f64 {
+    pass.remaining_pages as f64 / pass.sent_pages().max(1) as f64
 }
 
 fn per_second(count: u64, duration_us: u64) -> f64 {

@@ -9,6 +9,8 @@
 //! with the saved clock plus the clock's progress in cycles. As the clock's progress is never negative, the TSC never goes backwards. All
 //! vCPUs' offsets are moved by the same amount, which keeps their differences: KVM needs equal offsets for its master clock
 //! (Documentation/virt/kvm/devices/vcpu.rst, KVM_VCPU_TSC_OFFSET).
+//!
+//! The local APICs' timers, which count as the TSC does, move on as well; see [`super::apic_timer`].
 
 use std::ops::RangeInclusive;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -39,6 +41,15 @@ impl MachineState {
     }
 }
 
+/// How a vCPU's clocks follow the machine's.
+#[derive(Clone, Copy, Debug)]
+pub struct ClockPlan {
+    /// What becomes of its TSC.
+    pub tsc: TscPlan,
+    /// How far the guest's time has moved on since it was saved.
+    pub passed: Duration,
+}
+
 /// What becomes of a vCPU's TSC.
 #[derive(Clone, Copy, Debug)]
 pub enum TscPlan {
@@ -59,7 +70,7 @@ pub fn save(vm: &VmFd, vcpu: &VcpuFd, scaled: bool) -> Result<ClockState, VmErro
 
 /// Sets kvmclock from `saved` and says how the TSCs follow, on the thread of vCPU 0, whose saved TSC offset is `offset`. Comes before the
 /// vCPUs are restored: arming TSC_DEADLINE needs a TSC that is right.
-pub fn restore(vm: &VmFd, vcpu: &VcpuFd, saved: &ClockState, offset: Option<u64>, khz: u32, scaled: bool) -> Result<TscPlan, VmError> {
+pub fn restore(vm: &VmFd, vcpu: &VcpuFd, saved: &ClockState, offset: Option<u64>, khz: u32, scaled: bool) -> Result<ClockPlan, VmError> {
     let (least, most) = saved.blackout.unwrap_or((Duration::ZERO, Duration::MAX));
     let data = saved.kvm.0;
     let now = wall_clock();
@@ -76,13 +87,14 @@ pub fn restore(vm: &VmFd, vcpu: &VcpuFd, saved: &ClockState, offset: Option<u64>
     let passed = now.clock.saturating_sub(data.clock);
     let cycles = (u128::from(passed) * u128::from(khz) / 1_000_000) as u64;
     let target = saved.tsc.wrapping_add(cycles);
-    match (offset, ioctls::tsc_offset(vcpu)) {
+    let tsc = match (offset, ioctls::tsc_offset(vcpu)) {
         (Some(saved_offset), Ok(current)) => {
             let wanted = current.wrapping_add(target.wrapping_sub(tsc_now));
-            Ok(TscPlan::ShiftOffset(wanted.wrapping_sub(saved_offset)))
+            TscPlan::ShiftOffset(wanted.wrapping_sub(saved_offset))
         }
-        _ => Ok(TscPlan::Advance(cycles)),
-    }
+        _ => TscPlan::Advance(cycles),
+    };
+    Ok(ClockPlan { tsc, passed: Duration::from_nanos(passed) })
 }
 
 fn wall_clock() -> Duration {

@@ -365,8 +365,8 @@ impl Machine {
         })?;
         let vcpus = name_vcpus(vcpus)?;
         let chips = chips::save(&self.fd)?;
-        let (fd, scaled) = (self.fd.clone(), self.tsc_khz != self.host_tsc_khz);
-        let clock = self.first_vcpu()?.call(move |vcpu| clock::save(&fd, vcpu, scaled))?.wait()??;
+        let scaled = self.tsc_khz != self.host_tsc_khz;
+        let clock = self.first_vcpu()?.call_here(|vcpu| clock::save(&self.fd, vcpu, scaled))??;
         let cpuid = self.cpuid.iter().copied().map(Abi).collect();
         Ok(MachineState { cpuid, vcpus, chips, clock, devices })
     }
@@ -384,15 +384,16 @@ impl Machine {
             let state = vcpu_state(index)?;
             Ok(move |vcpu: &mut kvm_ioctls::VcpuFd| restore_vcpu::prepare(vcpu, &state))
         })?)?;
-        let (fd, clock, offset, khz) = (self.fd.clone(), state.clock.clone(), first.tsc_offset, first.tsc_khz);
+        let khz = first.tsc_khz;
         // From here on the guest is what it was elsewhere: what it needs of its next host is what its first one gave it.
         self.tsc_khz = khz;
         self.cpuid = state.cpuid.iter().map(|entry| entry.0).collect();
         let scaled = khz != self.host_tsc_khz;
-        let tsc = self.first_vcpu()?.call(move |vcpu| clock::restore(&fd, vcpu, &clock, offset, khz, scaled))?.wait()??;
+        let restore = |vcpu: &mut _| clock::restore(&self.fd, vcpu, &state.clock, first.tsc_offset, khz, scaled);
+        let clocks = self.first_vcpu()?.call_here(restore)??;
         name_vcpus(self.on_each_vcpu(|index| {
             let (state, msrs, xsave_size) = (vcpu_state(index)?, self.msrs.clone(), self.xsave_size);
-            Ok(move |vcpu: &mut kvm_ioctls::VcpuFd| restore_vcpu::restore(vcpu, &state, &Limits { msrs: &msrs, xsave_size }, tsc))
+            Ok(move |vcpu: &mut kvm_ioctls::VcpuFd| restore_vcpu::restore(vcpu, &state, &Limits { msrs: &msrs, xsave_size }, clocks))
         })?)?;
         self.msrs = first.msrs.iter().map(|msr| msr.index).collect();
         chips::restore(&self.fd, &state.chips)?;
@@ -415,15 +416,16 @@ impl Machine {
         self.vcpus.0.first().ok_or(VmError::VcpuGone(0))
     }
 
-    /// Calls the function that `make` makes for each parked vCPU, all at the same time, each on its own thread.
+    /// Calls the function that `make` makes for each parked vCPU, all at the same time: that of the first here, the others on their threads.
     fn on_each_vcpu<T, F>(&self, make: impl Fn(u16) -> Result<F, VmError>) -> Result<Vec<T>, VmError>
     where
         T: Send + 'static,
         F: FnOnce(&mut kvm_ioctls::VcpuFd) -> T + Send + 'static,
     {
-        let calls = (0..).zip(&self.vcpus.0).map(|(index, vcpu)| vcpu.call(make(index)?));
+        let calls = (1..).zip(self.vcpus.0.iter().skip(1)).map(|(index, vcpu)| vcpu.call(make(index)?));
         let pending: Vec<_> = calls.collect::<Result<_, _>>()?;
-        pending.into_iter().map(|pending| pending.wait()).collect()
+        let first = self.first_vcpu()?.call_here(make(0)?);
+        std::iter::once(first).chain(pending.into_iter().map(|pending| pending.wait())).collect()
     }
 }
 

@@ -1,5 +1,6 @@
 //! The virtual machine: vCPUs, their state, and the life of a guest as types.
 
+mod apic_timer;
 mod chips;
 mod clock;
 pub mod config;

@@ -4,7 +4,8 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
 use zerocopy::IntoBytes;
 
-use super::clock::TscPlan;
+use super::apic_timer;
+use super::clock::{ClockPlan, TscPlan};
 use super::msr::Msr;
 use super::save_vcpu::xsave_area;
 use super::state::{StateError, VcpuState};
@@ -32,7 +33,7 @@ pub fn prepare(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VmError> {
 }
 
 /// Writes the rest of the state after [`prepare`].
-pub fn restore(vcpu: &VcpuFd, state: &VcpuState, limits: &Limits, tsc: TscPlan) -> Result<(), VmError> {
+pub fn restore(vcpu: &VcpuFd, state: &VcpuState, limits: &Limits, clocks: ClockPlan) -> Result<(), VmError> {
     vcpu.set_mp_state(state.mp_state.0).map_err(VmError::kvm("KVM_SET_MP_STATE"))?;
     vcpu.set_regs(&state.regs.0).map_err(VmError::kvm("KVM_SET_REGS"))?;
     vcpu.set_sregs(&state.sregs.0).map_err(VmError::kvm("KVM_SET_SREGS"))?;
@@ -44,14 +45,14 @@ pub fn restore(vcpu: &VcpuFd, state: &VcpuState, limits: &Limits, tsc: TscPlan) 
     vcpu.set_debug_regs(&state.debug_regs.0).map_err(VmError::kvm("KVM_SET_DEBUGREGS"))?;
     // After SREGS, which carry the APIC's base address and mode. Before the MSRs, because TSC_DEADLINE is refused unless the APIC's timer
     // is in that mode.
-    vcpu.set_lapic(&state.lapic.0).map_err(VmError::kvm("KVM_SET_LAPIC"))?;
+    vcpu.set_lapic(&apic_timer::after(&state.lapic.0, clocks.passed)).map_err(VmError::kvm("KVM_SET_LAPIC"))?;
     if let Some(unknown) = state.msrs.iter().find(|msr| !limits.msrs.contains(&msr.index)) {
         return Err(StateError::Msr(unknown.index).into());
     }
     // TSC first, TSC_DEADLINE last: it starts a timer against the TSC as it is then.
     let (deadline, others): (Vec<Msr>, Vec<Msr>) =
         state.msrs.iter().filter(|msr| msr.index != msr::TSC).partition(|msr| msr.index == msr::TSC_DEADLINE);
-    set_tsc(vcpu, state, tsc)?;
+    set_tsc(vcpu, state, clocks.tsc)?;
     msr::set(vcpu, &others)?;
     msr::set(vcpu, &deadline)?;
     // Last: KVM_SET_REGS drops pending exceptions.

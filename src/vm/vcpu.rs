@@ -1,6 +1,7 @@
-//! vCPU threads. Each owns its vCPU for good and does what it is told over a channel: run, pause, or a call on the parked vCPU.
+//! vCPU threads. Each runs its vCPU and lets go of it while it is parked. It is told over a channel to run, to park, or to call a function on
+//! the parked vCPU; the last of these others may do themselves, without waking the thread.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,8 @@ enum Command {
 pub struct VcpuThread {
     index: u16,
     id: Pid,
+    /// Held by the thread while the vCPU runs.
+    vcpu: Arc<Mutex<VcpuFd>>,
     commands: Option<Sender<Command>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -61,23 +64,29 @@ impl<T> Pending<T> {
 impl VcpuThread {
     /// Starts the thread of vCPU `index`, which will tell `events` how the guest ended, stands still when `throttle` says so, and keeps
     /// its dirty ring in `tracking` from staying full.
-    pub fn spawn(index: u16, mut vcpu: VcpuFd, events: EventSink, throttle: Arc<Throttle>, tracking: Tracking) -> Result<Self, VmError> {
+    pub fn spawn(index: u16, vcpu: VcpuFd, events: EventSink, throttle: Arc<Throttle>, tracking: Tracking) -> Result<Self, VmError> {
         let (commands, inbox) = unbounded();
         let (ready, started) = bounded(1);
-        let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || match Kickable::new(&mut vcpu) {
-            Ok(kickable) => {
-                let _ = ready.send(Ok(gettid()));
-                serve(index, &mut vcpu, &inbox, &events, &throttle, &tracking);
-                drop(kickable);
+        let vcpu = Arc::new(Mutex::new(vcpu));
+        let its_vcpu = vcpu.clone();
+        let body = move || {
+            let kickable = Kickable::new(&mut lock(&its_vcpu));
+            match kickable {
+                Ok(kickable) => {
+                    let _ = ready.send(Ok(gettid()));
+                    serve(index, &its_vcpu, &inbox, &events, &throttle, &tracking);
+                    drop(kickable);
+                }
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                }
             }
-            Err(error) => {
-                let _ = ready.send(Err(error));
-            }
-        });
+        };
+        let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(body);
         let failed = |source| VmError::VcpuThread { index, source };
         let thread = thread.map_err(failed)?;
         let id = started.recv().map_err(|_| VmError::VcpuGone(index))?.map_err(failed)?;
-        Ok(VcpuThread { index, id, commands: Some(commands), thread: Some(thread) })
+        Ok(VcpuThread { index, id, vcpu, commands: Some(commands), thread: Some(thread) })
     }
 
     /// The kernel's id of the thread.
@@ -94,7 +103,14 @@ impl VcpuThread {
     pub fn pause(&self) -> Result<Pending<()>, VmError> {
         let (sender, answer) = bounded(1);
         self.tell(Command::Pause(sender))?;
+        // After the command: the thread looks for it once it has been kicked.
+        self.kick();
         Ok(Pending { index: self.index, answer })
+    }
+
+    /// Calls `function` on the parked vCPU, on this thread: at the switch, waking another one would take longer than most calls.
+    pub fn call_here<T>(&self, function: impl FnOnce(&mut VcpuFd) -> T) -> Result<T, VmError> {
+        Ok(function(&mut *self.vcpu.lock().map_err(|_| VmError::VcpuGone(self.index))?))
     }
 
     /// Calls `function` on the parked vCPU, on its own thread, so that all vCPUs can be saved or restored at the same time.
@@ -108,10 +124,7 @@ impl VcpuThread {
 
     fn tell(&self, command: Command) -> Result<(), VmError> {
         let gone = || VmError::VcpuGone(self.index);
-        self.commands.as_ref().ok_or_else(gone)?.send(command).map_err(|_| gone())?;
-        // After the send: the thread looks at its commands once it has been kicked.
-        self.kick();
-        Ok(())
+        self.commands.as_ref().ok_or_else(gone)?.send(command).map_err(|_| gone())
     }
 
     /// Makes the vCPU leave the guest and look at what it is to do.
@@ -144,53 +157,88 @@ impl Drop for VcpuThread {
     }
 }
 
-/// The thread's life: parked until told to run, running until told to pause.
-fn serve(index: u16, vcpu: &mut VcpuFd, inbox: &Receiver<Command>, events: &EventSink, throttle: &Throttle, tracking: &Tracking) {
-    let mut running: Option<Arc<Buses>> = None;
+fn lock(vcpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The thread's life: parked until it is told to run.
+fn serve(index: u16, vcpu: &Mutex<VcpuFd>, inbox: &Receiver<Command>, events: &EventSink, throttle: &Throttle, tracking: &Tracking) {
     let mut stuck = false;
-    loop {
-        // A running vCPU only looks, unless it is to stand still for a while; a parked one waits.
-        let command = match &running {
-            Some(_) => look(vcpu, inbox, throttle.wait()),
-            None => inbox.recv().map_err(|_| TryRecvError::Disconnected),
-        };
+    for command in inbox {
         match command {
-            Ok(Command::Run(_)) if stuck => {}
-            Ok(Command::Run(buses)) => {
-                // Tells a guest that uses kvmclock that it stood still, so that its watchdogs do not take the pause for a hang. Refused
-                // (EINVAL) if the guest does not use kvmclock, or not yet. It is written into guest RAM at the next entry: by the side that runs it.
-                let _ = vcpu.kvmclock_ctrl();
-                running = Some(buses);
-            }
-            Ok(Command::Pause(answer)) => {
-                if let Some(buses) = running.take() {
-                    match finish_access(vcpu, &buses, tracking) {
-                        Outcome::Handled | Outcome::Interrupted => {}
-                        Outcome::Ended(event) => events.send(event),
-                        Outcome::Stuck(reason) => {
-                            stuck = true;
-                            events.send(VmEvent::Crashed { vcpu: index, reason });
+            Command::Run(_) if stuck => {}
+            Command::Run(buses) => {
+                let mut vcpu = lock(vcpu);
+                let end = run(&mut vcpu, buses, inbox, events, throttle, tracking);
+                drop(vcpu);
+                match end {
+                    Ran::Parked(answer) => {
+                        // Not before others can have the vCPU.
+                        let _ = answer.send(());
+                    }
+                    Ran::Stuck(reason, answer) => {
+                        stuck = true;
+                        events.send(VmEvent::Crashed { vcpu: index, reason });
+                        if let Some(answer) = answer {
+                            let _ = answer.send(());
                         }
                     }
+                    Ran::Dismissed => return,
                 }
+            }
+            Command::Pause(answer) => {
                 let _ = answer.send(());
             }
-            Ok(Command::Call(function)) => function(vcpu),
-            Err(TryRecvError::Disconnected) => return,
-            Err(TryRecvError::Empty) => {
-                let Some(buses) = &running else { continue };
-                match run_once(vcpu, buses, tracking) {
-                    Outcome::Handled => {}
-                    // Before the next look at the commands, so that a kick from here on is kept.
-                    Outcome::Interrupted => vcpu.set_kvm_immediate_exit(0),
-                    Outcome::Ended(event) => events.send(event),
-                    Outcome::Stuck(reason) => {
-                        stuck = true;
-                        running = None;
-                        events.send(VmEvent::Crashed { vcpu: index, reason });
-                    }
+            Command::Call(function) => function(&mut lock(vcpu)),
+        }
+    }
+}
+
+/// What made a vCPU stop.
+enum Ran {
+    /// It was told to park, and somebody waits for it.
+    Parked(Sender<()>),
+    /// KVM cannot go on with it, for this reason; found, perhaps, when it was told to park.
+    Stuck(String, Option<Sender<()>>),
+    /// The thread is to end.
+    Dismissed,
+}
+
+/// Runs the guest until told otherwise.
+fn run(
+    vcpu: &mut VcpuFd,
+    mut buses: Arc<Buses>,
+    inbox: &Receiver<Command>,
+    events: &EventSink,
+    throttle: &Throttle,
+    tracking: &Tracking,
+) -> Ran {
+    // A kick that came when the vCPU was parked already is spent. One for a command that is yet to be seen may be lost here, but that command
+    // is looked for below.
+    vcpu.set_kvm_immediate_exit(0);
+    // Tells a guest that uses kvmclock that it stood still, so that its watchdogs do not take the pause for a hang. Refused (EINVAL) if the
+    // guest does not use kvmclock, or not yet. It is written into guest RAM at the next entry: by the side that runs it.
+    let _ = vcpu.kvmclock_ctrl();
+    loop {
+        match look(vcpu, inbox, throttle.wait()) {
+            Ok(Command::Run(new)) => buses = new,
+            Ok(Command::Pause(answer)) => match finish_access(vcpu, &buses, tracking) {
+                Outcome::Handled | Outcome::Interrupted => return Ran::Parked(answer),
+                Outcome::Ended(event) => {
+                    events.send(event);
+                    return Ran::Parked(answer);
                 }
-            }
+                Outcome::Stuck(reason) => return Ran::Stuck(reason, Some(answer)),
+            },
+            Ok(Command::Call(function)) => function(vcpu),
+            Err(TryRecvError::Disconnected) => return Ran::Dismissed,
+            Err(TryRecvError::Empty) => match run_once(vcpu, &buses, tracking) {
+                Outcome::Handled => {}
+                // Before the next look at the commands, so that a kick from here on is kept.
+                Outcome::Interrupted => vcpu.set_kvm_immediate_exit(0),
+                Outcome::Ended(event) => events.send(event),
+                Outcome::Stuck(reason) => return Ran::Stuck(reason, None),
+            },
         }
     }
 }

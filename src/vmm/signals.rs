@@ -1,25 +1,26 @@
 //! SIGTERM, SIGINT and SIGHUP as messages.
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
 use std::thread;
 
 use crossbeam_channel::{Receiver, unbounded};
 
-/// Blocked signals and the thread that reads them.
+/// Blocked signals and the thread that waits for them.
 pub(super) struct Signals {
     received: Receiver<()>,
 }
 
 impl Signals {
-    /// Blocks the signals in this thread and all that it starts, and reads them from a descriptor (signalfd(2)).
+    /// Blocks the signals in this thread and all that it starts, and waits for them in one of its own. By sigwait(3): who reads a signalfd is
+    /// woken by every signal to any thread, and so by every kick of a vCPU.
     pub fn block() -> io::Result<Self> {
-        let descriptor = signal_descriptor()?;
+        let signals = blocked_signals()?;
         let (sender, received) = unbounded();
         // Ends with the process: nothing wakes it before that.
         thread::Builder::new().name("signals".into()).spawn(move || {
-            let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
-            while matches!(rustix::io::read(&descriptor, &mut info), Ok(length) if length == info.len()) {
+            let mut signal = 0;
+            // SAFETY: both point to what is this thread's own.
+            while unsafe { libc::sigwait(&raw const signals, &raw mut signal) } == 0 {
                 if sender.send(()).is_err() {
                     break;
                 }
@@ -34,22 +35,17 @@ impl Signals {
     }
 }
 
-fn signal_descriptor() -> io::Result<OwnedFd> {
-    // SAFETY: the set is initialised by sigemptyset before it is used, and the descriptor returned by signalfd is owned by nobody else.
+fn blocked_signals() -> io::Result<libc::sigset_t> {
+    // SAFETY: the set is initialised by sigemptyset before it is used.
     unsafe {
         let mut set = std::mem::zeroed();
-        libc::sigemptyset(&mut set);
+        libc::sigemptyset(&raw mut set);
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
-            libc::sigaddset(&mut set, signal);
+            libc::sigaddset(&raw mut set, signal);
         }
-        let error = libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
-        if error != 0 {
-            return Err(io::Error::from_raw_os_error(error));
+        match libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) {
+            0 => Ok(set),
+            error => Err(io::Error::from_raw_os_error(error)),
         }
-        let descriptor = libc::signalfd(-1, &set, libc::SFD_CLOEXEC);
-        if descriptor < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(OwnedFd::from_raw_fd(descriptor))
     }
 }

@@ -6,6 +6,7 @@ mod frames;
 pub mod owner;
 pub mod page_io;
 pub mod saved;
+mod scheduling;
 pub mod source;
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::super::block_io::BlockIo;
 use super::super::frames;
+use super::super::scheduling;
 use super::Shared;
 use crate::memory::uffd::{Fault, MissingPages, UffdError, Userfaultfd};
 use crate::memory::{GuestRam, PageNumber, PageRun};
@@ -99,6 +100,7 @@ impl FaultService {
 
 fn serve_faults(shared: &Arc<Shared>) {
     let Some(service) = shared.faults.get() else { return };
+    scheduling::is_prompt();
     let mut urgent = None;
     loop {
         let Fault { page, thread } = match service.pages.next_fault(&service.news) {

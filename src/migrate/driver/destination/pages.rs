@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::super::block_io::BlockIo;
 use super::super::frames::{self, FRAME_TIMEOUT, FrameError};
 use super::super::page_io::PageIo;
+use super::super::scheduling;
 use super::Shared;
 use super::faults::FaultService;
 use super::urgent_blocks::UrgentBlocks;
@@ -17,6 +18,11 @@ use crate::migrate::wire::{Channel, Compressed, Frame, Header, Kind, Totals};
 
 /// Receives pages until the connection ends.
 pub fn receive(shared: &Arc<Shared>, link: Link, channel: Channel, reader: Reader) {
+    if channel == Channel::Urgent {
+        scheduling::is_prompt();
+    } else {
+        scheduling::is_bulk();
+    }
     let (contents, decompressor) = (Vec::new(), Decompressor::default());
     let mut pages = PageReader { shared, link, channel, reader, contents, decompressor, urgent_blocks: None };
     let end = loop {

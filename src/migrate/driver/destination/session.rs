@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::frames::{self, FRAME_TIMEOUT};
+use super::super::scheduling;
 use super::Shared;
 use super::greet::drain;
 use super::guest::DestinationGuest;
@@ -35,6 +36,7 @@ impl Session {
 
     /// Carries the migration through.
     pub fn run(mut self) {
+        scheduling::is_prompt();
         while !self.shared.closing.is_raised() {
             let (poll, status) = {
                 let mut engine = self.shared.engine();

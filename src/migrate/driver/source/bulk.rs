@@ -7,6 +7,7 @@ use crossbeam_channel::{Receiver, Sender};
 
 use super::super::block_io::{BlockIo, BlockIoError, split_zero};
 use super::super::page_io::{PageIo, PageIoError, Piece};
+use super::super::scheduling;
 use super::Shared;
 use super::links::wire_bytes;
 use crate::memory::{HostPage, PAGE_SIZE, PageRun};
@@ -70,6 +71,7 @@ impl PageSender {
 
     /// Sends what comes until nothing more does; a failure is reported and ends it.
     pub fn run(mut self, batches: &Receiver<Batch>, inputs: &Sender<Input>) {
+        scheduling::is_bulk();
         for batch in batches {
             // A migration that is over needs nothing of this, and counts nothing.
             if self.shared.engine().is_over() {

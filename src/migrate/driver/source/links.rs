@@ -8,6 +8,7 @@ use crossbeam_channel::Sender;
 use super::super::block_io::BlockIo;
 use super::super::frames;
 use super::super::page_io::{PageIo, Piece};
+use super::super::scheduling;
 use super::Shared;
 use super::block_reader::BlockReader;
 use crate::memory::{PAGE_SIZE, PageRun};
@@ -20,6 +21,7 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Passes on what comes on the main connection until it ends, its end last.
 pub fn read_main(mut reader: Reader, pages: u64, inputs: &Sender<Input>) {
+    scheduling::is_prompt();
     loop {
         let input = match frames::read(&mut reader, frames::from_destination(pages), None) {
             Ok(frame) => Input::Frame(frame),
@@ -35,6 +37,7 @@ pub fn read_main(mut reader: Reader, pages: u64, inputs: &Sender<Input>) {
 
 /// Answers requests at once, from the guest's RAM and its disks, until the urgent connection ends.
 pub fn serve_requests(shared: &Arc<Shared>, io: &PageIo, blocks: &BlockIo, reader: Reader, writer: Writer, inputs: &Sender<Input>) {
+    scheduling::is_prompt();
     let disks = blocks.layout().has_disks().then(|| BlockReader::start(blocks.clone())).transpose();
     let served = disks.and_then(|disks| {
         let mut requests = Requests { shared, io, blocks, disks, reader, writer };

@@ -10,6 +10,7 @@ use super::super::block_io::BlockIo;
 use super::super::frames::{self, FRAME_TIMEOUT, FrameError};
 use super::super::owner::SourceOwner;
 use super::super::page_io::PageIo;
+use super::super::scheduling;
 use super::Shared;
 use super::bulk::{Batch, PageSender};
 use super::guest::{SourceGuest, StopError};
@@ -92,6 +93,7 @@ impl Migration {
 
     /// Carries the migration through.
     pub fn run(mut self) {
+        scheduling::is_prompt();
         loop {
             while let Ok(input) = self.inputs.try_recv() {
                 self.take(input);
