@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
-use kvm_bindings::{KVM_CAP_X2APIC_API, kvm_cpuid_entry2, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS};
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_bindings::{KVM_CAP_X2APIC_API, kvm_cpuid_entry2, kvm_enable_cap, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS};
+use kvm_ioctls::{Cap, VmFd};
 use rustix::process::Pid;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::GuestConfig;
+use super::empty::EmptyVm;
 use super::events::{EventSink, VmEvent};
 use super::exits::{Buses, emulates_ring_0};
 use super::restore_vcpu::Limits;
@@ -168,7 +169,18 @@ impl Vm<Built> {
     /// Builds the machine over `ram`: interrupt controllers and timer in the kernel, memory slots, legacy devices, vCPUs with their threads
     /// parked. Its dirty pages can be tracked as `tracker` says. What the guest does to end itself is sent to `events`.
     pub fn build(config: &GuestConfig, ram: GuestRam, tracker: TrackerChoice, events: Sender<VmEvent>) -> Result<Self, VmError> {
-        let kvm = Kvm::new().map_err(VmError::Open)?;
+        Self::build_in(EmptyVm::create()?, config, ram, tracker, events)
+    }
+
+    /// Like [`Vm::build`], in what was created ahead.
+    pub fn build_in(
+        empty: EmptyVm,
+        config: &GuestConfig,
+        ram: GuestRam,
+        tracker: TrackerChoice,
+        events: Sender<VmEvent>,
+    ) -> Result<Self, VmError> {
+        let EmptyVm { kvm, fd } = empty;
         let max = kvm.get_max_vcpus();
         if config.cpus == 0 || usize::from(config.cpus) > max {
             return Err(VmError::CpuCount { asked: config.cpus, max });
@@ -176,7 +188,13 @@ impl Vm<Built> {
         if !kvm.check_extension(Cap::ImmediateExit) {
             return Err(VmError::Missing("KVM_CAP_IMMEDIATE_EXIT"));
         }
-        let fd = Arc::new(create_vm(&kvm, config)?);
+        if config.cpus > 255 {
+            // APIC IDs of more than 8 bits; changes how the local APIC's state is laid out, alike on both sides.
+            let flags = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+            let cap = kvm_enable_cap { cap: KVM_CAP_X2APIC_API, args: [flags.into(), 0, 0, 0], ..Default::default() };
+            fd.enable_cap(&cap).map_err(VmError::kvm("KVM_CAP_X2APIC_API"))?;
+        }
+        let fd = Arc::new(fd);
         for slot in ram.slots() {
             let start = ram.host_address(slot.run).ok_or(VmError::OutOfMemory)?;
             let region = kvm_userspace_memory_region {
@@ -433,24 +451,6 @@ impl Machine {
 fn name_vcpus<T>(results: Vec<Result<T, VmError>>) -> Result<Vec<T>, VmError> {
     let named = |(index, result): (u16, Result<T, VmError>)| result.map_err(|source| VmError::Vcpu { index, source: Box::new(source) });
     (0..).zip(results).map(named).collect()
-}
-
-fn create_vm(kvm: &Kvm, config: &GuestConfig) -> Result<VmFd, VmError> {
-    let fd = kvm.create_vm().map_err(VmError::kvm("KVM_CREATE_VM"))?;
-    // Intel hosts need both addresses before the first vCPU; others ignore them.
-    fd.set_identity_map_address(layout::IDENTITY_MAP).map_err(VmError::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
-    fd.set_tss_address(layout::TSS as usize).map_err(VmError::kvm("KVM_SET_TSS_ADDR"))?;
-    if config.cpus > 255 {
-        // APIC IDs of more than 8 bits; changes how the local APIC's state is laid out, alike on both sides.
-        let flags = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
-        let cap = kvm_enable_cap { cap: KVM_CAP_X2APIC_API, args: [flags.into(), 0, 0, 0], ..Default::default() };
-        fd.enable_cap(&cap).map_err(VmError::kvm("KVM_CAP_X2APIC_API"))?;
-    }
-    fd.create_irq_chip().map_err(VmError::kvm("KVM_CREATE_IRQCHIP"))?;
-    // The dummy speaker is port 0x61, which guests read to see the timer run.
-    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    fd.create_pit2(pit).map_err(VmError::kvm("KVM_CREATE_PIT2"))?;
-    Ok(fd)
 }
 
 /// An eventfd that raises `gsi` when written.

@@ -5,6 +5,7 @@ mod chips;
 mod clock;
 pub mod config;
 mod cpuid;
+pub mod empty;
 mod error;
 pub mod events;
 mod exits;

@@ -16,6 +16,7 @@ use crate::device::virtio::mmio::VirtioMmio;
 use crate::memory::GuestRam;
 use crate::memory::dirty_tracker::TrackerChoice;
 use crate::vm::config::GuestConfig;
+use crate::vm::empty::EmptyVm;
 use crate::vm::{Built, Vm, VmError, VmEvent, layout};
 
 /// How long typed input waits for a guest that does not take it before it looks whether the guest is still the same.
@@ -72,9 +73,9 @@ impl Machine {
         }
     }
 
-    /// Builds a machine over `ram` with its disks and its console.
-    pub fn build(&self, config: &GuestConfig, ram: GuestRam, disks: &[Arc<Disk>]) -> Result<Vm<Built>, VmmError> {
-        let mut vm = Vm::<Built>::build(config, ram, self.tracker, self.events.clone())?;
+    /// Builds a machine over `ram` with its disks and its console, in `empty`.
+    pub fn build(&self, empty: EmptyVm, config: &GuestConfig, ram: GuestRam, disks: &[Arc<Disk>]) -> Result<Vm<Built>, VmmError> {
+        let mut vm = Vm::<Built>::build_in(empty, config, ram, self.tracker, self.events.clone())?;
         for (slot, disk) in disks.iter().enumerate() {
             let attach = |reason: String| VmmError::Attach { id: disk.config().id.clone(), reason };
             let (address, gsi) = layout::virtio_slot(slot).ok_or(VmError::Slot(slot))?;

@@ -18,8 +18,9 @@ use crate::migrate::report::{Progress, Status};
 use crate::migrate::transport::{Address, Listener};
 use crate::qmp::event::{Event, MigrationEvent};
 use crate::qmp::response::Waiting;
+use crate::vm::empty::EmptyVm;
 use crate::vm::facts::HostFacts;
-use crate::vm::{Built, Vm};
+use crate::vm::{Built, Vm, VmError};
 
 type Machine = Result<Vm<Built>, VmmError>;
 
@@ -31,12 +32,35 @@ pub(super) struct Incoming {
     active: AtomicBool,
     migration: Mutex<Option<DestinationMigration>>,
     building: Mutex<Option<JoinHandle<Machine>>>,
+    host: Mutex<Option<JoinHandle<Host>>>,
+}
+
+/// What takes KVM a while and can be had before a source comes: what this host offers, and the beginning of a machine.
+type Host = Result<(HostFacts, EmptyVm), VmError>;
+
+fn look_at_host() -> Host {
+    Ok((HostFacts::read()?, EmptyVm::create()?))
 }
 
 impl Incoming {
     /// A guest is expected, with these disks in other places than at the source.
     pub fn expecting(disks: Vec<(String, PathBuf)>) -> Self {
-        Incoming { disks, active: AtomicBool::new(true), ..Self::default() }
+        let incoming = Incoming { disks, active: AtomicBool::new(true), ..Self::default() };
+        incoming.look_ahead();
+        incoming
+    }
+
+    /// Begins to look at this host before the source asks.
+    fn look_ahead(&self) {
+        // Where no thread is to be had, it is done when it is needed.
+        *lock(&self.host) = std::thread::Builder::new().name("host".into()).spawn(look_at_host).ok();
+    }
+
+    /// What this host offers, and the beginning of a machine.
+    fn host(&self) -> Host {
+        let ahead = lock(&self.host).take();
+        // A panic of the thread was printed when it happened.
+        ahead.and_then(|thread| thread.join().ok()).unwrap_or_else(look_at_host)
     }
 
     /// The migration waits for its source from now on.
@@ -172,6 +196,7 @@ impl Vmm {
             return Err(VmmError::NotReceived("nobody listens any more after a dry run".into()));
         };
         lock(&self.disks).clear();
+        self.incoming.look_ahead();
         eprintln!("ferry: a source asked how its guest would move here; still waiting for a guest at {}\r", listener.address());
         *migration = Some(DestinationMigration::start(listener, Arc::new(self.clone())).map_err(VmmError::NotReceived)?);
         Ok(())
@@ -179,7 +204,7 @@ impl Vmm {
 
     /// Everything that can be checked before the source is disturbed. The machine is built on a thread of its own while pages arrive.
     fn prepare(self: &Arc<Self>, mut setup: MachineSetup, layout: &Layout) -> Result<(GuestRam, Vec<Arc<Disk>>), String> {
-        let host = HostFacts::read().map_err(|error| error.to_string())?;
+        let (host, empty) = self.incoming.host().map_err(|error| error.to_string())?;
         let refusals = setup.facts.refusals(&host);
         if !refusals.is_empty() {
             return Err(refusals.join("; "));
@@ -195,7 +220,7 @@ impl Vmm {
             ram.may_lock().map_err(|error| error.to_string())?;
         }
         let (vmm, machine_ram, its_disks) = (self.clone(), ram.clone(), disks.clone());
-        let build = move || vmm.machine.build(&setup.config, machine_ram, &its_disks);
+        let build = move || vmm.machine.build(empty, &setup.config, machine_ram, &its_disks);
         let thread = std::thread::Builder::new().name("build".into()).spawn(build).map_err(|error| error.to_string())?;
         *lock(&self.incoming.building) = Some(thread);
         Ok((ram, disks))

@@ -42,6 +42,7 @@ use crate::migrate::transport::{Address, AddressError, Listener, TransportError}
 use crate::qmp::event::{Event, ShutdownReason};
 use crate::qmp::socket::SocketError;
 use crate::qmp::{Events, Server};
+use crate::vm::empty::EmptyVm;
 use crate::vm::{Built, Vm, VmError, VmEvent};
 use build::Machine;
 use guest::Guest;
@@ -170,7 +171,7 @@ fn boot(vmm: &Vmm, options: &RunOptions) -> Result<Vm<Built>, VmmError> {
     if config.lock_memory {
         ram.lock()?;
     }
-    let mut vm = vmm.machine.build(config, ram, &disks)?;
+    let mut vm = vmm.machine.build(EmptyVm::create()?, config, ram, &disks)?;
     vm.load_kernel()?;
     Ok(vm)
 }
@@ -400,7 +401,7 @@ impl Main {
             ram.lock()?;
         }
         let disks = lock(&vmm.disks).clone();
-        let mut vm = vmm.machine.build(&config, ram, &disks)?;
+        let mut vm = vmm.machine.build(EmptyVm::create()?, &config, ram, &disks)?;
         vm.load_kernel().map_err(VmmError::Restart)?;
         *guest = Guest::Running(vm.start()?);
         Ok(None)
