@@ -36,6 +36,7 @@ def migrate(vmm, scenario, floors, link):
         parts.callback(destination.close)
         begin = vmm.migrate(scenario, source, destination, link)
         warm.release()
+        began = time.monotonic()
         try:
             return _measure(vmm, scenario, source, destination, begin)
         except guest.Damage:
@@ -44,7 +45,7 @@ def migrate(vmm, scenario, floors, link):
             said = "\n".join(line for side in (source, destination) for _, line in side.console.lines)
             guest.refuse_damage(said)
             if isinstance(error, TimeoutError) or any("final=1" in line for _, line in source.console.lines):
-                raise guest.Unfinished() from error
+                raise guest.Unfinished(f"not after {time.monotonic() - began:.0f} s") from error
             raise RuntimeError(f"{error}\n{source.said()}{destination.said()}".strip()) from error
 
 

@@ -54,8 +54,8 @@ class Scenario:
         return 2 * self.fill + SPARE
 
     @property
-    def floor_rate(self):
-        """Bytes a second that nobody can be faster than, whatever the host: that of the link, or the limit that was set."""
+    def rate_limit(self):
+        """Bytes a second that nobody can be faster than, whatever the host: those of the link, or of the limit that is set. 0: none."""
         return LINK_RATE if self.round_trip_ms else self.bandwidth
 
 
