@@ -38,7 +38,8 @@ fn touch(memory: &mut [u8]) {
     memory.iter_mut().step_by(4096).enumerate().for_each(|(page, byte)| *byte = page as u8 | 1);
 }
 
-fn pin(processor: usize) {
+fn pin(processor: Option<usize>) {
+    let Some(processor) = processor else { return };
     let mut set = rustix::thread::CpuSet::new();
     set.set(processor);
     // On a host with one processor both sides share it.
@@ -69,17 +70,18 @@ fn connection(namespaces: Option<(&str, &str)>, address: &str) -> (TcpStream, Tc
     (sender, listener.accept().unwrap().0)
 }
 
-fn tcp(pages: Advice, bytes: usize, (mut sender, mut receiver): (TcpStream, TcpStream)) {
+/// With `pinned` each side has a processor of its own; a link has more to do than two.
+fn tcp(pages: Advice, bytes: usize, (mut sender, mut receiver): (TcpStream, TcpStream), pinned: bool) {
     let source = memory(bytes, Advice::LinuxHugepage);
     touch(source);
     let target = memory(bytes, pages);
     sender.set_nodelay(true).unwrap();
     let (began, cpu) = (Instant::now(), cpu_seconds());
     let sending = std::thread::spawn(move || {
-        pin(1);
+        pin(pinned.then_some(1));
         source.chunks(CHUNK).for_each(|chunk| sender.write_all(chunk).unwrap());
     });
-    pin(0);
+    pin(pinned.then_some(0));
     target.chunks_mut(CHUNK).for_each(|chunk| receiver.read_exact(chunk).unwrap());
     sending.join().unwrap();
     println!("{{\"seconds\": {:.6}, \"cpu_seconds\": {:.6}}}", began.elapsed().as_secs_f64(), cpu_seconds() - cpu);
@@ -89,10 +91,10 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let bytes = |text: &String| text.parse().expect("a number of bytes");
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["tcp", "huge", _] => tcp(Advice::LinuxHugepage, bytes(&arguments[2]), connection(None, LOOPBACK)),
-        ["tcp", "small", _] => tcp(Advice::LinuxNoHugepage, bytes(&arguments[2]), connection(None, LOOPBACK)),
+        ["tcp", "huge", _] => tcp(Advice::LinuxHugepage, bytes(&arguments[2]), connection(None, LOOPBACK), true),
+        ["tcp", "small", _] => tcp(Advice::LinuxNoHugepage, bytes(&arguments[2]), connection(None, LOOPBACK), true),
         ["link", _, source, destination, address] => {
-            tcp(Advice::LinuxHugepage, bytes(&arguments[1]), connection(Some((source, destination)), address));
+            tcp(Advice::LinuxHugepage, bytes(&arguments[1]), connection(Some((source, destination)), address), false);
         }
         ["warm", _] => {
             touch(memory(bytes(&arguments[1]), Advice::LinuxHugepage));

@@ -1,10 +1,11 @@
 """The results as one picture (SVG): for each scenario the totals and the blackouts of both monitors, on logarithmic scales."""
 
 import math
+import re
 import textwrap
 from xml.sax.saxutils import escape
 
-from rounds import describe
+from rounds import DISTURBED, describe
 
 WIDTH, MARGIN, LABELS, GAP = 1080, 24, 262, 44
 PANEL = (WIDTH - 2 * MARGIN - LABELS - GAP) / 2
@@ -13,18 +14,29 @@ HEAD, ROW, FOOT = 124, 50, 44
 LABEL = 54
 PANELS = [("total_ms", "total time"), ("blackout_ms", "blackout")]
 
-# Colours that keep their contrast on light and on dark ground; the ground is the reader's choice.
-STYLE = """
-svg { --ground: #ffffff; --ink: #1f2328; --muted: #636c76; --grid: #e3e6ea; --band: #f6f8fa; --v0: #c2410c; --v1: #1d6fc4; --floor: #57606a }
-@media (prefers-color-scheme: dark) {
-  svg { --ground: #0d1117; --ink: #e6edf3; --muted: #9198a1; --grid: #262c36; --band: #141a22; --v0: #ff8f4c; --v1: #6cb6ff; --floor: #9aa4b0 }
-}
-text { font-family: system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; font-size: 12px; fill: var(--ink) }
-.title { font-size: 18px; font-weight: 600 } .name { font-size: 13px; font-weight: 600 } .muted { fill: var(--muted); font-size: 11px }
-.ground { fill: var(--ground) } .band { fill: var(--band) } .grid { stroke: var(--grid) } .floor { stroke: var(--floor); stroke-width: 2 }
-.v0 { fill: var(--v0) } .v1 { fill: var(--v1) } line.v0 { stroke: var(--v0) } line.v1 { stroke: var(--v1) } line { stroke-width: 1.5 }
-line.grid { stroke-width: 1 }
+# Contrast is kept on light and on dark ground; which one is the reader's choice. No variables: not every program that shows SVG has them.
+LIGHT = {"ground": "#ffffff", "ink": "#1f2328", "muted": "#59636e", "grid": "#dde1e6", "band": "#f6f8fa", "floor": "#57606a"}
+LIGHT |= {"v0": "#c2410c", "v1": "#1d6fc4"}
+DARK = {"ground": "#0d1117", "ink": "#e6edf3", "muted": "#9198a1", "grid": "#2b323c", "band": "#151b23", "floor": "#9aa4b0"}
+DARK |= {"v0": "#ff8f4c", "v1": "#6cb6ff"}
+FONT = """
+text { font-family: system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; font-size: 12px }
+.title { font-size: 18px; font-weight: 600 } .name { font-size: 13px; font-weight: 600 } .muted { font-size: 11px }
+.note { paint-order: stroke; stroke-width: 4px; stroke-linejoin: round }
+line { stroke-width: 1.5 } line.grid { stroke-width: 1 } line.floor { stroke-width: 2 }
 """
+
+
+def colours(of):
+    """Rules for all that has a colour: text and areas are filled, lines are drawn."""
+    rules = [f"text {{ fill: {of['ink']} }} text.muted {{ fill: {of['muted']} }} .ground {{ fill: {of['ground']} }} .band {{ fill: {of['band']} }}"]
+    rules.append(f"text.note {{ stroke: {of['ground']} }}")
+    rules += [f"line.{name} {{ stroke: {of[name]} }}" for name in ("grid", "floor", "v0", "v1")]
+    rules += [f"circle.{name}, text.{name} {{ fill: {of[name]} }}" for name in ("v0", "v1")]
+    return "\n".join(rules)
+
+
+STYLE = f"{FONT}{colours(LIGHT)}\n@media (prefers-color-scheme: dark) {{\n{colours(DARK)}\n}}\n"
 
 
 class Scale:
@@ -54,7 +66,7 @@ def line(x1, y1, x2, y2, kind):
 
 def duration(ms):
     unit, value = ("s", ms / 1000) if ms >= 1000 else ("ms", ms)
-    return f"{value:.0f} {unit}" if value >= 100 or value == round(value) else f"{value:.2g} {unit}" if value < 10 else f"{value:.1f} {unit}"
+    return f"{value:.{0 if value >= 100 or value == round(value) else 1 if value >= 10 else 2}f} {unit}"
 
 
 def value_of(result, name, key):
@@ -102,7 +114,8 @@ def _head(results, names):
 
 def _row(result, names, scales, top):
     parts = [text(MARGIN, top + 19, result["name"], "name")]
-    title = textwrap.wrap(result["title"], 46)
+    # A number stays with its unit.
+    title = textwrap.wrap(re.sub(r"(\d) ", "\\1\u00a0", result["title"]), 42)
     parts += [text(MARGIN, top + 32 + 12 * number, words, "muted") for number, words in enumerate(title[:2])]
     if result["skipped"]:
         return parts + [text(scales[0].left, top + ROW / 2 + 4, f"not run: {result['skipped']}", "muted")]
@@ -112,24 +125,30 @@ def _row(result, names, scales, top):
         parts.append(line(x, top + 5, x, top + ROW - 5, "floor"))
     for number, name in enumerate(names):
         y = top + ROW * (number + 0.5 + 0.15 * (1 - 2 * number)) / len(names)
+        runs = result["runs"][name]
+        good = sum("steal" in run for run in runs)
+        of_all = f" ({good} of {len(runs)})" if good < len(runs) else ""
         for (key, _), scale in zip(PANELS, scales):
             if spread := value_of(result, name, key):
-                parts += _dot(spread, scale, y, f"v{number}")
+                parts += _dot(spread, scale, y, f"v{number}", of_all)
         if not value_of(result, name, "total_ms"):
             words = describe(result["runs"][name][0])
-            parts.append(text(scales[0].left, y + 4, f"{name}: {words[:90]}", f"v{number}"))
+            parts.append(text(scales[0].left + 4, y + 4, f"{name}: {words[:90]}", f"note v{number}"))
     return parts
 
 
-def _dot(spread, scale, y, kind):
+def _dot(spread, scale, y, kind, of_all):
     low, middle, high = (scale.x(spread[key]) for key in ("min", "median", "max"))
     yield line(low, y, high, y, kind)
     for end in (low, high):
         yield line(end, y - 3, end, y + 3, kind)
     yield f'<circle cx="{middle:.1f}" cy="{y:.1f}" r="4.5" class="{kind}"/>'
-    yield text(max(high, middle + 4) + 6, y + 4, duration(spread["median"]))
+    yield text(max(high, middle + 4) + 6, y + 4, duration(spread["median"]) + of_all)
 
 
 def _host(results):
-    host, versions = results["host"], [f"{vmm['version']}" for vmm in results["vmms"].values()]
-    return f"{'; '.join(versions)}. {host['processors']} x {host['processor']}, Linux {host['kernel']}, {results['date'][:10]}"
+    host, versions = results["host"], [vmm["version"] for vmm in results["vmms"].values()]
+    runs = [run for result in results["scenarios"] for runs in result["runs"].values() for run in runs]
+    disturbed = f"{sum(run.get('disturbed', False) for run in runs)} of {len(runs)} runs had over {DISTURBED:.0%} steal"
+    what = f"{'; '.join(versions)}. {host['processors']} x {host['processor']}, Linux {host['kernel']}, {results['date'][:10]}"
+    return f"{what}. {disturbed}."

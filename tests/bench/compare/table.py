@@ -18,7 +18,7 @@ def number(value, unit=""):
 
 def cell(spread, unit):
     median, least, most = (number(spread[key], unit) for key in ("median", "min", "max"))
-    return f"{median:>8} ({least}-{most})"
+    return f"{median:>8}" if least == most else f"{median:>8} ({least}-{most})"
 
 
 def ratio(first, second):
@@ -65,7 +65,7 @@ def render(results):
     for result in results["scenarios"]:
         lines += [*scenario_lines(result), ""]
     lines += ["Each value is the median of all rounds (least-most). Floor: the bytes that the guest filled, from memory to memory over one TCP",
-              "connection, on loopback or the scenario's link, in the same rounds.", ""]
+              "connection, on loopback (the best of three) or the scenario's link, in the same rounds.", ""]
     shown = {key for result in results["scenarios"] for spread in result.get("summary", {}).values() for key in spread}
     lines += [f"  {metric.title:20} {metric.meaning}" for metric in METRICS if metric.key in shown and metric.meaning]
     lines += ["", *map(size_line, results["vmms"].items())]
