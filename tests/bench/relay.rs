@@ -2,7 +2,8 @@
 //!
 //! Makes a TUN device `link0` in each of two network namespaces (paths of `setns`'s files), and carries packets between them until its
 //! standard input ends: each waits until the line is free, takes the time that its bytes take, and half the round trip more; and up to
-//! 50 us, the slack of the kernel's timers, which spares the host a wake-up for each packet. What is between is real TCP. As in a router's queue, packets that would wait longer than two round trips (and some packets' time) are dropped.
+//! 50 us, the slack of the kernel's timers, which spares the host a wake-up for each packet. As in a router's queue, packets that would
+//! wait longer than two round trips are dropped. What is between is real TCP.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::collections::VecDeque;

@@ -16,15 +16,12 @@ import table
 from rounds import Programs, measure, summarise
 from scenarios import SCENARIOS
 
-# On loopback, and in the namespaces.
-PORTS = {"Ferry": 4601, "QEMU": 4602}
-
 
 def arguments():
-    parser = argparse.ArgumentParser(prog="scripts/bench", description="Compares Ferry with Debian's QEMU: live migrations of the same guest "
-                                     "in turn, and what the host can do at best.")
+    names = [scenario.name for scenario in SCENARIOS]
+    parser = argparse.ArgumentParser(prog="scripts/bench", description="Compares Ferry with Debian's QEMU: both migrate the same guest in turn.")
     parser.add_argument("--rounds", type=int, metavar="N", help="how often each scenario is run with each monitor (default: 5)")
-    parser.add_argument("--only", action="append", metavar="SCENARIO", choices=[s.name for s in SCENARIOS], help="just this one; may be repeated")
+    parser.add_argument("--only", action="append", metavar="SCENARIO", choices=names, help="just this one; may be repeated")
     parser.add_argument("--quick", action="store_true", help="one round of a few short scenarios")
     parser.add_argument("--list", action="store_true", help="name the scenarios, and run none")
     parser.add_argument("--json", metavar="FILE", default="target/bench/results.json", help="where the results go (default: %(default)s)")
@@ -55,7 +52,7 @@ def stop(number, _):
 def run(chosen, scenarios):
     with tempfile.TemporaryDirectory(prefix="ferry-bench-") as directory:
         kinds = ((ferry.Vmm, chosen.ferry), (qemu.Vmm, chosen.qemu))
-        vmms = [kind(binary, chosen.kernel, directory, PORTS[kind.name]) for kind, binary in kinds]
+        vmms = [kind(binary, chosen.kernel, directory) for kind, binary in kinds]
         results = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "rounds": chosen.rounds}
         results["host"] = host.describe()
         results["vmms"] = {vmm.name: {"version": host.version_of(vmm.binary), "size": host.size_of(vmm.binary)} for vmm in vmms}

@@ -22,15 +22,14 @@ DARK |= {"v0": "#ff8f4c", "v1": "#6cb6ff"}
 FONT = """
 text { font-family: system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; font-size: 12px }
 .title { font-size: 18px; font-weight: 600 } .name { font-size: 13px; font-weight: 600 } .muted { font-size: 11px }
-.note { paint-order: stroke; stroke-width: 4px; stroke-linejoin: round }
 line { stroke-width: 1.5 } line.grid { stroke-width: 1 } line.floor { stroke-width: 2 }
 """
 
 
 def colours(of):
     """Rules for all that has a colour: text and areas are filled, lines are drawn."""
-    rules = [f"text {{ fill: {of['ink']} }} text.muted {{ fill: {of['muted']} }} .ground {{ fill: {of['ground']} }} .band {{ fill: {of['band']} }}"]
-    rules.append(f"text.note {{ stroke: {of['ground']} }}")
+    rules = [f"text {{ fill: {of['ink']} }} text.muted {{ fill: {of['muted']} }}"]
+    rules += [f"rect.{name} {{ fill: {of[name]} }}" for name in ("ground", "band")]
     rules += [f"line.{name} {{ stroke: {of[name]} }}" for name in ("grid", "floor", "v0", "v1")]
     rules += [f"circle.{name}, text.{name} {{ fill: {of[name]} }}" for name in ("v0", "v1")]
     return "\n".join(rules)
@@ -109,7 +108,8 @@ def _head(results, names):
         x += 32 + 8 * len(name)
     yield line(x + 4, 51, x + 4, 65, "floor")
     rounds = f"{results['rounds']} rounds" if results["rounds"] > 1 else "one round"
-    yield text(x + 14, 62, f"floor: as many bytes over one TCP connection. Median of {rounds}, whiskers from least to most; less is better.", "muted")
+    words = f"floor: as many bytes over one TCP connection. Median of {rounds}, whiskers from least to most; less is better."
+    yield text(x + 14, 62, words, "muted")
 
 
 def _row(result, names, scales, top):
@@ -133,7 +133,8 @@ def _row(result, names, scales, top):
                 parts += _dot(spread, scale, y, f"v{number}", of_all)
         if not value_of(result, name, "total_ms"):
             words = describe(result["runs"][name][0])
-            parts.append(text(scales[0].left + 4, y + 4, f"{name}: {words[:90]}", f"note v{number}"))
+            after = scales[0].x(floor["median"]) if floor else scales[0].left
+            parts.append(text(after + 6, y + 4, f"{name}: {words.splitlines()[0][:80]}", f"v{number}"))
     return parts
 
 

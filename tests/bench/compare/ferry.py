@@ -20,6 +20,7 @@ class Vmm(vmm.Vmm):
         return self._start("ferry-source", link.source, ["run", "--kernel", self.kernel, "--cmdline", guest.cmdline, *size, *disk])
 
     def receive(self, guest, link):
+        self.port = self.free_port()
         return self._start("ferry-destination", link.destination, ["receive", "--listen", f"tcp:{link.address}:{self.port}"])
 
     def migrate(self, scenario, source, destination, link):

@@ -30,8 +30,9 @@ class Link:
         self.source, self.destination = (("ip", "netns", "exec", name) for name in self._names)
         try:
             for name in self._names:
-                self._ip("netns", "add", name)
+                # Before it is there: an interruption may come between.
                 self._made.append(name)
+                self._ip("netns", "add", name)
             arguments = [*self.paths, str(round(round_trip_ms * 1000)), str(bytes_per_second)]
             self._relay = subprocess.Popen([relay, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             if self._relay.stdout.readline() != b"ready\n":
@@ -61,7 +62,7 @@ class Link:
             self._relay.wait()
             self._relay.stdout.close()
         for name in self._made:
-            subprocess.run(["ip", "netns", "delete", name], check=False)
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
 def impossible():

@@ -14,11 +14,11 @@ class Metric:
 
 
 METRICS = [
-    Metric("boot_ms", "boot", "ms", "from before the process is started to the first byte on the guest's console; median of 5 starts a round"),
+    Metric("boot_ms", "boot", "ms", "from the start of the process to the first byte on the guest's console; median of 5 starts a round"),
     Metric("total_ms", "total", "ms", "from the command to the completion on both sides"),
-    Metric("blackout_ms", "blackout", "ms", "from the guest's last heartbeat at the source to its first at the destination; they are 1 ms apart"),
+    Metric("blackout_ms", "blackout", "ms", "from the last heartbeat at the source to the first at the destination; they are 1 ms apart"),
     Metric("said_downtime_ms", "its own downtime", "ms", "what the monitor itself calls the blackout"),
-    Metric("largest_hole_ms", "largest hole", "ms", "the longest time without a heartbeat during the migration, be it the blackout or a stall"),
+    Metric("largest_hole_ms", "largest hole", "ms", "the longest time without a heartbeat in the migration, be it the blackout or a stall"),
     Metric("progress", "guest's progress", "", "pages that the guest dirtied during the migration, to those that it should have"),
     Metric("slow_count", "slow writes", "", "of the guest's writes to its pages, those that took longer than 30 us", ratio=False),
     Metric("slow_p50_ms", "slow writes, p50", "ms", "how long the slow ones took: half of them no longer than this, and so on"),
@@ -28,8 +28,7 @@ METRICS = [
     Metric("mb_per_s", "sent / total", "MB/s", ""),
     Metric("cpu_s", "CPU", "s", "processor time of both sides, without that of vCPUs"),
     Metric("cpu_s_per_gib", "CPU / GiB", "s", "the same for each GiB that the guest filled"),
-    Metric("source_beside_mb", "memory, source", "MB", "resident beside the guest's RAM before the migration, program and libraries with it"),
+    Metric("source_beside_mb", "memory, source", "MB", "resident beside the guest's RAM before the migration, with program and libraries"),
     Metric("beside_mb", "memory, destination", "MB", "the same at the destination after the migration"),
-    Metric("steal", "steal", "%", "what part of the processors' time this machine's own host kept, in ticks of 10 ms: a run with over 5 % says little",
-           ratio=False),
+    Metric("steal", "steal", "%", "processors' time that this machine's own host kept, in ticks of 10 ms: a run with over 5 % says little", False),
 ]

@@ -23,9 +23,9 @@ def migrate(vmm, scenario, floors, link):
         disk = None
         if scenario.disk:
             disk = os.path.join(vmm.directory, "disk")
-            parts.callback(os.unlink, disk)
             with open(disk, "wb") as file:
                 file.truncate(DISK)
+            parts.callback(os.unlink, disk)
         machine = Guest(scenario.memory, scenario.cpus, scenario.cmdline, disk)
         warm = Warm(floors, 2 * scenario.fill + SPARE)
         parts.callback(warm.close)
@@ -39,8 +39,6 @@ def migrate(vmm, scenario, floors, link):
         began = time.monotonic()
         try:
             return _measure(vmm, scenario, source, destination, begin)
-        except guest.Damage:
-            raise
         except (OSError, RuntimeError) as error:
             said = "\n".join(line for side in (source, destination) for _, line in side.console.lines)
             guest.refuse_damage(said)

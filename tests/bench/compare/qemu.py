@@ -27,6 +27,7 @@ class Vmm(vmm.Vmm):
         return self._start("qemu-source", link.source, guest, [])
 
     def receive(self, guest, link):
+        self.port = self.free_port()
         return self._start("qemu-destination", link.destination, guest, ["-incoming", "defer"])
 
     def migrate(self, scenario, source, destination, link):

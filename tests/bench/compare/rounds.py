@@ -95,7 +95,7 @@ def describe(run):
     if "damage" in run:
         return f"THE GUEST FOUND DAMAGE: {run['damage']}"
     if "unfinished" in run:
-        return f"did not converge in {run['unfinished']}"
+        return f"did not move in time ({run['unfinished']})"
     if "failed" in run:
         return f"FAILED: {run['failed']}"
     parts = [f"{run[key]:.1f} ms{name}" for key, name in (("boot_ms", ""), ("total_ms", ""), ("blackout_ms", " blackout")) if key in run]

@@ -31,8 +31,8 @@ class Scenario:
     bandwidth: int = 0
     # Round trip of a link of LINK_RATE, in milliseconds; 0 is loopback.
     round_trip_ms: int = 0
-    # Seconds from the end of filling to the guest's last check of all that it wrote.
-    run: int = 5
+    # Seconds from the end of filling to the guest's last check of all that it wrote: as long as a slow migration takes, and two more.
+    run: int = 8
     # Part of `--quick`.
     quick: bool = False
     # Only boots.
@@ -72,13 +72,13 @@ SCENARIOS = [
     Scenario("postcopy", "postcopy at once, 12 random pages/ms over 1 GiB", mode="postcopy", rate=BUSY, quick=True),
     Scenario("postcopy-2cpu", "postcopy at once, 12 random pages/ms by 2 vCPUs", mode="postcopy", rate=BUSY, cpus=2),
     Scenario("postcopy-capped", "postcopy, 256 MiB, 125 MB/s cap", mode="postcopy", memory=320 * MIB, fill=256 * MIB, rate=BUSY,
-             bandwidth=125_000_000, run=7),
+             bandwidth=125_000_000, run=10),
     Scenario("rtt-1ms", "precopy, 512 MiB filled, idle, over 125 MB/s with a round trip of 1 ms", memory=640 * MIB, fill=512 * MIB,
-             round_trip_ms=1, run=16),
+             round_trip_ms=1, run=18),
     Scenario("rtt-20ms", "precopy, 512 MiB filled, idle, over 125 MB/s with a round trip of 20 ms", memory=640 * MIB, fill=512 * MIB,
-             round_trip_ms=20, downtime_ms=50, run=16),
-    Scenario("precopy-idle-4g", "precopy, 4 GiB filled, idle", memory=4 * GIB, fill=4000 * MIB, run=9),
-    Scenario("precopy-idle-12g", "precopy, 12 GiB of which 8 are filled, idle", memory=12 * GIB, fill=8000 * MIB, run=14),
-    Scenario("postcopy-12g", "postcopy, 12 GiB of which 8 are filled, 49 MB/s", mode="postcopy", memory=12 * GIB, fill=8000 * MIB, rate=BUSY,
-             run=16),
+             round_trip_ms=20, downtime_ms=50, run=18),
+    Scenario("precopy-idle-4g", "precopy, 4 GiB filled, idle", memory=4 * GIB, fill=4000 * MIB, run=14),
+    Scenario("precopy-idle-12g", "precopy, 12 GiB of which 8 are filled, idle", memory=12 * GIB, fill=8000 * MIB, run=24),
+    Scenario("postcopy-12g", "postcopy, 12 GiB of which 8 are filled, 49 MB/s", mode="postcopy", memory=12 * GIB, fill=8000 * MIB,
+             rate=BUSY, run=24),
 ]

@@ -1,6 +1,7 @@
 """What an adapter to a virtual machine monitor has to offer. Ferry's and QEMU's are such; another monitor is one more module like them, and
 an entry in `__main__.py`."""
 
+import socket
 from dataclasses import dataclass
 
 
@@ -17,7 +18,7 @@ class Guest:
 class Vmm:
     """Starts a monitor's processes and has them migrate; measuring is not its business.
 
-    - `name`: as tables call it, `binary`: its program.
+    - `name`: as tables call it, `binary`: its program, `kernel`: pagestorm, `directory`: for sockets and the like.
     - `run(guest, link)`: a `Process` in which the guest boots, with its first serial port on standard output. It runs with the words of
       `link.source` in front of its command.
     - `receive(guest, link)`: a `Process` that waits for the guest, behind the words of `link.destination`.
@@ -32,8 +33,17 @@ class Vmm:
 
     name = None
 
-    def __init__(self, binary, kernel, directory, port):
-        self.binary, self.kernel, self.directory, self.port = binary, kernel, directory, port
+    def __init__(self, binary, kernel, directory):
+        self.binary, self.kernel, self.directory = binary, kernel, directory
+        # The destination's, chosen anew for each.
+        self.port = None
+
+    @staticmethod
+    def free_port():
+        """One that nobody listens on now."""
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            return listener.getsockname()[1]
 
     def run(self, guest, link):
         raise NotImplementedError
