@@ -1,7 +1,7 @@
 //! What this host can do at best: the floors that `scripts/bench` measures in the same rounds as the migrations.
 //!
-//! - `floors tcp huge|small BYTES`: bytes over loopback TCP into fresh memory of huge or 4 KiB pages, one thread on each side. Prints seconds
-//!   and the seconds of both processors.
+//! - `floors tcp huge|small BYTES`: bytes over loopback TCP into fresh memory of huge or 4 KiB pages, one thread on each side. Prints
+//!   seconds and the seconds of both processors.
 //! - `floors link BYTES SOURCE DESTINATION ADDRESS`: the same from one network namespace to another one, where ADDRESS is.
 //! - `floors warm BYTES`: touches so much memory and holds it until its standard input ends. On a virtual machine free memory may have been
 //!   given back to the host, and its first touch then costs ten times what it costs afterwards.

@@ -1,4 +1,4 @@
-//! A link with a round trip, for hosts whose kernel has no netem: `relay SOURCE DESTINATION MICROSECONDS BYTES_PER_SECOND`.
+//! A link with a round trip, on kernels with and without netem the same: `relay SOURCE DESTINATION MICROSECONDS BYTES_PER_SECOND`.
 //!
 //! Makes a TUN device `link0` in each of two network namespaces (paths of `setns`'s files), and carries packets between them until its
 //! standard input ends: each waits until the line is free, takes the time that its bytes take, and half the round trip more; and up to

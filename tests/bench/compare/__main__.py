@@ -4,6 +4,7 @@ import argparse
 import datetime
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,7 +20,8 @@ from scenarios import SCENARIOS
 
 def arguments():
     names = [scenario.name for scenario in SCENARIOS]
-    parser = argparse.ArgumentParser(prog="scripts/bench", description="Compares Ferry with Debian's QEMU: both migrate the same guest in turn.")
+    what = "Compares Ferry with Debian's QEMU: both migrate the same guest in turn."
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=what)
     parser.add_argument("--rounds", type=int, metavar="N", help="how often each scenario is run with each monitor (default: 5)")
     parser.add_argument("--only", action="append", metavar="SCENARIO", choices=names, help="just this one; may be repeated")
     parser.add_argument("--quick", action="store_true", help="one round of a few short scenarios")
@@ -34,6 +36,14 @@ def arguments():
     chosen = parser.parse_args()
     if chosen.rounds is not None and chosen.rounds < 1:
         parser.error("--rounds: at least one")
+    if not chosen.list:
+        for name in ("ferry", "qemu", "kernel", "floors", "relay"):
+            path = getattr(chosen, name) or ""
+            # A name without a directory is one in PATH, for QEMU; a file that is here comes first.
+            found = os.path.abspath(path) if os.path.isfile(path) else shutil.which(path)
+            if not found:
+                parser.error(f"--{name}: there is no program {path!r}")
+            setattr(chosen, name, found)
     chosen.rounds = chosen.rounds or (1 if chosen.quick else 5)
     return chosen
 

@@ -30,5 +30,5 @@ METRICS = [
     Metric("cpu_s_per_gib", "CPU / GiB", "s", "the same for each GiB that the guest filled"),
     Metric("source_beside_mb", "memory, source", "MB", "resident beside the guest's RAM before the migration, with program and libraries"),
     Metric("beside_mb", "memory, destination", "MB", "the same at the destination after the migration"),
-    Metric("steal", "steal", "%", "processors' time that this machine's own host kept, in ticks of 10 ms: a run with over 5 % says little", False),
+    Metric("steal", "steal", "%", "processors' time that this machine's host kept, in ticks of 10 ms; over 5 % a run says little", False),
 ]

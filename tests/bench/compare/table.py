@@ -64,11 +64,12 @@ def render(results):
     lines = []
     for result in results["scenarios"]:
         lines += [*scenario_lines(result), ""]
-    lines += ["Each value is the median of all rounds (least-most). Floor: as many bytes as the guest filled, from memory to memory over one",
-              "TCP connection, on loopback (the best of three) or the scenario's link, in the same rounds.", ""]
+    lines += ["Each value is the median of all rounds (least-most). Floor: as many bytes as the guest filled, from memory to memory over",
+              "one TCP connection, on loopback (the best of three) or the scenario's link, in the same rounds.", ""]
     shown = {key for result in results["scenarios"] for name in result["runs"] for key in result.get("summary", {}).get(name, {})}
     lines += [f"  {metric.title:20} {metric.meaning}" for metric in METRICS if metric.key in shown and metric.meaning]
-    lines += ["", *map(size_line, results["vmms"].items()), "Debian strips its programs, cargo does not. What firmware QEMU reads is not counted."]
+    lines += ["", *map(size_line, results["vmms"].items())]
+    lines += ["Debian strips its programs, cargo does not. What firmware QEMU reads is not counted."]
     host = results["host"]
     lines += [f"Host: {host['processors']} x {host['processor']}, {host['memory'] / 1e9:.0f} GB, Linux {host['kernel']}, TCP {host['tcp']}"]
     return "\n".join(lines)
