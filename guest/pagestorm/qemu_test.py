@@ -163,6 +163,15 @@ def boots(kernel, accel):
                 guest.ends(33)
 
 
+def tells_only_at_the_end(kernel, accel):
+    line = "run=2 cpus=2 fill=4M rate=5000 stat=off slow=1 heartbeat=10 heartbeat_byte=on"
+    with Guest(kernel, accel, line, cpus=2) as guest:
+        guest.wait("verdict ok .*final=1")
+        told = [said.split()[0] for said in guest.lines if said.startswith(("slow ", "stat ", "verdict "))]
+        assert told == ["slow", "slow", "stat", "stat", "verdict"], told
+        guest.ends(33)
+
+
 def refuses(kernel, accel):
     for line, answer in [
         ("fil=1M", "error unknown_key word=fil=1M"),
@@ -326,7 +335,7 @@ def main():
     kernel = sys.argv[1]
     accelerators = sys.argv[2:] or [*(["kvm"] if os.path.exists("/dev/kvm") else []), "tcg"]
     for accel in accelerators:
-        for test in (boots, refuses, reads_the_same_outside, notices_damage, disk_is_kept, migrates):
+        for test in (boots, tells_only_at_the_end, refuses, reads_the_same_outside, notices_damage, disk_is_kept, migrates):
             start = time.monotonic()
             test(kernel, accel)
             print(f"{accel} {test.__name__}: ok in {time.monotonic() - start:.1f} s", flush=True)

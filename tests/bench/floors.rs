@@ -1,20 +1,25 @@
 //! What this host can do at best: the floors that `scripts/bench` measures in the same rounds as the migrations.
 //!
-//! - `floors tcp huge|small BYTES`: bytes over loopback TCP into fresh memory of huge or 4 KiB pages, one thread on each side. Prints seconds
-//!   and the seconds of both processors.
+//! - `floors tcp huge|small BYTES`: bytes over loopback TCP into fresh memory of huge or 4 KiB pages, one thread on each side. Prints
+//!   seconds and the seconds of both processors.
+//! - `floors link BYTES SOURCE DESTINATION ADDRESS`: the same from one network namespace to another one, where ADDRESS is.
 //! - `floors warm BYTES`: touches so much memory and holds it until its standard input ends. On a virtual machine free memory may have been
 //!   given back to the host, and its first touch then costs ten times what it costs afterwards.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::time::Instant;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use rustix::time::{ClockId, clock_gettime};
 
 /// What a migration sends at once.
 const CHUNK: usize = 1 << 20;
+const LOOPBACK: &str = "127.0.0.1";
 
 /// Fresh memory of so many bytes, at an address that a huge page may have. It stays until the process ends.
 fn memory(bytes: usize, advice: Advice) -> &'static mut [u8] {
@@ -33,7 +38,8 @@ fn touch(memory: &mut [u8]) {
     memory.iter_mut().step_by(4096).enumerate().for_each(|(page, byte)| *byte = page as u8 | 1);
 }
 
-fn pin(processor: usize) {
+fn pin(processor: Option<usize>) {
+    let Some(processor) = processor else { return };
     let mut set = rustix::thread::CpuSet::new();
     set.set(processor);
     // On a host with one processor both sides share it.
@@ -45,20 +51,37 @@ fn cpu_seconds() -> f64 {
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
-fn tcp(pages: Advice, bytes: usize) {
+/// A socket belongs to the namespace that its thread was in when it was made.
+fn enter(namespace: &str) {
+    let namespace = File::open(namespace).expect("the network namespace");
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).expect("entering the network namespace");
+}
+
+/// The ends of a connection: over loopback, or between namespaces.
+fn connection(namespaces: Option<(&str, &str)>, address: &str) -> (TcpStream, TcpStream) {
+    if let Some((_, destination)) = namespaces {
+        enter(destination);
+    }
+    let listener = TcpListener::bind((address, 0)).unwrap();
+    if let Some((source, _)) = namespaces {
+        enter(source);
+    }
+    let sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (sender, listener.accept().unwrap().0)
+}
+
+/// With `pinned` each side has a processor of its own; a link has more to do than two.
+fn tcp(pages: Advice, bytes: usize, (mut sender, mut receiver): (TcpStream, TcpStream), pinned: bool) {
     let source = memory(bytes, Advice::LinuxHugepage);
     touch(source);
     let target = memory(bytes, pages);
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let mut receiver = listener.accept().unwrap().0;
     sender.set_nodelay(true).unwrap();
     let (began, cpu) = (Instant::now(), cpu_seconds());
     let sending = std::thread::spawn(move || {
-        pin(1);
+        pin(pinned.then_some(1));
         source.chunks(CHUNK).for_each(|chunk| sender.write_all(chunk).unwrap());
     });
-    pin(0);
+    pin(pinned.then_some(0));
     target.chunks_mut(CHUNK).for_each(|chunk| receiver.read_exact(chunk).unwrap());
     sending.join().unwrap();
     println!("{{\"seconds\": {:.6}, \"cpu_seconds\": {:.6}}}", began.elapsed().as_secs_f64(), cpu_seconds() - cpu);
@@ -68,13 +91,16 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let bytes = |text: &String| text.parse().expect("a number of bytes");
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["tcp", "huge", _] => tcp(Advice::LinuxHugepage, bytes(&arguments[2])),
-        ["tcp", "small", _] => tcp(Advice::LinuxNoHugepage, bytes(&arguments[2])),
+        ["tcp", "huge", _] => tcp(Advice::LinuxHugepage, bytes(&arguments[2]), connection(None, LOOPBACK), true),
+        ["tcp", "small", _] => tcp(Advice::LinuxNoHugepage, bytes(&arguments[2]), connection(None, LOOPBACK), true),
+        ["link", _, source, destination, address] => {
+            tcp(Advice::LinuxHugepage, bytes(&arguments[1]), connection(Some((source, destination)), address), false);
+        }
         ["warm", _] => {
             touch(memory(bytes(&arguments[1]), Advice::LinuxHugepage));
             println!("touched");
             std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
         }
-        _ => panic!("floors tcp huge|small BYTES | floors warm BYTES"),
+        _ => panic!("floors tcp huge|small BYTES | floors link BYTES SOURCE DESTINATION ADDRESS | floors warm BYTES"),
     }
 }

@@ -103,6 +103,8 @@ pub struct Config {
     pub heartbeat: u64,
     /// `heartbeat_byte=`
     pub heartbeat_byte: Heartbeat,
+    /// `stat=`: whether there are counters each second.
+    pub stat: bool,
     /// `slow=`, microseconds; 0 is not measured.
     pub slow: u64,
     /// `idle=`
@@ -129,6 +131,7 @@ impl Default for Config {
             disk_discard: false,
             heartbeat: 100,
             heartbeat_byte: Heartbeat::Line,
+            stat: true,
             slow: 0,
             idle: Idle::Halt,
             run: 0,
@@ -217,6 +220,7 @@ fn set(config: &mut Config, key: &str, value: &str) -> Option<Option<()>> {
                 _ => None,
             },
         ),
+        "stat" => store(&mut config.stat, switch(value)),
         "slow" => store(&mut config.slow, limited(1_000_000)),
         "idle" => store(
             &mut config.idle,

@@ -32,7 +32,7 @@ pub struct CpuRecord {
     pub disk_reads: AtomicU64,
     /// How far the vCPU has come; see the kernel's `worker`.
     pub phase: AtomicU64,
-    /// With `slow=N`: writes of pages that took so long, since the last `slow` line.
+    /// With `slow=N`: writes of pages that took so long.
     pub slow: Latencies,
 }
 

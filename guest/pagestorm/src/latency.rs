@@ -44,9 +44,9 @@ impl Latencies {
         }
     }
 
-    /// Classes that are not empty and their counts, which are zero from then on.
-    pub fn take(&self) -> impl Iterator<Item = (usize, u32)> {
-        let counts = self.0.iter().map(|count| count.swap(0, Relaxed));
+    /// Classes that are not empty and their counts.
+    pub fn counts(&self) -> impl Iterator<Item = (usize, u32)> {
+        let counts = self.0.iter().map(|count| count.load(Relaxed));
         counts.enumerate().filter(|(_, count)| *count > 0)
     }
 }
@@ -75,16 +75,15 @@ mod tests {
     }
 
     #[test]
-    fn what_was_taken_is_gone() {
+    fn classes_without_durations_are_left_out() {
         let latencies = Latencies::new();
         for us in [40, 1000, 41, 40] {
             latencies.add(us);
         }
-        let taken: Vec<_> = latencies
-            .take()
+        let counts: Vec<_> = latencies
+            .counts()
             .map(|(class, count)| (lowest(class), count))
             .collect();
-        assert_eq!(taken, [(40, 3), (960, 1)]);
-        assert_eq!(latencies.take().count(), 0);
+        assert_eq!(counts, [(40, 3), (960, 1)]);
     }
 }

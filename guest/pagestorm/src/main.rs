@@ -21,8 +21,9 @@
 //! | `disk_rate` | 100 | operations a second, or `max` |
 //! | `disk_discard` | off | `on`: discard and write-zeroes requests too, where the disk has them |
 //! | `heartbeat` | 100 | milliseconds between heartbeats, 0 for none; missed ones are not made up for |
-//! | `heartbeat_byte` | off | `on`: a heartbeat is the byte `.` and nothing else; `writes`: a byte that tells how many pages were dirtied since the last one, 128 and that number, of which at most 127 are told by one byte. Such bytes end with a line feed before the `stat` lines |
-//! | `slow` | 0 | microseconds: writes of pages that take longer are counted and told in `slow` lines; 0 is not |
+//! | `heartbeat_byte` | off | `on`: a heartbeat is the byte `.` and nothing else; `writes`: a byte that tells how many pages were dirtied since the last one, 128 and that number, of which at most 127 are told by one byte. Such bytes end with a line feed before the `stat` or `slow` lines |
+//! | `stat` | on | `off`: no `stat` and `verdict ok` lines but at the end of a run: printing them takes the boot vCPU 10 to 30 ms each second |
+//! | `slow` | 0 | microseconds: writes of pages that take longer are counted and told at the end of a run; 0 is not |
 //! | `idle` | hlt | waiting: `hlt` (wakes for work at most every millisecond, for heartbeats exactly), or `spin` |
 //! | `run` | 0 | seconds until a last check of everything and power-off; 0 is for ever |
 //! | `tsc_khz` | | TSC frequency, where neither kvmclock nor a PIT tells it |
@@ -39,8 +40,8 @@
 //! - `hb seq=N tsc=N`
 //! - each second, for each vCPU, `stat cpu=N seq=N writes=N reads=N passes=N disk_writes=N disk_reads=N`: pages
 //!   dirtied and checked, whole passes over the vCPU's pages, disk blocks written, read back and checked
-//! - with `slow=N` before each of these `slow cpu=N seq=N us=US:COUNT,US:COUNT,...`: how many writes of pages took longer than
-//!   that since the last such line, by duration: from US microseconds to an eighth of an octave above
+//! - with `slow=N` at the end of a run, before the last `stat` lines, for each vCPU, `slow cpu=N us=US:COUNT,US:COUNT,...`: how many
+//!   of its writes of pages took longer than that, by duration: from US microseconds to an eighth of an octave above
 //! - `verdict ok passes=N` after the counters when every vCPU has come through more passes than it said last, and
 //!   with ` final=1` at the end of a run. A page that was damaged at some moment has been checked when
 //!   `passes` has grown by two since.
@@ -188,6 +189,7 @@ fn run(world: &World, device: Option<Device>) -> ! {
         disk.finish();
     }
     wait_for_all(world, worker::FINISHED);
+    reporter.print_slow();
     reporter.print_stat();
     line!("verdict ok passes={} final=1", reporter.finished_passes());
     power::off(power::Outcome::Good)

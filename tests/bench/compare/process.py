@@ -1,6 +1,7 @@
 """A virtual machine monitor as a process: its console, its monitor, what it has used."""
 
 import os
+import re
 import subprocess
 import time
 
@@ -17,17 +18,23 @@ def clock_of(identifier, kind=0):
 
 
 def memory_of(process):
-    """Bytes of its own: all that is resident, without the guest's RAM, which is the largest mapping, and without files' pages."""
-    mappings, size = [], 0
+    """Bytes that are resident beside the guest's RAM, with those of the program and its libraries. The RAM is the largest range of
+    anonymous memory; advice may have split it into mappings that follow one another."""
+    ranges, last_end = [], None
     with open(f"/proc/{process}/smaps") as smaps:
         for line in smaps:
-            name, _, rest = line.partition(":")
-            if name == "Size":
-                size = int(rest.split()[0])
-            elif name == "Rss":
-                mappings.append((size, int(rest.split()[0])))
-    mappings.sort()
-    return sum(resident for _, resident in mappings[:-1]) << 10
+            if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) rw-\S+ \S+ \S+ \d+\s*$", line):
+                start, end = (int(text, 16) for text in match.groups())
+                if start != last_end:
+                    ranges.append([0, 0])
+                ranges[-1][0] += end - start
+                last_end = end
+            elif re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                ranges.append([0, 0])
+                last_end = None
+            elif line.startswith("Rss:"):
+                ranges[-1][1] += int(line.split()[1]) << 10
+    return sum(resident for _, resident in ranges) - max(ranges)[1]
 
 
 class Process:
@@ -46,7 +53,10 @@ class Process:
         except (OSError, RuntimeError) as error:
             said = self.said()
             self.close()
-            raise RuntimeError(f"{command[0]} does not start: {error}\n{said}") from error
+            raise RuntimeError(f"{' '.join(command)} does not start: {error}\n{said}") from error
+        except BaseException:
+            self.close()
+            raise
 
     def poll(self):
         return self._process.poll()

@@ -2,22 +2,19 @@
 
 import os
 
+import vmm
 from process import Process
 
-NAME = "QEMU"
 # Its default limit is 128 MiB/s; this is none.
 UNLIMITED = 100_000_000_000
 
 
-class Vmm:
-    name = NAME
+class Vmm(vmm.Vmm):
+    name = "QEMU"
 
-    def __init__(self, binary, kernel, directory, port):
-        self.binary, self.kernel, self.directory, self.port = binary, kernel, directory, port
-
-    def _start(self, name, guest, arguments):
+    def _start(self, name, before, guest, arguments):
         control = os.path.join(self.directory, name)
-        command = [self.binary, "-accel", "kvm", "-M", "microvm,x-option-roms=off", "-smp", str(guest.cpus)]
+        command = [*before, self.binary, "-accel", "kvm", "-M", "microvm,x-option-roms=off", "-smp", str(guest.cpus)]
         command += ["-m", f"{guest.memory >> 20}M", "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"]
         command += ["-kernel", self.kernel, "-append", guest.cmdline, "-name", "guest,debug-threads=on"]
         command += ["-qmp", f"unix:{control},server=on,wait=off", "-global", "virtio-mmio.force-legacy=false"]
@@ -26,13 +23,14 @@ class Vmm:
             command += ["-device", "virtio-blk-device,drive=d"]
         return Process(command + arguments, control, lambda thread: thread.startswith("CPU "))
 
-    def run(self, guest):
-        return self._start("qemu-source", guest, [])
+    def run(self, guest, link):
+        return self._start("qemu-source", link.source, guest, [])
 
-    def receive(self, guest, address="127.0.0.1"):
-        return self._start("qemu-destination", guest, ["-incoming", "defer"])
+    def receive(self, guest, link):
+        self.port = self.free_port()
+        return self._start("qemu-destination", link.destination, guest, ["-incoming", "defer"])
 
-    def migrate(self, scenario, source, destination, address="127.0.0.1"):
+    def migrate(self, scenario, source, destination, link):
         postcopy = scenario.mode != "precopy"
         names = {"events": True, "postcopy-ram": postcopy, "postcopy-preempt": postcopy, "multifd": scenario.channels > 1}
         capabilities = [{"capability": name, "state": state} for name, state in names.items()]
@@ -43,14 +41,17 @@ class Vmm:
         for side in (source, destination):
             side.qmp.execute("migrate-set-capabilities", capabilities=capabilities)
             side.qmp.execute("migrate-set-parameters", **parameters)
-        destination.qmp.execute("migrate-incoming", uri=f"tcp:{address}:{self.port}")
+        uri = f"tcp:{link.address}:{self.port}"
+        destination.qmp.execute("migrate-incoming", uri=uri)
 
         def begin():
-            source.qmp.execute("migrate", uri=f"tcp:{address}:{self.port}")
+            source.qmp.execute("migrate", uri=uri)
             if scenario.mode == "postcopy":
                 source.qmp.execute("migrate-start-postcopy")
 
         return begin
 
     def said(self, source, destination):
-        return {}
+        """The source stays, and can be asked. Its downtime is in whole milliseconds, and ends when the source has sent all."""
+        status = source.qmp.execute("query-migrate")
+        return {"sent_mb": status["ram"]["transferred"] / 1e6, "said_downtime_ms": status["downtime"]}

@@ -21,6 +21,8 @@ class Qmp:
                 select.select([], [], [], 0.002)
         self._buffer = b""
         self._events = []
+        # The data of the last MIGRATION event.
+        self.migration = {}
         self._receive(timeout)
         self.execute("qmp_capabilities")
 
@@ -53,7 +55,10 @@ class Qmp:
         while True:
             while self._events:
                 at, event = self._events.pop(0)
-                status = event.get("data", {}).get("status") if event["event"] == "MIGRATION" else None
+                if event["event"] != "MIGRATION":
+                    continue
+                self.migration = event["data"]
+                status = self.migration["status"]
                 if status == "completed":
                     return at
                 if status in ("failed", "cancelled", "postcopy-paused"):

@@ -8,7 +8,7 @@ fn an_empty_line_gives_the_defaults() {
 #[test]
 fn every_key() {
     let line = "fill=2G pattern=zero rate=max order=hotcold verify=0 cpus=2 disk=on disk_rate=7 \
-                disk_discard=on heartbeat=1 heartbeat_byte=writes slow=30 idle=spin run=9 tsc_khz=2000000 corrupt=5";
+                disk_discard=on heartbeat=1 heartbeat_byte=writes stat=off slow=30 idle=spin run=9 tsc_khz=2000000 corrupt=5";
     assert_eq!(
         parse(line),
         Ok(Config {
@@ -23,6 +23,7 @@ fn every_key() {
             disk_discard: true,
             heartbeat: 1,
             heartbeat_byte: Heartbeat::Writes,
+            stat: false,
             slow: 30,
             idle: Idle::Spin,
             run: 9,
@@ -71,6 +72,8 @@ fn what_is_not_understood_is_named() {
         "disk=yes",
         "idle=no",
         "verify=-1",
+        "stat=1",
+        "slow=1000001",
         "tsc_khz=0",
         "fill=x",
         "heartbeat=1s",

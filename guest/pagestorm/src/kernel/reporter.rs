@@ -3,6 +3,7 @@
 use core::sync::atomic::Ordering::*;
 
 use pagestorm::cmdline::Heartbeat;
+use pagestorm::cpu_record::CpuRecord;
 use pagestorm::latency;
 
 use super::console::{self, line};
@@ -15,6 +16,7 @@ pub struct Reporter {
     period: Option<u64>,
     next_heartbeat: u64,
     heartbeats: u64,
+    /// Never, with `stat=off`.
     next_stat: u64,
     stats: u64,
     passes: u64,
@@ -23,7 +25,7 @@ pub struct Reporter {
 }
 
 impl Reporter {
-    /// The first heartbeat is due at `now`, the first counters a second later.
+    /// The first heartbeat is due at `now`, the first counters a second later if there are any.
     pub fn new(world: &'static World, now: u64) -> Self {
         let period = world.config.heartbeat * world.tsc_hz / 1000;
         Reporter {
@@ -31,7 +33,11 @@ impl Reporter {
             period: (period > 0).then_some(period),
             next_heartbeat: now,
             heartbeats: 0,
-            next_stat: now + world.tsc_hz,
+            next_stat: if world.config.stat {
+                now + world.tsc_hz
+            } else {
+                u64::MAX
+            },
             stats: 0,
             passes: 0,
             writes_told: 0,
@@ -76,42 +82,25 @@ impl Reporter {
     }
 
     fn writes(&self) -> u64 {
-        let cpus = self.world.cpus as usize;
-        RECORDS
-            .iter()
-            .take(cpus)
-            .map(|record| record.writes.load(Relaxed))
+        self.records()
+            .map(|(_, record)| record.writes.load(Relaxed))
             .sum()
     }
 
     /// Passes over all of RAM: the least that any vCPU has made.
     pub fn finished_passes(&self) -> u64 {
-        let busy = RECORDS
-            .iter()
-            .take(self.world.cpus as usize)
-            .filter(|record| record.pages.load(Relaxed) > 0);
-        busy.map(|record| record.passes.load(Relaxed))
+        let busy = self
+            .records()
+            .filter(|(_, record)| record.pages.load(Relaxed) > 0);
+        busy.map(|(_, record)| record.passes.load(Relaxed))
             .min()
             .unwrap_or(0)
     }
 
     /// Prints every vCPU's counters.
     pub fn print_stat(&mut self) {
-        let records = RECORDS.iter().take(self.world.cpus as usize).enumerate();
-        if matches!(
-            self.world.config.heartbeat_byte,
-            Heartbeat::Byte | Heartbeat::Writes
-        ) {
-            console::end_line();
-        }
-        for (cpu, record) in records {
-            if self.world.config.slow > 0 {
-                console::text(format_args!("slow cpu={cpu} seq={} us=", self.stats));
-                for (bucket, count) in record.slow.take() {
-                    console::text(format_args!("{}:{count},", latency::lowest(bucket)));
-                }
-                console::end_line();
-            }
+        self.end_heartbeats();
+        for (cpu, record) in self.records() {
             line!(
                 "stat cpu={cpu} seq={} writes={} reads={} passes={} disk_writes={} disk_reads={}",
                 self.stats,
@@ -123,5 +112,31 @@ impl Reporter {
             );
         }
         self.stats += 1;
+    }
+
+    /// Prints how many writes of every vCPU were slow, and how slow: once, because it takes so long that it would show in heartbeats.
+    pub fn print_slow(&self) {
+        if self.world.config.slow == 0 {
+            return;
+        }
+        self.end_heartbeats();
+        for (cpu, record) in self.records() {
+            console::text(format_args!("slow cpu={cpu} us="));
+            for (class, count) in record.slow.counts() {
+                console::text(format_args!("{}:{count},", latency::lowest(class)));
+            }
+            console::end_line();
+        }
+    }
+
+    fn records(&self) -> impl Iterator<Item = (usize, &'static CpuRecord)> {
+        RECORDS.iter().take(self.world.cpus as usize).enumerate()
+    }
+
+    /// Heartbeats that are bytes are on a line of their own.
+    fn end_heartbeats(&self) {
+        if self.world.config.heartbeat_byte != Heartbeat::Line {
+            console::end_line();
+        }
     }
 }
