@@ -286,6 +286,11 @@ impl Destination {
         Poll::Act(action)
     }
 
+    /// Whether pages that have come leave anything to do: the next [`Destination::poll`] need not wait. Most pages do not.
+    pub fn has_news(&self) -> bool {
+        !self.actions.is_empty() || (self.state == State::Running && self.incoming.missing().is_empty())
+    }
+
     /// Takes an input. What follows from it comes with the next [`Destination::poll`].
     pub fn handle(&mut self, input: Input) {
         match (input, self.state) {

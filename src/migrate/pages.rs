@@ -11,6 +11,9 @@ use crate::memory::{HostPage, PageNumber, PageRun, PageSet};
 /// Pages whose dirty bits are cleared by one call just before the first of them is sent: 16 MiB. Larger chunks make fewer calls; smaller
 /// ones leave less time in which a page is dirtied again before it is sent.
 pub const CLEAR_CHUNK: u64 = 4096;
+/// What is to be sent within one chunk at the least, if there is as much: where pages lie far apart, a chunk takes in all that lies between
+/// them. Sending so many takes about as long as a call.
+const CLEAR_LEAST: u64 = 512;
 
 const _: () = assert!(CLEAR_CHUNK.is_multiple_of(MAX_RUN));
 
@@ -23,6 +26,7 @@ pub struct Outgoing {
     storage: Region,
     /// In precopy: what takes longest and changes least, so that RAM is fresh when the pass ends. In postcopy the guest needs RAM more.
     storage_first: bool,
+    /// Bits of pages before this one are clear, as far as they are to be sent, or nobody writes any more.
     cleared_to: u64,
 }
 
@@ -82,12 +86,18 @@ impl Outgoing {
     pub fn restart(&mut self, missing: PageSet) {
         self.unsent = missing;
         self.storage_first = false;
+        self.stand_still();
         self.rewind();
     }
 
     fn rewind(&mut self) {
         self.ram.rewind();
         self.storage.rewind();
+    }
+
+    /// The guest stands still, or has gone: no bit needs to be cleared.
+    pub fn stand_still(&mut self) {
+        self.cleared_to = u64::MAX;
     }
 
     /// Before the switch to postcopy: RAM goes first from here on, and a host page that is to go in part is to go whole, because it cannot be
@@ -119,24 +129,33 @@ impl Outgoing {
         first.next(&self.unsent).or_else(|| second.next(&self.unsent))
     }
 
-    /// Takes the next pages in the background, at most `max`; after a request it goes on behind the requested pages. All of them lie in
-    /// one stretch of [`MAX_RUN`] pages: they travel on one connection, and in one chunk, and are all of RAM or of one disk. The bits of what
-    /// lies behind the chunk have not been cleared, and no write to a page sent with its bit set is ever reported.
-    pub fn take_next(&mut self, max: u64) -> Option<Vec<PageRun>> {
+    /// Takes the next pages in the background, at most `max`; after a request it goes on behind the requested pages. All of them travel on one
+    /// connection of `channels`, which is that of every so many stretches of [`MAX_RUN`] pages, and are all of RAM or of one stretch of a disk.
+    /// They lie in what was cleared: no write to a page that is sent with its bit set is ever reported.
+    pub fn take_next(&mut self, max: u64, channels: u8) -> Option<Vec<PageRun>> {
         let first = self.next()?;
-        let stretch = PageRun::new(first, MAX_RUN - first % MAX_RUN);
+        let is_ram = self.layout.is_ram(PageNumber(first));
+        let end = if is_ram { self.layout.ram().end().min(self.cleared_to).max(first + 1) } else { first + 1 };
+        let stretches = (first / MAX_RUN * MAX_RUN..end).step_by(MAX_RUN as usize * usize::from(channels.max(1)));
+        let mut runs = Vec::new();
         let mut room = max;
-        let runs: Vec<PageRun> = self
-            .unsent
-            .runs_within(stretch)
-            .map_while(|run| {
+        for stretch in stretches {
+            let start = stretch.max(first);
+            for run in self.unsent.runs_within(PageRun::new(start, stretch + MAX_RUN - start)) {
                 let taken = PageRun { count: run.count.min(room), ..run };
                 room -= taken.count;
-                (taken.count > 0).then_some(taken)
-            })
-            .collect();
+                runs.extend((taken.count > 0).then_some(taken));
+            }
+            if room == 0 {
+                break;
+            }
+        }
         for &run in &runs {
             self.take_requested(run);
+        }
+        if is_ram && channels > 1 {
+            // The stretches in between are those of the other connections.
+            self.ram.cursor = runs.first()?.end();
         }
         Some(runs)
     }
@@ -149,8 +168,15 @@ impl Outgoing {
             return None;
         }
         let first = next / CLEAR_CHUNK * CLEAR_CHUNK;
-        self.cleared_to = first + CLEAR_CHUNK;
-        Some(PageRun::new(first, CLEAR_CHUNK.min(self.layout.ram().end() - first)))
+        let ram = self.layout.ram().end();
+        let (mut end, mut pages) = (first, 0);
+        while pages < CLEAR_LEAST && end < ram {
+            let chunk = PageRun::new(end, CLEAR_CHUNK.min(ram - end));
+            pages += self.unsent.runs_within(chunk).map(|run| run.count).sum::<u64>();
+            end = chunk.end();
+        }
+        self.cleared_to = end;
+        Some(PageRun::new(first, end - first))
     }
 
     /// Takes requested pages, which go out at once whether or not they went out before: a page sent in the background may still stand in
@@ -315,7 +341,7 @@ mod tests {
         let (mut cleared, mut sent) = (None, 0);
         loop {
             cleared = outgoing.take_chunk_to_clear().or(cleared);
-            let Some(runs) = outgoing.take_next(300) else { break };
+            let Some(runs) = outgoing.take_next(300, 1) else { break };
             let chunk = cleared.unwrap();
             for run in runs {
                 assert!(chunk.first <= run.first && run.end() <= chunk.end(), "{run} was sent when {chunk} had been cleared");
@@ -325,20 +351,67 @@ mod tests {
         assert_eq!(sent, 3 * CLEAR_CHUNK - 100);
     }
 
+    /// In a new pass with bits to clear, all that is sent at once, at most `max` pages, and all ranges that are cleared.
+    fn pass(dirty: &PageSet, max: u64, channels: u8) -> (Vec<Vec<PageRun>>, Vec<PageRun>) {
+        let mut outgoing = Outgoing::new(ram(dirty.universe()));
+        outgoing.begin_pass(dirty);
+        let (mut batches, mut cleared) = (Vec::new(), Vec::new());
+        loop {
+            cleared.extend(outgoing.take_chunk_to_clear());
+            let Some(runs) = outgoing.take_next(max, channels) else { break };
+            let is_cleared = |run: &PageRun| cleared.iter().any(|chunk| chunk.first <= run.first && run.end() <= chunk.end());
+            assert!(runs.iter().all(is_cleared), "{runs:?} were sent when {cleared:?} had been cleared");
+            batches.push(runs);
+        }
+        assert!(outgoing.unsent().is_empty());
+        (batches, cleared)
+    }
+
+    fn pages(universe: u64, pages: impl IntoIterator<Item = u64>) -> PageSet {
+        let mut set = PageSet::empty(universe);
+        pages.into_iter().for_each(|page| {
+            set.insert(PageRun::new(page, 1));
+        });
+        set
+    }
+
     #[test]
     fn pages_that_lie_apart_go_together_if_they_travel_on_one_connection() {
-        let mut dirty = PageSet::empty(4 * MAX_RUN);
-        for page in [3, 5, 6, 7, MAX_RUN - 1, MAX_RUN, MAX_RUN + 9, 3 * MAX_RUN] {
-            dirty.insert(PageRun::new(page, 1));
-        }
-        let mut outgoing = Outgoing::new(ram(4 * MAX_RUN));
-        outgoing.begin_pass(&dirty);
+        let dirty = pages(4 * MAX_RUN, [3, 5, 6, 7, MAX_RUN - 1, MAX_RUN, MAX_RUN + 9, 2 * MAX_RUN + 1, 3 * MAX_RUN]);
         let run = PageRun::new;
-        assert_eq!(outgoing.take_next(3).unwrap(), [run(3, 1), run(5, 2)]);
-        assert_eq!(outgoing.take_next(300).unwrap(), [run(7, 1), run(MAX_RUN - 1, 1)]);
-        assert_eq!(outgoing.take_next(300).unwrap(), [run(MAX_RUN, 1), run(MAX_RUN + 9, 1)]);
-        assert_eq!(outgoing.take_next(300).unwrap(), [run(3 * MAX_RUN, 1)]);
-        assert_eq!(outgoing.take_next(300), None);
+        let (first, second) = ([run(3, 1), run(5, 3), run(MAX_RUN - 1, 1)], [run(MAX_RUN, 1), run(MAX_RUN + 9, 1)]);
+        let (third, fourth) = (run(2 * MAX_RUN + 1, 1), run(3 * MAX_RUN, 1));
+        let all = [&first[..], &second, &[third, fourth]].concat();
+        assert_eq!(pass(&dirty, 300, 1).0, [all]);
+        assert_eq!(pass(&dirty, 300, 2).0, [[&first[..], &[third]].concat(), [&second[..], &[fourth]].concat()]);
+        assert_eq!(
+            pass(&dirty, 3, 4).0,
+            [vec![run(3, 1), run(5, 2)], vec![run(7, 1), run(MAX_RUN - 1, 1)], second.into(), vec![third], vec![fourth]]
+        );
+    }
+
+    #[test]
+    fn where_little_is_to_be_sent_one_call_clears_much() {
+        let universe = 64 * CLEAR_CHUNK;
+        // Two pages in each chunk.
+        let (batches, cleared) = pass(&pages(universe, (7..universe).step_by(CLEAR_CHUNK as usize / 2)), MAX_RUN, 1);
+        assert_eq!((batches.len(), cleared), (1, vec![PageRun::new(0, universe)]));
+        let (batches, cleared) = pass(&pages(universe, (0..universe).step_by(2)), MAX_RUN, 2);
+        assert_eq!((batches.len() as u64, cleared.len()), (universe / 2 / MAX_RUN, 64));
+        for channels in 1..5 {
+            for step in [13, 211, 1009] {
+                pass(&pages(universe, (step as u64..universe).step_by(step)), 300, channels);
+            }
+        }
+    }
+
+    #[test]
+    fn when_nobody_writes_any_more_nothing_is_cleared() {
+        let mut outgoing = Outgoing::new(ram(3 * CLEAR_CHUNK));
+        outgoing.begin_pass(&pages(3 * CLEAR_CHUNK, [5, 2 * CLEAR_CHUNK]));
+        outgoing.stand_still();
+        assert_eq!(outgoing.take_chunk_to_clear(), None);
+        assert_eq!(outgoing.take_next(9, 1).unwrap(), [PageRun::new(5, 1), PageRun::new(2 * CLEAR_CHUNK, 1)]);
     }
 
     fn incoming(missing: PageRun) -> Incoming {
@@ -362,9 +435,9 @@ mod tests {
         let missing = outgoing.unsent().clone();
         assert_eq!(missing.runs().collect::<Vec<_>>(), [whole(0), PageRun::new(2 * HUGE_PAGE, 2 * HUGE_PAGE)]);
         outgoing.take_requested(whole(2));
-        assert_eq!(outgoing.take_next(HUGE_PAGE), Some(vec![whole(3)]));
-        assert_eq!(outgoing.take_next(HUGE_PAGE), Some(vec![whole(0)]));
-        assert_eq!(outgoing.take_next(HUGE_PAGE), None);
+        assert_eq!(outgoing.take_next(HUGE_PAGE, 1), Some(vec![whole(3)]));
+        assert_eq!(outgoing.take_next(HUGE_PAGE, 1), Some(vec![whole(0)]));
+        assert_eq!(outgoing.take_next(HUGE_PAGE, 1), None);
 
         let mut incoming = Incoming::new(missing, layout);
         let ms = Duration::from_millis;
@@ -455,19 +528,19 @@ mod tests {
         let mut order = Vec::new();
         loop {
             order.extend(outgoing.take_chunk_to_clear());
-            let Some(runs) = outgoing.take_next(MAX_RUN) else { break };
+            let Some(runs) = outgoing.take_next(MAX_RUN, 1) else { break };
             order.extend(runs);
         }
         let [page, pages, small, large] = all;
         let (first, second) = (run(storage + MAX_RUN, MAX_RUN), run(storage + 2 * MAX_RUN, 88));
         assert_eq!(large.count, first.count + second.count);
-        assert_eq!(order, [small, first, second, run(0, CLEAR_CHUNK), page, run(CLEAR_CHUNK, CLEAR_CHUNK), pages]);
+        assert_eq!(order, [small, first, second, run(0, 2 * CLEAR_CHUNK), page, pages]);
 
         outgoing.begin_pass(&dirty);
         outgoing.begin_postcopy();
         // A disk's request leaves RAM its turn.
         outgoing.take_requested(run(storage + MAX_RUN, 10));
-        let order: Vec<_> = std::iter::from_fn(|| outgoing.take_next(MAX_RUN)).flatten().collect();
+        let order: Vec<_> = std::iter::from_fn(|| outgoing.take_next(MAX_RUN, 1)).flatten().collect();
         let rest = run(first.first.0 + 10, MAX_RUN - 10);
         assert_eq!(order, [page, pages, rest, second, small]);
     }

@@ -460,7 +460,7 @@ impl Source {
             },
             _ => return None,
         };
-        let runs = self.outgoing.take_next(max)?;
+        let runs = self.outgoing.take_next(max, self.config.page_channels)?;
         let channel = Channel::of(runs.first()?.first, self.config.page_channels);
         self.in_flight += 1;
         Some(Poll::Bulk(Bulk::Pages { channel, runs, clear, unit }))

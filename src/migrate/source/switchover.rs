@@ -31,6 +31,7 @@ impl Source {
                 return self.begin_pass(now);
             }
         }
+        self.outgoing.stand_still();
         // It stands still anyway, and wherever it goes on, it is to go on as it likes.
         self.set_throttle(0);
         // The driver does what it can, such as flushing disks, before it stops the guest.

@@ -27,7 +27,9 @@ pub fn receive(shared: &Arc<Shared>, link: Link, channel: Channel, reader: Reade
     let mut pages = PageReader { shared, link, channel, reader, contents, decompressor, urgent_blocks: None };
     let end = loop {
         match pages.receive() {
-            Ok(()) => shared.wake.wake(),
+            // For each page that comes alone, waking a thread would take longer than placing it.
+            Ok(()) if shared.engine().has_news() => shared.wake.wake(),
+            Ok(()) => {}
             Err(end) => break end,
         }
     };

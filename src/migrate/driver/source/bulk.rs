@@ -16,7 +16,7 @@ use crate::migrate::source::{Input, Sent};
 use crate::migrate::transport::Writer;
 use crate::migrate::wire::{Channel, Compressed, Frame, HEADER_SIZE, Header, MAX_RUN, WireError};
 
-/// Pages that are to go out, in one stretch of [`MAX_RUN`] pages.
+/// Pages that are to go out on one connection, at most [`MAX_RUN`].
 #[derive(Debug)]
 pub struct Batch {
     pub runs: Vec<PageRun>,
