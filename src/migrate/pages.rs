@@ -12,7 +12,7 @@ use crate::memory::{HostPage, PageNumber, PageRun, PageSet};
 /// ones leave less time in which a page is dirtied again before it is sent.
 pub const CLEAR_CHUNK: u64 = 4096;
 /// What is to be sent within one chunk at the least, if there is as much: where pages lie far apart, a chunk takes in all that lies between
-/// them. Sending so many takes about as long as a call.
+/// them. Sending so many takes longer than a call.
 const CLEAR_LEAST: u64 = 512;
 
 const _: () = assert!(CLEAR_CHUNK.is_multiple_of(MAX_RUN));

@@ -3,7 +3,7 @@
 //! Each connection has a thread, which first reads what the connection is. That of the first main connection then polls the engine and does
 //! what it says, to the migration's end: main connections that replace it are handed over to it. Those of all other connections put the pages
 //! in place that come there. A page fault is read and asked about by a thread of its own. All of these report to the engine and wake the
-//! first. The engine's lock is never held while one of them sends, receives, waits or calls KVM.
+//! first where that leaves something to do. The engine's lock is never held while one of them sends, receives, waits or calls KVM.
 
 mod bitmaps;
 mod faults;

@@ -1,6 +1,7 @@
 //! Which of the migration's threads the kernel lets run first where processors are short. Since Linux 6.12 a thread can ask for a slice of
 //! its own (sched(7), sched_setattr(2), `sched_runtime` of SCHED_OTHER): one that wakes up and has a shorter slice than the running one
-//! takes its place at once. Nobody's share of the processor changes. An older kernel ignores the request.
+//! takes its place at once. Nobody's share of the processor changes. An older kernel ignores the request. New threads have the slice of the
+//! one that starts them: who starts a vCPU's thread, or one that works long, must be an ordinary one.
 
 use std::time::Duration;
 
@@ -36,6 +37,11 @@ pub fn is_prompt() {
     set_slice(PROMPT_SLICE);
 }
 
+/// The calling thread is like any other again.
+pub fn is_ordinary() {
+    set_slice(Duration::ZERO);
+}
+
 fn set_slice(slice: Duration) {
     let mut attributes = SchedAttr::default();
     let size = size_of::<SchedAttr>() as u32;
@@ -45,7 +51,7 @@ fn set_slice(slice: Duration) {
     if known != 0 || attributes.policy != libc::SCHED_OTHER as u32 {
         return;
     }
-    (attributes.size, attributes.flags, attributes.runtime) = (size, 0, slice.as_nanos() as u64);
+    (attributes.size, attributes.runtime) = (size, slice.as_nanos() as u64);
     // SAFETY: the kernel reads the structure, whose size it was told. A refusal changes nothing.
     unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
 }

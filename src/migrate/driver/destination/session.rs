@@ -36,7 +36,6 @@ impl Session {
 
     /// Carries the migration through.
     pub fn run(mut self) {
-        scheduling::is_prompt();
         while !self.shared.closing.is_raised() {
             let (poll, status) = {
                 let mut engine = self.shared.engine();
@@ -94,7 +93,11 @@ impl Session {
             Action::Send(channel, frame) => self.send(channel, &frame),
             Action::Prepare(setup) => self.guest.prepare(&self.shared, setup).map(|()| Some(Input::Prepared)).map_err(Input::Failed),
             Action::FinishBuilding => self.guest.finish_building(&*self.shared.owner).map(|()| None).map_err(Input::Failed),
-            Action::Load(package) => self.guest.load(&self.shared, &package).map(Some).map_err(Input::Failed),
+            Action::Load(package) => {
+                // Not before: the threads of the vCPUs descend from this one.
+                scheduling::is_prompt();
+                self.guest.load(&self.shared, &package).map(Some).map_err(Input::Failed)
+            }
             Action::FlushDisks => self.guest.flush_disks().map(|()| Some(Input::DisksFlushed)).map_err(Input::DisksNotFlushed),
             Action::Run => Ok(Some(self.start())),
             Action::LoadBitmap { index, first, run } => self.guest.bitmaps.load(index, first, &run).map(|()| None).map_err(Input::Warning),
@@ -164,6 +167,8 @@ impl Session {
 
     /// All of the guest is here.
     fn complete(&mut self) {
+        // Nobody waits any more, and huge pages are made in a thread that works long.
+        scheduling::is_ordinary();
         if let Some(faults) = self.shared.faults.get() {
             match faults.pages.unregister() {
                 // Before the thread ends, so that nobody is left waiting.

@@ -379,8 +379,6 @@ impl Migration {
             return;
         }
         if let Some(range) = clear {
-            let all = PageRun::new(0, self.to_clear.universe());
-            self.to_clear.remove(all);
             {
                 let engine = self.shared.engine();
                 engine.unsent().runs_within(range).for_each(|run| {
@@ -390,7 +388,9 @@ impl Migration {
             runs.iter().for_each(|run| {
                 self.to_clear.insert(*run);
             });
-            if let Err(reason) = self.guest.clear(&self.to_clear, range) {
+            let cleared = self.guest.clear(&self.to_clear, range);
+            self.to_clear.remove(range);
+            if let Err(reason) = cleared {
                 return self.shared.handle(Input::Failed(reason));
             }
         }
