@@ -52,6 +52,7 @@ mod persistent_bitmaps;
 mod qemu_client;
 mod recovery;
 mod reports;
+mod scheduling;
 mod snapshots;
 mod storage_copy;
 mod strangers;
