@@ -31,8 +31,8 @@ pub use input::{Input, Link};
 
 use super::bitmaps::IncomingBitmaps;
 use super::blocktime::{Blocktime, Latencies};
+use super::incoming::Incoming;
 use super::layout::Layout;
-use super::pages::Incoming;
 use super::report::{Faults, Status};
 use super::wire::{self, Channel, Frame, Hello, Holding, MAX_PAGE_CHANNELS, OLDEST_VERSION, Package, Setup, Totals, VERSION};
 use crate::block::dirty_bitmap::BitmapRun;

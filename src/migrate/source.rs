@@ -47,7 +47,7 @@ use requested::Requested;
 
 use super::bitmaps::{BitmapStep, OutgoingBitmaps};
 use super::layout::Layout;
-use super::pages::Outgoing;
+use super::outgoing::Outgoing;
 use super::policy::{Fixed, Throttling};
 use super::report::{Mode, Report, Status};
 use super::wire::{self, Channel, Frame, Hello, MAX_PAGE_CHANNELS, MAX_RUN, OLDEST_VERSION, Package, Setup, Totals, VERSION};

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use ferry::memory::{HostPage, PageNumber, PageRun, PageSet};
 use ferry::migrate::destination::{self, Destination, Link, Placement};
+use ferry::migrate::incoming::FaultAnswer;
 use ferry::migrate::layout::Layout;
-use ferry::migrate::pages::FaultAnswer;
 use ferry::migrate::report::Mode;
 use ferry::migrate::source::{self, Config, Sent, Source, Stopped};
 use ferry::migrate::wire::{BitmapFlags, BitmapInfo, Channel, Frame, Hello, Totals, VERSION};

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ferry::memory::HostPage;
 use ferry::migrate::layout::Layout;
-use ferry::migrate::pages::CLEAR_CHUNK;
+use ferry::migrate::outgoing::CLEAR_CHUNK;
 use ferry::migrate::policy::Throttling;
 use ferry::migrate::report::Mode;
 use ferry::migrate::wire::{Kind, MAX_RUN};

@@ -6,7 +6,7 @@ use rustix::process::Pid;
 
 use super::{Destination, State};
 use crate::memory::{PageNumber, PageRun, PageSet};
-use crate::migrate::pages::FaultAnswer;
+use crate::migrate::incoming::FaultAnswer;
 use crate::migrate::report::{BlockWaits, Faults};
 
 impl Destination {

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::memory::PageNumber;
-use crate::migrate::pages::FaultAnswer;
+use crate::migrate::incoming::FaultAnswer;
 
 const NOW: Duration = Duration::ZERO;
 

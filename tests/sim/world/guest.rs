@@ -1,7 +1,7 @@
 //! The guest: writes and reads wherever it runs, and checks every read.
 
 use ferry::memory::{PageNumber, PageRun};
-use ferry::migrate::pages::CLEAR_CHUNK;
+use ferry::migrate::outgoing::CLEAR_CHUNK;
 
 use super::{BITS, Right, World};
 use crate::memory::Version;

@@ -2,7 +2,7 @@
 
 use ferry::memory::{PageNumber, PageRun};
 use ferry::migrate::destination::{Input, Placement};
-use ferry::migrate::pages::FaultAnswer;
+use ferry::migrate::incoming::FaultAnswer;
 use ferry::migrate::wire::{Frame, Totals};
 
 use super::{Right, World};

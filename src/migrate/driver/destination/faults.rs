@@ -11,7 +11,7 @@ use super::Shared;
 use crate::memory::uffd::{Fault, MissingPages, UffdError, Userfaultfd};
 use crate::memory::{GuestRam, PageNumber, PageRun};
 use crate::migrate::destination::{Input, Link};
-use crate::migrate::pages::FaultAnswer;
+use crate::migrate::incoming::FaultAnswer;
 use crate::migrate::report::Status;
 use crate::migrate::transport::{Wake, Writer};
 use crate::migrate::wire::{Channel, Frame};
