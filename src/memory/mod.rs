@@ -9,9 +9,11 @@ mod page_set;
 mod pagemap;
 pub mod populated;
 pub mod ram;
+pub mod staging;
 pub mod thp;
 pub mod uffd;
 
 pub use page::{HUGE_PAGE, HostPage, PAGE_SIZE, PageNumber, PageRun};
 pub use page_set::{PageSet, Runs};
 pub use ram::GuestRam;
+use ram::{GRANULE, RamError};

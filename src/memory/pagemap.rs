@@ -51,6 +51,7 @@ const ENTRY_PRESENT: u64 = 1 << 63;
 const ENTRY_SWAPPED: u64 = 1 << 62;
 
 /// This process's page tables.
+#[derive(Debug)]
 pub struct Pagemap(File);
 
 impl Pagemap {
@@ -91,6 +92,15 @@ impl Pagemap {
             argument.start = argument.walk_end;
         }
         Ok(())
+    }
+
+    /// Which pages of `run` in `ram` are present or swapped, zero pages included, in their order. None beyond RAM.
+    pub fn populated(&self, ram: &GuestRam, run: PageRun) -> io::Result<Vec<bool>> {
+        let start = ram.host_address(run).ok_or(io::ErrorKind::InvalidInput)?;
+        let mut entries = vec![0; run.count as usize * 8];
+        self.0.read_exact_at(&mut entries, start.as_ptr() as u64 / PAGE_SIZE as u64 * 8)?;
+        let is_populated = |entry: &[u8; 8]| u64::from_ne_bytes(*entry) & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0;
+        Ok(entries.as_chunks().0.iter().map(is_populated).collect())
     }
 
     /// Adds to `into` the pages of `ram` that are present or swapped, on every kernel. One entry per page; zero pages are not told apart.

@@ -2,6 +2,9 @@
 //! admin-guide/mm/userfaultfd, UFFDIO_COPY(2const), UFFDIO_ZEROPAGE(2const)). Of hugetlb memory only whole huge pages are missing, placed and
 //! discarded.
 
+mod placing;
+mod replace;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd};
 use std::ptr::NonNull;
@@ -13,6 +16,8 @@ use rustix::process::Pid;
 use thiserror::Error;
 use userfaultfd::{Event, FeatureFlags, IoctlFlags, Uffd, UffdBuilder};
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
+
+use placing::Placing;
 
 use super::{GuestRam, HostPage, PAGE_SIZE, PageNumber, PageRun, thp};
 
@@ -145,7 +150,7 @@ impl Userfaultfd {
         if !ioctls.contains(IoctlFlags::COPY | IoctlFlags::WAKE | zeropage) {
             return Err(error(io::Error::from(io::ErrorKind::Unsupported)));
         }
-        Ok(MissingPages { uffd: self.0, ram, zeros })
+        Ok(MissingPages { uffd: self.0, ram, zeros, ioctls: ioctls.bits(), placing: Placing::default() })
     }
 }
 
@@ -157,6 +162,9 @@ pub struct MissingPages {
     ram: GuestRam,
     /// A host page of zeros for memory that has no zero page, else nothing.
     zeros: Vec<u8>,
+    /// What the kernel can do with it, one bit each.
+    ioctls: u64,
+    placing: Placing,
 }
 
 impl MissingPages {
@@ -192,10 +200,12 @@ impl MissingPages {
         if bytes.len() as u64 != run.bytes() {
             return Err(UffdError::BadRun(run));
         }
+        let _placing = self.placing.shared(run);
         self.fill(run, |dst, offset, len| {
             let bytes = bytes.get(offset..).unwrap_or_default();
             debug_assert_eq!(bytes.len() as u64, len, "the lengths were compared above");
-            self.copy(dst, bytes)
+            // SAFETY: all of `bytes`.
+            unsafe { self.copy_from(dst, NonNull::from(bytes).cast(), bytes.len() as u64) }
         })
     }
 
@@ -207,6 +217,7 @@ impl MissingPages {
             let count = self.ram.host_page().pages();
             return (run.first.0..run.end()).step_by(count as usize).map(|first| self.place(PageRun::new(first, count), &self.zeros)).sum();
         }
+        let _placing = self.placing.shared(run);
         self.fill(run, |start, _, len| {
             let mut argument = UffdioZeropage { start, len, mode: 0, zeropage: 0 };
             // SAFETY: as for UFFDIO_COPY.
@@ -245,10 +256,14 @@ impl MissingPages {
         self.ram.host_address(run).filter(|_| self.ram.host_page().divides(run)).ok_or(UffdError::BadRun(run))
     }
 
-    /// UFFDIO_COPY of `bytes` to `dst`, a host address within guest RAM; the ioctl's result and the count it left.
-    fn copy(&self, dst: u64, bytes: &[u8]) -> (i32, i64) {
-        let mut argument = UffdioCopy { dst, src: bytes.as_ptr() as u64, len: bytes.len() as u64, mode: 0, copy: 0 };
-        // SAFETY: the kernel reads `bytes` and nothing else. It writes pages of guest RAM, to which nothing holds references, and leaves
+    /// UFFDIO_COPY of `len` bytes at `from` to `dst`, a host address within guest RAM; the ioctl's result and the count it left.
+    ///
+    /// # Safety
+    ///
+    /// There are so many bytes, and nobody writes to them meanwhile.
+    unsafe fn copy_from(&self, dst: u64, from: NonNull<u8>, len: u64) -> (i32, i64) {
+        let mut argument = UffdioCopy { dst, src: from.as_ptr() as u64, len, mode: 0, copy: 0 };
+        // SAFETY: the kernel reads the caller's bytes and nothing else. It writes pages of guest RAM, to which nothing holds references, and leaves
         // those alone that have contents; elsewhere it refuses to, because only guest RAM is registered.
         let result = unsafe { ioctl_with_mut_ref(&self.uffd, UFFDIO_COPY, &mut argument) };
         (result, argument.copy)

@@ -288,7 +288,7 @@ impl Destination {
 
     /// Whether pages that have come leave anything to do: the next [`Destination::poll`] need not wait. Most pages do not.
     pub fn has_news(&self) -> bool {
-        !self.actions.is_empty() || (self.state == State::Running && self.incoming.missing().is_empty())
+        !self.actions.is_empty() || (self.state == State::Running && self.incoming.is_whole())
     }
 
     /// Takes an input. What follows from it comes with the next [`Destination::poll`].
@@ -336,7 +336,7 @@ impl Destination {
                 self.finish(Outcome::Abandoned(reason));
             }
             (Input::Pause, State::Ready | State::Starting | State::Running) => self.pause("it was broken on purpose"),
-            (Input::GiveUpRest, State::Running) if self.incoming.missing().is_empty() => {
+            (Input::GiveUpRest, State::Running) if self.incoming.is_whole() => {
                 if !std::mem::replace(&mut self.alone, true) {
                     self.bitmaps = IncomingBitmaps::default();
                     self.actions.push_back(Action::AbandonBitmaps);

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::layout::Layout;
 use super::prefetch::{MAX_AHEAD, Prefetch};
+use super::staging::{Gathered, Staging};
 use super::wire::MAX_RUN;
 use crate::memory::{HostPage, PageNumber, PageRun, PageSet};
 
@@ -29,13 +30,51 @@ pub struct Incoming {
     since: HashMap<PageNumber, Duration>,
     layout: Layout,
     prefetch: Prefetch,
+    staging: Staging,
 }
 
 impl Incoming {
     /// The pages in `missing`, whole host pages, are still to come.
     pub fn new(missing: PageSet, layout: Layout) -> Self {
         let requested = PageSet::empty(missing.universe());
-        Incoming { requested, missing, since: HashMap::new(), prefetch: Prefetch::new(layout.ram().count), layout }
+        let prefetch = Prefetch::new(layout.ram().count);
+        Incoming { requested, missing, since: HashMap::new(), prefetch, staging: Staging::none(), layout }
+    }
+
+    /// What is missing of `ranges`, made of huge pages of `unit` pages, comes together elsewhere from now on, as far as that pays.
+    pub fn stage(&mut self, unit: HostPage, ranges: &[PageRun]) {
+        self.staging = Staging::new(unit, ranges, &self.missing);
+    }
+
+    /// As [`Staging::receive`].
+    pub fn receive_staged(&mut self, run: PageRun) -> bool {
+        self.staging.receive(run)
+    }
+
+    /// As [`Staging::received`].
+    pub fn received_staged(&mut self, run: PageRun, is_there: bool) {
+        self.staging.received(run, is_there, &self.missing);
+    }
+
+    /// As [`Staging::zero`].
+    pub fn zero_staged(&mut self, run: PageRun) -> Vec<PageRun> {
+        self.staging.zero(run, &self.missing)
+    }
+
+    /// A huge page that is to be put in place, and then to be reported with [`Incoming::replaced`].
+    pub fn take_gathered(&mut self) -> Option<Gathered> {
+        self.staging.take_gathered()
+    }
+
+    /// That huge page is in place. Returns as [`Incoming::placed`].
+    pub fn replaced(&mut self, run: PageRun, now: Duration) -> Vec<Duration> {
+        self.staging.replaced();
+        self.placed(run, now)
+    }
+
+    /// Whether nothing is missing, or about to be put in place.
+    pub fn is_whole(&self) -> bool {
+        self.missing.is_empty() && self.staging.is_idle()
     }
 
     /// The pages that have not been placed.
@@ -100,6 +139,7 @@ impl Incoming {
     /// The pages of `run` have been placed. Only now are they no longer missing: a fault between arrival and placement must not be
     /// answered with a zero page. Returns the latency of each fault that this ended.
     pub fn placed(&mut self, run: PageRun, now: Duration) -> Vec<Duration> {
+        self.staging.note(run, &self.missing);
         self.missing.remove(run);
         if self.requested.remove(run) == 0 {
             return Vec::new();

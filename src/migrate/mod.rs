@@ -15,5 +15,6 @@ pub mod policy;
 pub mod prefetch;
 pub mod report;
 pub mod source;
+pub mod staging;
 pub mod transport;
 pub mod wire;

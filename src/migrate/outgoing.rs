@@ -33,20 +33,40 @@ struct Region {
     cursor: u64,
     /// None of those before it is unsent.
     sent_to: u64,
+    /// The stretch that was sent from last. It is sent to its end, because a huge page that has come in part cannot be put
+    /// in place.
+    begun: Option<PageRun>,
+    /// The first page of the stretch of which pages were requested last: its other pages are likely to be needed next.
+    wished: Option<u64>,
 }
 
 impl Region {
     fn new(pages: PageRun) -> Self {
-        Region { pages, cursor: pages.first.0, sent_to: pages.first.0 }
+        Region { pages, cursor: pages.first.0, sent_to: pages.first.0, begun: None, wished: None }
     }
 
     fn rewind(&mut self) {
         *self = Region::new(self.pages);
     }
 
-    /// The next page of `unsent`, behind the cursor or else from the beginning.
+    /// The stretch of [`MAX_RUN`] pages that `page` lies in, as far as it is of this region.
+    fn stretch(&self, page: PageNumber) -> PageRun {
+        let first = page.0 / MAX_RUN * MAX_RUN;
+        let (start, end) = (first.max(self.pages.first.0), (first + MAX_RUN).min(self.pages.end()));
+        PageRun::new(start, end.saturating_sub(start))
+    }
+
+    /// The next page of `unsent`: of the stretch that was begun, then from the one that was wished for on, or behind the cursor, or else from
+    /// the beginning.
     fn next(&mut self, unsent: &PageSet) -> Option<u64> {
         let end = self.pages.end();
+        if let Some(stretch) = self.begun {
+            if let Some(run) = unsent.runs_within(stretch).next() {
+                return Some(run.first.0);
+            }
+            self.begun = None;
+        }
+        self.cursor = self.wished.take().unwrap_or(self.cursor);
         let next = |from: u64| Some(unsent.runs_within(PageRun::new(from, end - from)).next()?.first.0);
         next(self.cursor).or_else(|| {
             let first = next(self.sent_to);
@@ -120,12 +140,16 @@ impl Outgoing {
         self.unsent.runs_within(self.layout.storage()).map(|run| run.count).sum()
     }
 
+    fn region(&mut self, page: PageNumber) -> &mut Region {
+        if self.layout.is_ram(page) { &mut self.ram } else { &mut self.storage }
+    }
+
     fn next(&mut self) -> Option<u64> {
         let (first, second) = if self.storage_first { (&mut self.storage, &mut self.ram) } else { (&mut self.ram, &mut self.storage) };
         first.next(&self.unsent).or_else(|| second.next(&self.unsent))
     }
 
-    /// Takes the next pages in the background, at most `max`; after a request it goes on behind the requested pages. All of them travel on one
+    /// Takes the next pages in the background, at most `max`. All of them travel on one
     /// connection of `channels`, which is that of every so many stretches of [`MAX_RUN`] pages, and are all of RAM or of one stretch of a disk.
     /// They lie in what was cleared: no write to a page that is sent with its bit set is ever reported.
     pub fn take_next(&mut self, max: u64, channels: u8) -> Option<Vec<PageRun>> {
@@ -147,12 +171,13 @@ impl Outgoing {
             }
         }
         for &run in &runs {
-            self.take_requested(run);
+            self.unsent.remove(run);
         }
-        if is_ram && channels > 1 {
-            // The stretches in between are those of the other connections.
-            self.ram.cursor = runs.first()?.end();
-        }
+        // Between those of several runs may lie stretches of other connections.
+        let (first, last) = (runs.first()?, if channels > 1 { runs.first()? } else { runs.last()? });
+        let region = self.region(first.first);
+        region.begun = Some(region.stretch(last.first));
+        region.cursor = last.end();
         Some(runs)
     }
 
@@ -176,11 +201,11 @@ impl Outgoing {
     }
 
     /// Takes requested pages, which go out at once whether or not they went out before: a page sent in the background may still stand in
-    /// a socket's buffer behind many others. The background goes on behind them.
+    /// a socket's buffer behind many others. The background goes on with their neighbours.
     pub fn take_requested(&mut self, run: PageRun) {
         self.unsent.remove(run);
-        let region = if self.layout.is_ram(run.first) { &mut self.ram } else { &mut self.storage };
-        region.cursor = run.end();
+        let region = self.region(run.first);
+        region.wished = Some(region.stretch(run.first).first.0);
     }
 }
 

@@ -67,8 +67,9 @@ const ENDING_TIMEOUT: Duration = Duration::from_secs(5);
 const END_TIMEOUT: Duration = Duration::from_secs(120);
 /// The same where disks are copied, which the destination flushes before it says that it has all.
 const END_TIMEOUT_WITH_DISKS: Duration = Duration::from_secs(1800);
-/// Postcopy's background runs are short, so that the link is soon free for an urgent page; but a host page goes whole.
-const POSTCOPY_RUN: u64 = 64;
+/// Where postcopy's background is limited, its runs are short: what goes at once is not spread, and stands in an urgent page's way on a link
+/// of that width. But a host page goes whole.
+const LIMITED_RUN: u64 = 64;
 /// Passes that are reported; of more, the last ones.
 const MAX_PASSES: usize = 100;
 
@@ -455,7 +456,8 @@ impl Source {
                 Some(BitmapStep::Complete(index)) => return Some(Poll::Act(Action::Send(Frame::BitmapComplete(index)))),
                 None => {
                     let host_page = self.config.layout.host_page();
-                    (POSTCOPY_RUN.max(host_page.pages()), None, host_page)
+                    let max = if self.postcopy_bandwidth.is_some() { LIMITED_RUN.max(host_page.pages()) } else { MAX_RUN };
+                    (max, None, host_page)
                 }
             },
             _ => return None,

@@ -267,6 +267,8 @@ impl Engines {
                     Ok(Placement::Direct) if is_zero => engine.received(Totals { normal: 0, zero: run.count }),
                     Ok(Placement::Direct) => engine.received(Totals { normal: run.count, zero: 0 }),
                     Ok(Placement::Fault) => engine.placed(run, NOW),
+                    // No host of the model can.
+                    Ok(Placement::Staged) => {}
                     Err(_) => answer = Answer::Refused,
                 }
                 placement.err().map(destination::Input::Failed)

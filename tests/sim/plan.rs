@@ -132,6 +132,8 @@ pub struct Plan {
     pub dry_run: bool,
     /// What RAM is made of at both sides.
     pub host_page: HostPage,
+    /// Huge pages come together at the destination before they are placed.
+    pub staging: bool,
     /// Blocks of a disk that is copied.
     pub blocks: u64,
     /// Guest steps out of a hundred steps.
@@ -171,6 +173,7 @@ impl Plan {
             page_channels: 1 + choices.below(3) as u8,
             dry_run: false,
             host_page: HostPage::SMALL,
+            staging: false,
             blocks: 0,
             guest_share: [1, 5, 20][choices.below(3) as usize],
             downtime_limit: Duration::from_millis([4, 10, 300][choices.below(3) as usize]),
@@ -184,6 +187,9 @@ impl Plan {
         };
         if choices.chance(30) {
             plan.host_page = HostPage::new(HUGE).unwrap();
+            plan.pages = plan.pages.next_multiple_of(HUGE);
+        } else if choices.chance(60) {
+            plan.staging = true;
             plan.pages = plan.pages.next_multiple_of(HUGE);
         }
         if choices.chance(40) {

@@ -169,6 +169,7 @@ impl DestinationHost {
                 self.arrived = Totals { normal: self.arrived.normal + pages.normal, zero: self.arrived.zero + pages.zero };
                 self.engine.received(pages);
             }
+            Placement::Staged => panic!("this host does not stage huge pages"),
             Placement::Fault => runs.iter().for_each(|run| self.engine.placed(*run, NOW)),
         }
     }

@@ -75,4 +75,7 @@ pub enum Placement {
     Direct,
     /// By userfaultfd, which wakes who waits; report it with [`Destination::placed`].
     Fault,
+    /// Where huge pages come together; report it with [`Destination::staged`], and then look for one that has with
+    /// [`Destination::take_gathered`].
+    Staged,
 }

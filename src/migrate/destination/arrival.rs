@@ -24,13 +24,18 @@ impl Destination {
             }
             Placement::Fault if !self.layout.divides(run) => return Err(format!("the source sent {run}, a part of a host page")),
             Placement::Fault if channel == Channel::Urgent => {}
-            Placement::Fault => self.incoming.comes_anyway(run),
+            _ => {
+                self.incoming.comes_anyway(run);
+                if self.incoming.receive_staged(run) {
+                    return Ok(Placement::Staged);
+                }
+            }
         }
         Ok(placement)
     }
 
     /// The pages of `runs` are zero, the source says on `channel`. Returns which are to be made so: all by userfaultfd, or those that hold
-    /// something else now. An error is the source's fault.
+    /// something else now. After the first, look for huge pages with [`Destination::take_gathered`]. An error is the source's fault.
     pub fn zero(&mut self, channel: Channel, runs: &[PageRun]) -> Result<(Placement, Vec<PageRun>), String> {
         if let Some(run) = runs.iter().find(|run| !self.layout.holds(**run) || channel == Channel::Urgent) {
             return Err(format!("the source sent zero {run} of {} on the {channel:?} connection", self.layout.pages()));
@@ -42,7 +47,7 @@ impl Destination {
                 return Err(format!("the source sent zero {run}, a part of a host page"));
             }
             runs.iter().for_each(|run| self.incoming.comes_anyway(*run));
-            return Ok((placement, runs.to_vec()));
+            return Ok((placement, runs.iter().flat_map(|run| self.incoming.zero_staged(*run)).collect()));
         }
         let mut written = Vec::new();
         for &run in runs {

@@ -7,7 +7,7 @@ impl Destination {
     /// Complete only when nothing is missing, every bitmap in the queue has been dealt with, and the source says that it has sent all, unless
     /// it cannot say anything.
     pub(super) fn check_complete(&mut self) {
-        let all_here = self.incoming.missing().is_empty() && self.bitmaps.all_complete() && self.actions.is_empty();
+        let all_here = self.incoming.is_whole() && self.bitmaps.all_complete() && self.actions.is_empty();
         if self.state == State::Running && all_here && (self.end_received || self.lost.is_some()) {
             if self.layout.has_disks() && self.durable != Durable::Yes {
                 // The source keeps its images until DONE, and then nobody has what a crash of this host takes.

@@ -5,9 +5,10 @@ use std::time::Duration;
 use rustix::process::Pid;
 
 use super::{Destination, State};
-use crate::memory::{PageNumber, PageRun, PageSet};
+use crate::memory::{HostPage, PageNumber, PageRun, PageSet};
 use crate::migrate::incoming::FaultAnswer;
 use crate::migrate::report::{BlockWaits, Faults};
+use crate::migrate::staging::Gathered;
 
 impl Destination {
     /// Pages that have not come yet, in postcopy.
@@ -28,6 +29,31 @@ impl Destination {
     /// What is to be asked for on the urgent connection of a new link: all that somebody waits for.
     pub fn renew_requests(&mut self) -> Vec<PageRun> {
         self.incoming.renew()
+    }
+
+    /// What is missing of `ranges`, whole huge pages of `unit` pages, may come together elsewhere: this host can put them in place from there.
+    /// Before READY.
+    pub fn stage(&mut self, unit: HostPage, ranges: &[PageRun]) {
+        self.incoming.stage(unit, ranges);
+    }
+
+    /// What [`Placement::Staged`] asked for is over: the pages of `run` are where their huge page comes together, or could not be read.
+    pub fn staged(&mut self, run: PageRun, is_there: bool, now: Duration) {
+        if is_there {
+            self.heard_at = now;
+        }
+        self.incoming.received_staged(run, is_there);
+    }
+
+    /// A huge page that is to be put in place, and then to be reported with [`Destination::replaced`]. To be asked after every placement.
+    pub fn take_gathered(&mut self) -> Option<Gathered> {
+        self.incoming.take_gathered()
+    }
+
+    /// That huge page is in place.
+    pub fn replaced(&mut self, run: PageRun, now: Duration) {
+        let latencies = self.incoming.replaced(run, now);
+        self.blocktime.placed(run, &latencies, now);
     }
 
     /// Pages have been placed by userfaultfd, or blocks in an image.

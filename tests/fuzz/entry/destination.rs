@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use ferry::memory::{PageNumber, PageRun};
+use ferry::memory::{HostPage, PageNumber, PageRun};
 use ferry::migrate::destination::{Action, Destination, Input, Link, Outcome, Placement, Poll};
+use ferry::migrate::staging::Gathered;
 use ferry::migrate::wire::{Channel, Compressed, Frame, Totals};
 
 use super::allocation::{proportionate, within};
@@ -23,6 +24,9 @@ struct Host {
     engine: Destination,
     now: Duration,
     link: Link,
+    huge: Vec<PageRun>,
+    /// Pages can be read to their end.
+    is_read: bool,
     committed: bool,
     whole: bool,
     ended: bool,
@@ -40,6 +44,7 @@ impl Host {
                 Step::Frame(channel, Frame::Pages(run) | Frame::Compressed(Compressed { run, .. })) => {
                     match self.engine.pages(channel, run) {
                         Ok(Placement::Fault) => self.engine.placed(run, self.now),
+                        Ok(Placement::Staged) => self.engine.staged(run, self.is_read, self.now),
                         Ok(Placement::Direct) => self.engine.received(Totals { normal: run.count, zero: 0 }),
                         Err(reason) => self.engine.handle(Input::Failed(reason)),
                     }
@@ -48,7 +53,7 @@ impl Host {
                     Ok((placement, to_do)) => {
                         assert!(to_do.iter().all(|run| run.is_within(HOST_PAGES)), "{to_do:?}");
                         match placement {
-                            Placement::Fault => to_do.iter().for_each(|run| self.engine.placed(*run, self.now)),
+                            Placement::Fault | Placement::Staged => to_do.iter().for_each(|run| self.engine.placed(*run, self.now)),
                             Placement::Direct => self.engine.received(Totals { normal: 0, zero: runs.iter().map(|run| run.count).sum() }),
                         }
                     }
@@ -62,6 +67,7 @@ impl Host {
                     let storage = self.engine.layout().storage();
                     self.engine.wait_for_blocks(PageRun::new(storage.first.0 + u64::from(byte), 40), self.now);
                 }
+                Step::Local(0x80..0x88) => self.is_read = !self.is_read,
                 Step::Local(byte) => self.engine.handle(match byte % 5 {
                     0 => Input::Failed("no".into()),
                     1 => Input::Warning("hm".into()),
@@ -70,6 +76,10 @@ impl Host {
                     _ => Input::GiveUpRest,
                 }),
                 Step::Poll(_) => {}
+            }
+            while let Some(Gathered::Contents(run) | Gathered::Zero(run)) = self.engine.take_gathered() {
+                assert!(HostPage::HUGE.divides(run) && run.count == HostPage::HUGE.pages(), "{run}");
+                self.engine.replaced(run, self.now);
             }
             while let Poll::Act(action) = self.engine.poll(self.now) {
                 self.act(action);
@@ -81,10 +91,16 @@ impl Host {
         assert!(!self.ended, "{action:?} after the end");
         match action {
             Action::Send(_, frame) => drop(frame.encode().expect("what is sent can be encoded")),
-            Action::Prepare(_) if self.engine.layout().pages() <= HOST_PAGES => self.engine.handle(Input::Prepared),
+            Action::Prepare(setup) if self.engine.layout().pages() <= HOST_PAGES => {
+                self.huge = setup.huge;
+                self.engine.handle(Input::Prepared);
+            }
             Action::Prepare(_) => self.engine.handle(Input::Failed("too large".into())),
             Action::Load(package) => {
                 assert!(package.postcopy || package.missing.is_empty());
+                if package.postcopy {
+                    self.engine.stage(HostPage::HUGE, &self.huge);
+                }
                 self.engine.handle(Input::Loaded { load_us: 1, warnings: Vec::new() });
             }
             Action::Run => {

@@ -1,16 +1,16 @@
 //! The destination's host: does what the engine says, as the migration's thread would.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use ferry::block::dirty_bitmap::BitmapRun;
-use ferry::memory::{PageNumber, PageRun};
+use ferry::memory::{HostPage, PageNumber, PageRun};
 use ferry::migrate::destination::{self, Action, Destination, Input, Link};
 use ferry::migrate::wire::{Channel, Kind, Package};
 
-use super::placement::Placing;
+use super::placement::{Placing, Replacing};
 use super::{DISABLED, Right, World, brief, disabled_bits};
-use crate::memory::Ram;
+use crate::memory::{HUGE, Ram, Version};
 use crate::plan::{Fault, Plan};
 
 pub(super) struct DestinationHost {
@@ -25,6 +25,9 @@ pub(super) struct DestinationHost {
     /// Faults that the kernel has queued, and answers under way.
     pub(super) faults: VecDeque<PageNumber>,
     pub(super) placing: Vec<Placing>,
+    /// What has come of huge pages that are not in place, and those that are about to be.
+    pub(super) staging: BTreeMap<PageNumber, Version>,
+    pub(super) replacing: Vec<Replacing>,
     /// Blocks that the guest's device has begun to wait for.
     pub(super) wanted: VecDeque<PageRun>,
     pub(super) blocked: Option<PageNumber>,
@@ -77,6 +80,8 @@ impl DestinationHost {
             faults: VecDeque::new(),
             wanted: VecDeque::new(),
             placing: Vec::new(),
+            staging: BTreeMap::new(),
+            replacing: Vec::new(),
             blocked: None,
             heard_at: Duration::ZERO,
             bitmap: BitmapCopy::default(),
@@ -211,6 +216,12 @@ impl World {
         }
         self.destination.ram.expect(&package.missing);
         self.destination.userfault = package.postcopy;
+        if package.postcopy && self.plan.staging {
+            // Not all of it was huge at the source.
+            let huge = self.choices.below(self.plan.pages / HUGE + 1) * HUGE;
+            let range = PageRun::new(self.plan.pages - huge, huge);
+            self.destination.engine.stage(HostPage::new(HUGE).unwrap(), &[range]);
+        }
         self.destination.right = Right::Paused;
         self.destination.engine.handle(Input::Loaded { load_us: 5, warnings: Vec::new() });
     }

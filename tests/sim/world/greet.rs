@@ -1,6 +1,6 @@
 //! Connections that come to the destination, and the readers of those that bring pages.
 
-use ferry::migrate::destination::Input;
+use ferry::migrate::destination::{Input, Placement};
 use ferry::migrate::wire::{Channel, Frame, Totals};
 
 use super::World;
@@ -98,6 +98,13 @@ impl World {
                         frame => Err(format!("{frame:?} does not belong here")),
                     };
                     match arrived {
+                        Ok(Placing { placement: Placement::Staged, runs, .. })
+                            if !self.plan.faults.is_empty() && self.choices.chance(2) =>
+                        {
+                            // Cut in the middle of it.
+                            runs.into_iter().for_each(|run| engine.staged(run, false, self.now));
+                            Input::Lost(link, channel, "cut".into())
+                        }
                         Ok(placing) => return destination.placing.push(placing),
                         Err(reason) => Input::Failed(reason),
                     }
@@ -107,5 +114,6 @@ impl World {
         destination.readers.remove(chosen);
         self.connections[index].to_source.cut(usize::MAX, self.step);
         destination.engine.handle(input);
+        self.take_gathered();
     }
 }

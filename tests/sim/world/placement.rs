@@ -3,6 +3,7 @@
 use ferry::memory::{PageNumber, PageRun};
 use ferry::migrate::destination::{Input, Placement};
 use ferry::migrate::incoming::FaultAnswer;
+use ferry::migrate::staging::Gathered;
 use ferry::migrate::wire::{Frame, Totals};
 
 use super::{Right, World};
@@ -21,6 +22,13 @@ pub(super) struct Placing {
     pub(super) contents: Option<Vec<Version>>,
 }
 
+/// A huge page that has come together.
+pub(super) struct Replacing {
+    run: PageRun,
+    /// It is in place, and still to be reported.
+    in_place: bool,
+}
+
 impl World {
     /// The fault server and the second half of placements, each one step of its own thread.
     pub(super) fn destination_serves(&mut self) -> Result<(), String> {
@@ -29,6 +37,9 @@ impl World {
         }
         if self.choices.chance(50) {
             return self.serve_fault();
+        }
+        if !self.destination.replacing.is_empty() && self.choices.chance(50) {
+            return self.replace();
         }
         if self.destination.placing.is_empty() {
             return Ok(());
@@ -40,7 +51,12 @@ impl World {
             match placement {
                 Placement::Direct => self.destination.engine.received(pages),
                 Placement::Fault => runs.into_iter().for_each(|run| self.destination.engine.placed(run, self.now)),
+                Placement::Staged => {
+                    self.destination.heard_at = self.now;
+                    runs.into_iter().for_each(|run| self.destination.engine.staged(run, true, self.now));
+                }
             }
+            self.take_gathered();
             return Ok(());
         };
         let Placing { placement, runs, .. } = &self.destination.placing[chosen];
@@ -54,6 +70,37 @@ impl World {
                 // It held something else before.
                 Placement::Direct if version == 0 => self.destination.ram.empty(page),
                 Placement::Direct => self.destination.ram.fill(page, version),
+                Placement::Staged => drop(self.destination.staging.insert(page, version)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whoever has placed something looks for huge pages.
+    pub(super) fn take_gathered(&mut self) {
+        while let Some(Gathered::Contents(run) | Gathered::Zero(run)) = self.destination.engine.take_gathered() {
+            self.destination.replacing.push(Replacing { run, in_place: false });
+        }
+    }
+
+    /// Puts a huge page in place, or reports it. No page of it is placed meanwhile, which a lock sees to.
+    fn replace(&mut self) -> Result<(), String> {
+        let chosen = self.choices.below(self.destination.replacing.len() as u64) as usize;
+        let Replacing { run, in_place } = &mut self.destination.replacing[chosen];
+        let run = *run;
+        if std::mem::replace(in_place, true) {
+            self.destination.replacing.remove(chosen);
+            self.destination.engine.replaced(run, self.now);
+            return Ok(());
+        }
+        assert!(self.destination.userfault, "{run} is replaced, which nobody watches any more");
+        for page in run.pages() {
+            let version = self.destination.staging.remove(&page).unwrap_or(0);
+            if !self.destination.ram.is_populated(page) {
+                self.place_from_source(page, version)?;
+            }
+            if self.destination.blocked == Some(page) {
+                self.destination.blocked = None;
             }
         }
         Ok(())

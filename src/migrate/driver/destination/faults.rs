@@ -6,8 +6,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::super::block_io::BlockIo;
 use super::super::frames;
+use super::super::page_io::PageIo;
 use super::super::scheduling;
 use super::Shared;
+use crate::memory::staging::StagingArea;
 use crate::memory::uffd::{Fault, MissingPages, UffdError, Userfaultfd};
 use crate::memory::{GuestRam, PageNumber, PageRun};
 use crate::migrate::destination::{Input, Link};
@@ -19,6 +21,8 @@ use crate::migrate::wire::{Channel, Frame};
 /// The pages that are missing, and the thread that asks for those somebody touches, and for blocks.
 pub struct FaultService {
     pub pages: MissingPages,
+    /// Where huge pages come together.
+    staging: Mutex<Option<Arc<StagingArea>>>,
     ram: GuestRam,
     /// Tells the thread that a new urgent connection is there, or that it is to end.
     news: Wake,
@@ -33,9 +37,17 @@ pub struct FaultService {
 
 impl FaultService {
     /// Discards `missing`, and from then on asks over the urgent connection for what is touched. Comes before anything of the guest is restored.
-    pub fn start(shared: &Arc<Shared>, uffd: Userfaultfd, ram: &GuestRam, blocks: &BlockIo, missing: &[PageRun]) -> Result<(), String> {
+    pub fn start(
+        shared: &Arc<Shared>,
+        uffd: Userfaultfd,
+        ram: &GuestRam,
+        blocks: &BlockIo,
+        missing: &[PageRun],
+        staging: Option<StagingArea>,
+    ) -> Result<(), String> {
         let error = |error: UffdError| error.to_string();
         let pages = uffd.register(ram.clone()).map_err(error)?;
+        let staging = Mutex::new(staging.filter(|_| pages.can_replace()).map(Arc::new));
         let mut missing = missing.iter().filter(|run| blocks.blocks(**run).is_none());
         // After the registration, which keeps huge pages from filling what is discarded, and before anybody looks.
         missing.try_for_each(|run| pages.discard(*run)).map_err(error)?;
@@ -44,7 +56,7 @@ impl FaultService {
         news.wake();
         let (ram, blocks) = (ram.clone(), blocks.clone());
         let (stopped, wanted, told) = (AtomicBool::new(false), Mutex::default(), Mutex::default());
-        let service = FaultService { pages, ram, blocks, news, stopped, wanted, told };
+        let service = FaultService { pages, staging, ram, blocks, news, stopped, wanted, told };
         if shared.faults.set(service).is_err() {
             return Err("page faults are served already".into());
         }
@@ -57,6 +69,32 @@ impl FaultService {
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::SeqCst);
         self.news.wake();
+    }
+
+    /// Whether huge pages can be put in place whole.
+    pub fn can_stage(&self) -> bool {
+        self.area().is_some()
+    }
+
+    /// Where huge pages come together.
+    pub fn staging(&self) -> Result<PageIo, Input> {
+        let area = self.area().ok_or_else(|| Input::Failed("huge pages cannot come together here".into()))?;
+        Ok(PageIo::new(area.ram().clone()))
+    }
+
+    /// Puts the huge page `run`, which has come together, in place.
+    pub fn replace(&self, run: PageRun) -> Result<(), UffdError> {
+        self.area().map_or(Err(UffdError::BadRun(run)), |area| self.pages.replace(run, &area))
+    }
+
+    fn area(&self) -> Option<Arc<StagingArea>> {
+        self.staging.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Nothing comes any more, and nobody looks for what is missing.
+    pub fn end(&self) {
+        self.stop();
+        *self.staging.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// There is a new urgent connection.

@@ -12,11 +12,13 @@ use super::bitmaps::IncomingBitmaps;
 use super::faults::FaultService;
 use crate::block::block_run::BlockRun;
 use crate::block::disk::Disk;
+use crate::memory::staging::StagingArea;
 use crate::memory::uffd::Userfaultfd;
 use crate::memory::{GuestRam, HostPage, PAGE_SIZE, PageRun, thp};
 use crate::migrate::destination::Input;
 use crate::migrate::layout::Layout;
 use crate::migrate::wire::{Package, Setup};
+use crate::vm::config::CacheMode;
 use crate::vm::{Built, Vm};
 
 /// What the migration holds of the guest.
@@ -39,6 +41,8 @@ struct Prepared {
     huge: Vec<PageRun>,
     /// Proof that postcopy can be, if it may come.
     uffd: Option<Userfaultfd>,
+    /// Where huge pages can come together then.
+    staging: Option<StagingArea>,
 }
 
 impl DestinationGuest {
@@ -58,9 +62,12 @@ impl DestinationGuest {
         }
         // Before the first page comes.
         thp::allow_only(&ram, &huge);
+        // Direct I/O writes to a page's physical address, wherever it has gone meanwhile. Without an area pages come one by one.
+        let may_stage = postcopy && !huge.is_empty() && !disks.iter().any(|disk| disk.config().options.cache == CacheMode::None);
+        let staging = if may_stage { StagingArea::new(&ram).ok() } else { None };
         let blocks = BlockIo::new(layout, disks.clone());
         *shared.io() = Some((PageIo::new(ram.clone()), blocks.clone()));
-        self.prepared = Some(Prepared { ram, disks, blocks, huge, uffd });
+        self.prepared = Some(Prepared { ram, disks, blocks, huge, uffd, staging });
         Ok(())
     }
 
@@ -78,7 +85,10 @@ impl DestinationGuest {
         let prepared = self.prepared.as_mut().ok_or("there is no RAM yet")?;
         if package.postcopy {
             let uffd = prepared.uffd.take().ok_or("postcopy came, but only precopy was announced")?;
-            FaultService::start(shared, uffd, &prepared.ram, &prepared.blocks, &package.missing)?;
+            FaultService::start(shared, uffd, &prepared.ram, &prepared.blocks, &package.missing, prepared.staging.take())?;
+            if shared.faults.get().is_some_and(FaultService::can_stage) {
+                shared.engine().stage(HostPage::HUGE, &prepared.huge);
+            }
         }
         expect_blocks(shared, &prepared.blocks, &package.missing);
         let (was_running, mut state) = saved::decode_guest(&package.machine)?;

@@ -13,6 +13,7 @@ use super::urgent_blocks::UrgentBlocks;
 use crate::memory::PageRun;
 use crate::migrate::compression::Decompressor;
 use crate::migrate::destination::{Input, Link, Placement};
+use crate::migrate::staging::Gathered;
 use crate::migrate::transport::Reader;
 use crate::migrate::wire::{Channel, Compressed, Frame, Header, Kind, Totals};
 
@@ -88,6 +89,13 @@ impl PageReader<'_> {
             self.received(Totals { normal: run.count, zero: 0 });
             return Ok(());
         }
+        if placement == Placement::Staged {
+            let faults = self.faults()?;
+            let read = faults.staging()?.receive(run, &mut self.reader, deadline);
+            self.shared.engine().staged(run, read.is_ok(), self.shared.now());
+            read.map_err(|error| self.lost(error))?;
+            return self.place_gathered();
+        }
         // Bounded by the engine.
         self.contents.resize(run.bytes() as usize, 0);
         let read = self.reader.read_exact(&mut self.contents, deadline);
@@ -120,17 +128,37 @@ impl PageReader<'_> {
             (Some(_), _) => blocks.place(run, Some(&self.contents)).map_err(failed)?,
             (None, Placement::Fault) => self.faults()?.pages.place(run, &self.contents).map(drop).map_err(failed)?,
             (None, Placement::Direct) => ram.write(run, &self.contents).map_err(failed)?,
+            (None, Placement::Staged) => {
+                let written = self.faults()?.staging()?.write(run, &self.contents);
+                self.shared.engine().staged(run, written.is_ok(), self.shared.now());
+                written.map_err(failed)?;
+            }
         }
         match placement {
             Placement::Direct => self.received(Totals { normal: run.count, zero: 0 }),
             Placement::Fault => self.placed(run),
+            Placement::Staged => {}
         }
-        Ok(())
+        self.place_gathered()
     }
 
     /// Only now are they no longer missing.
     fn placed(&self, run: PageRun) {
         self.shared.engine().placed(run, self.shared.now());
+    }
+
+    /// Puts huge pages in place that have come together.
+    fn place_gathered(&self) -> Result<(), Input> {
+        loop {
+            let Some(gathered) = self.shared.engine().take_gathered() else { return Ok(()) };
+            let pages = &self.faults()?.pages;
+            match gathered {
+                Gathered::Contents(run) => self.faults()?.replace(run).map(|()| run),
+                Gathered::Zero(run) => pages.place_zero(run).map(|_| run),
+            }
+            .map(|run| self.shared.engine().replaced(run, self.shared.now()))
+            .map_err(failed)?;
+        }
     }
 
     fn zero(&mut self, runs: &[PageRun]) -> Result<(), Input> {
@@ -141,6 +169,8 @@ impl PageReader<'_> {
                 (Some(_), _) => blocks.place(run, None).map_err(failed)?,
                 (None, Placement::Fault) => self.faults()?.pages.place_zero(run).map(drop).map_err(failed)?,
                 (None, Placement::Direct) => ram.discard(run).map_err(failed)?,
+                // Zeros are there before anything comes.
+                (None, Placement::Staged) => {}
             }
             if placement == Placement::Fault {
                 self.placed(run);
@@ -149,7 +179,7 @@ impl PageReader<'_> {
         if placement == Placement::Direct {
             self.received(Totals { normal: 0, zero: runs.iter().map(|run| run.count).sum() });
         }
-        Ok(())
+        self.place_gathered()
     }
 
     fn received(&self, pages: Totals) {

@@ -172,7 +172,7 @@ impl Session {
         if let Some(faults) = self.shared.faults.get() {
             match faults.pages.unregister() {
                 // Before the thread ends, so that nobody is left waiting.
-                Ok(()) => faults.stop(),
+                Ok(()) => faults.end(),
                 // The guest is whole; it is only watched for nothing.
                 Err(error) => eprintln!("ferry: migration: {error}"),
             }
