@@ -225,6 +225,12 @@ impl GuestRam {
         Some(GuestAddress(slot.start.0 + page.offset() - slot.run.first.offset()))
     }
 
+    /// The page that the guest sees at `address`.
+    pub fn page_at(&self, address: GuestAddress) -> Option<PageNumber> {
+        let slot = self.inner.slots.iter().find(|slot| (slot.start.0..slot.start.0 + slot.run.bytes()).contains(&address.0))?;
+        Some(PageNumber::containing(address.0 - slot.start.0 + slot.run.first.offset()))
+    }
+
     /// Makes all of RAM zero again, as a reset guest finds it. Only for RAM that no machine uses and that userfaultfd does not watch: there
     /// the pages would be missing, not zero.
     pub fn clear(&self) -> Result<(), RamError> {

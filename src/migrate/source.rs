@@ -245,6 +245,11 @@ impl Source {
         self.state == State::Ended
     }
 
+    /// Whether the stopped guest is to bring the pages that it touches first: it goes on before the others come.
+    pub fn takes_hot_pages(&self) -> bool {
+        self.switch_postcopy && self.version >= 4
+    }
+
     /// The longest accepted blackout.
     pub fn downtime_limit(&self) -> Duration {
         self.config.downtime_limit

@@ -10,6 +10,7 @@ mod error;
 pub mod events;
 mod exits;
 pub mod facts;
+mod hot_pages;
 mod ioctls;
 mod kick;
 pub mod layout;
@@ -24,6 +25,7 @@ mod vcpu;
 pub use error::VmError;
 pub use events::VmEvent;
 pub use exits::emulates_ring_0;
+pub use hot_pages::hot_pages;
 pub use machine::{Built, Failed, Moved, Paused, Running, Vm};
 pub use state::MachineState;
 

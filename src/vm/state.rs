@@ -89,6 +89,7 @@ pub struct VcpuState {
     pub(super) regs: Abi<kvm_regs>,
     pub(super) sregs: Abi<kvm_sregs>,
     /// The XSAVE area in its standard form, as long as KVM_CAP_XSAVE2 says.
+    #[serde(with = "serde_bytes")]
     pub(super) xsave: Vec<u8>,
     pub(super) xcrs: Abi<kvm_xcrs>,
     pub(super) debug_regs: Abi<kvm_debugregs>,

@@ -65,6 +65,11 @@ impl Destination {
         self.check_ahead();
     }
 
+    /// Whether contents were ever placed directly: if not, RAM is as it was allocated.
+    pub fn has_received(&self) -> bool {
+        self.received.normal > 0
+    }
+
     fn placement(&mut self, channel: Channel, run: PageRun) -> Result<Placement, String> {
         match (self.state, channel) {
             (State::Receiving, Channel::Pages(_)) => {

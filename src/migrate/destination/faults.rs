@@ -37,7 +37,7 @@ impl Destination {
         self.incoming.stage(unit, ranges);
     }
 
-    /// What [`Placement::Staged`] asked for is over: the pages of `run` are where their huge page comes together, or could not be read.
+    /// What [`Placement::Staged`](super::Placement::Staged) asked for is over: the pages of `run` are where their huge page comes together, or could not be read.
     pub fn staged(&mut self, run: PageRun, is_there: bool, now: Duration) {
         if is_there {
             self.heard_at = now;

@@ -19,6 +19,7 @@ pub struct Setup {
     /// Connections for pages: 1 to [`MAX_PAGE_CHANNELS`](super::MAX_PAGE_CHANNELS).
     pub page_channels: u8,
     /// The machine's configuration and needs.
+    #[serde(with = "serde_bytes")]
     pub machine: Vec<u8>,
     /// How many blocks each disk of the guest has whose contents come along, as [`Layout::new`](crate::migrate::layout::Layout::new) takes them:
     /// 0 where the destination has the disk. Empty before version 3.
@@ -99,6 +100,7 @@ pub struct Package {
     /// Dirty bitmaps whose bits follow after the commit.
     pub bitmaps: Vec<BitmapInfo>,
     /// Devices, vCPUs and VM, encoded by the machine.
+    #[serde(with = "serde_bytes")]
     pub machine: Vec<u8>,
 }
 

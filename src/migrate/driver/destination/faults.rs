@@ -48,7 +48,8 @@ impl FaultService {
         let error = |error: UffdError| error.to_string();
         let pages = uffd.register(ram.clone()).map_err(error)?;
         let staging = Mutex::new(staging.filter(|_| pages.can_replace()).map(Arc::new));
-        let mut missing = missing.iter().filter(|run| blocks.blocks(**run).is_none());
+        let nothing_is_there = !shared.engine().has_received();
+        let mut missing = missing.iter().filter(|run| !nothing_is_there && blocks.blocks(**run).is_none());
         // After the registration, which keeps huge pages from filling what is discarded, and before anybody looks.
         missing.try_for_each(|run| pages.discard(*run)).map_err(error)?;
         let news = Wake::new().map_err(|error| format!("cannot serve page faults: {error}"))?;

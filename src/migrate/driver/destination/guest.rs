@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::super::block_io::BlockIo;
 use super::super::owner::{DestinationOwner, MachineSetup, StoppedGuest};
 use super::super::page_io::PageIo;
-use super::super::saved;
+use super::super::saved::{self, HotPages};
 use super::Shared;
 use super::bitmaps::IncomingBitmaps;
 use super::faults::FaultService;
@@ -91,7 +91,8 @@ impl DestinationGuest {
             }
         }
         expect_blocks(shared, &prepared.blocks, &package.missing);
-        let (was_running, mut state) = saved::decode_guest(&package.machine)?;
+        let (was_running, mut state, hot) = saved::decode_guest(&package.machine)?;
+        place_hot_pages(shared, &hot)?;
         self.finish_building(&*shared.owner)?;
         let prepared = self.prepared.as_ref().ok_or("there is no RAM yet")?;
         let vm = self.built.take().ok_or("the machine was used already")?;
@@ -137,6 +138,17 @@ impl DestinationGuest {
         }
         owner.run(self.stopped.take().ok_or("the guest was not loaded")?)
     }
+}
+
+/// Places what has come with the guest, before anything touches it.
+fn place_hot_pages(shared: &Shared, hot: &HotPages) -> Result<(), String> {
+    let Some(faults) = shared.faults.get() else { return Ok(()) };
+    for (page, contents) in hot.pages.iter().zip(hot.contents.chunks_exact(PAGE_SIZE)) {
+        let run = PageRun::single(*page);
+        faults.pages.place(run, contents).map_err(|error| error.to_string())?;
+        shared.engine().placed(run, shared.now());
+    }
+    Ok(())
 }
 
 /// From now on `missing` is what is missing of the disks that are copied.

@@ -6,16 +6,17 @@ use std::time::Instant;
 
 use super::super::block_io::BlockIo;
 use super::super::owner::{SourceOwner, StoppedGuest};
-use super::super::saved;
+use super::super::page_io::PageIo;
+use super::super::saved::{self, HotPages, MAX_HOT_PAGES};
 use crate::block::block_run::BlockRun;
 use crate::block::dirty_bitmap::{BitmapRun, ChangeTracking, OutgoingBitmap, RunLimits};
 use crate::block::disk::{Disk, DiskIo};
 use crate::memory::dirty_tracker::{DirtyTracker, Tracking};
-use crate::memory::{GuestRam, PageRun, PageSet};
+use crate::memory::{GuestRam, HostPage, PageRun, PageSet};
 use crate::migrate::bitmap_mapping::{BitmapMapping, BitmapName};
 use crate::migrate::source::Stopped;
 use crate::migrate::wire::{BitmapFlags, BitmapInfo};
-use crate::vm::{Moved, Vm, VmError, VmEvent};
+use crate::vm::{MachineState, Moved, Vm, VmError, VmEvent, hot_pages};
 
 /// Why the guest is not stopped and saved.
 pub enum StopError {
@@ -44,6 +45,8 @@ pub struct SourceGuest {
     /// Which of their bitmaps go along.
     mapping: BitmapMapping,
     tracker: Option<DirtyTracker>,
+    /// What the last harvest while the guest ran has shown.
+    written: PageSet,
     /// Between stop and resume, or stop and commit.
     stopped: Option<StoppedGuest>,
     /// From the stop on, in the order of the package.
@@ -61,7 +64,21 @@ impl SourceGuest {
         mapping: BitmapMapping,
     ) -> Self {
         let (tracker, stopped, moved) = (None, None, None);
-        SourceGuest { owner, tracking, ram, disks, blocks, changes: Vec::new(), mapping, tracker, stopped, bitmaps: Vec::new(), moved }
+        let written = PageSet::empty(ram.pages());
+        SourceGuest {
+            owner,
+            tracking,
+            ram,
+            disks,
+            blocks,
+            changes: Vec::new(),
+            mapping,
+            tracker,
+            written,
+            stopped,
+            bitmaps: Vec::new(),
+            moved,
+        }
     }
 
     /// Begins to track dirty pages and blocks; returns those that hold anything.
@@ -81,6 +98,12 @@ impl SourceGuest {
 
     /// The pages dirtied since the last harvest, and the blocks.
     pub fn harvest(&mut self) -> Result<PageSet, String> {
+        let dirty = self.take_dirty()?;
+        self.written.clone_from(&dirty);
+        Ok(dirty)
+    }
+
+    fn take_dirty(&mut self) -> Result<PageSet, String> {
         let mut dirty = PageSet::empty(self.blocks.layout().pages());
         let tracker = self.tracker.as_mut().ok_or("dirty pages are not tracked")?;
         tracker.harvest(&mut dirty).map_err(|error| error.to_string())?;
@@ -97,7 +120,7 @@ impl SourceGuest {
 
     /// Clears all dirty bits; returns the pages dirtied since the last harvest.
     pub fn watch(&mut self) -> Result<PageSet, String> {
-        let dirty = self.harvest()?;
+        let dirty = self.take_dirty()?;
         let all = PageRun::new(0, self.ram.pages());
         let mut pages = PageSet::empty(all.count);
         pages.insert(all);
@@ -111,8 +134,8 @@ impl SourceGuest {
         tracker.clear(pages, range).map_err(|error| error.to_string())
     }
 
-    /// Takes the guest over and saves it. After an error it may or may not be in hand; [`SourceGuest::resume`] is right for both.
-    pub fn stop(&mut self) -> Result<Stopped, StopError> {
+    /// Takes the guest over and saves it, if wanted with the pages that it touches first. After an error it may or may not be in hand; [`SourceGuest::resume`] is right for both.
+    pub fn stop(&mut self, takes_hot_pages: bool) -> Result<Stopped, StopError> {
         // Most of what the disks must write back is written while the guest still runs, so that giving the locks up is short. An error
         // here is none yet: giving up will meet it again.
         for disk in self.blocks.shared_disks() {
@@ -129,7 +152,7 @@ impl SourceGuest {
             VmError::Ended(event) => StopError::Ended(event),
             error => StopError::Failed(format!("the guest cannot be saved: {error}")),
         })?;
-        let machine = saved::encode_guest(guest.was_running, &state)?;
+        let was_running = guest.was_running;
         for (disk, _) in self.blocks.disks() {
             // Before the last harvest: nobody writes to it any more.
             disk.freeze().map_err(|error| error.to_string())?;
@@ -137,16 +160,43 @@ impl SourceGuest {
         let bitmaps = self.reserve_bitmaps();
         let saved = Instant::now();
         // After the state was saved, because saving can write guest RAM.
-        let dirty = self.harvest()?;
+        let dirty = self.take_dirty()?;
+        let harvested = Instant::now();
+        let hot = if takes_hot_pages { self.hot_pages(&state, &dirty)? } else { HotPages::default() };
+        let machine = saved::encode_guest(was_running, &state, &hot)?;
         let microseconds = |from: Instant, to: Instant| to.duration_since(from).as_micros() as u64;
         Ok(Stopped {
             machine,
             dirty,
             bitmaps,
             stop_us: microseconds(begin, stopped),
-            device_state_us: microseconds(stopped, saved),
-            last_sync_us: microseconds(saved, Instant::now()),
+            device_state_us: microseconds(stopped, saved) + microseconds(harvested, Instant::now()),
+            last_sync_us: microseconds(saved, harvested),
         })
+    }
+
+    /// What the guest's registers point to, and then what it has written lately.
+    fn hot_pages(&self, state: &MachineState, dirty: &PageSet) -> Result<HotPages, String> {
+        let mut hot = HotPages::default();
+        if self.ram.host_page() != HostPage::SMALL {
+            return Ok(hot);
+        }
+        let named = hot_pages(state, self.ram.memory(), MAX_HOT_PAGES);
+        hot.pages = named.into_iter().filter_map(|address| self.ram.page_at(address)).collect();
+        let ram = PageRun::new(0, self.ram.pages());
+        for page in [dirty, &self.written].into_iter().flat_map(|written| written.runs_within(ram)).flat_map(PageRun::pages) {
+            if hot.pages.len() == MAX_HOT_PAGES {
+                break;
+            }
+            if !hot.pages.contains(&page) {
+                hot.pages.push(page);
+            }
+        }
+        let io = PageIo::new(self.ram.clone());
+        for &page in &hot.pages {
+            io.copy(PageRun::single(page), &mut hot.contents).map_err(|error| error.to_string())?;
+        }
+        Ok(hot)
     }
 
     fn reserve_bitmaps(&mut self) -> Vec<BitmapInfo> {

@@ -185,7 +185,8 @@ impl Migration {
                 }
             }
             Action::Stop => {
-                let stopped = self.guest.stop();
+                let takes_pages = self.shared.engine().takes_hot_pages();
+                let stopped = self.guest.stop(takes_pages);
                 self.limit_standstill();
                 match stopped {
                     Ok(stopped) => self.shared.handle(Input::Stopped(stopped)),
