@@ -8,8 +8,15 @@ use crate::memory::PageRun;
 /// behind one that nobody does.
 #[derive(Debug, Default)]
 pub(super) struct Placing {
-    held: Mutex<Vec<Held>>,
+    state: Mutex<State>,
     released: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    held: Vec<Held>,
+    /// Threads that wait: seldom any, and then nobody is woken.
+    waiting: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,24 +49,30 @@ impl Placing {
     }
 
     fn hold(&self, new: Held) -> Guard<'_> {
-        let mut held = self.released.wait_while(self.held(), |held| held.iter().any(|held| held.excludes(new)));
-        held.as_mut().unwrap_or_else(|poisoned| poisoned.get_mut()).push(new);
+        let mut state = self.state();
+        while state.held.iter().any(|held| held.excludes(new)) {
+            state.waiting += 1;
+            state = self.released.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.waiting -= 1;
+        }
+        state.held.push(new);
         Guard { placing: self, held: new }
     }
 
-    fn held(&self) -> MutexGuard<'_, Vec<Held>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
-        let mut held = self.placing.held();
-        if let Some(index) = held.iter().position(|held| *held == self.held) {
-            held.swap_remove(index);
+        let mut state = self.placing.state();
+        if let Some(index) = state.held.iter().position(|held| *held == self.held) {
+            state.held.swap_remove(index);
         }
-        drop(held);
-        self.placing.released.notify_all();
+        if state.waiting > 0 {
+            self.placing.released.notify_all();
+        }
     }
 }
 
@@ -89,6 +102,6 @@ mod tests {
             waits.join().unwrap();
         });
         drop(other);
-        assert!(placing.held().is_empty());
+        assert!(placing.state().held.is_empty());
     }
 }

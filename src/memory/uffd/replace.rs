@@ -44,18 +44,22 @@ impl MissingPages {
         };
         // Who is told meanwhile that a page is not missing (so that zeros are placed if there is nothing) must find the page again, and
         // nobody may place one in the gap.
-        let _alone = self.placing.alone(run);
+        let alone = self.placing.alone(run);
         if self.move_whole(run, place, source, area).is_some() {
             return Ok(());
         }
         // One by one: the kernel has refused some step, or only part of it is huge here. What the guest had is in `area` or still in place.
-        self.fill(run, |dst, offset, len| {
+        let filled = self.fill(run, |dst, offset, len| {
             // SAFETY: within the run's pages of `area`.
             let from = unsafe { source.add(offset) };
             // SAFETY: the pages of `area` are mapped, and nobody writes to them.
             unsafe { self.copy_from(dst, from, len) }
-        })
-        .map(drop)
+        });
+        if filled.is_err() {
+            // Part of what the guest had is nowhere but in `area`. It must not find zeros in its place, but wait.
+            std::mem::forget(alone);
+        }
+        filled.map(drop)
     }
 
     /// The fast way. `None` leaves every page that the guest had either in place or in `area`.
