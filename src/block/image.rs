@@ -18,11 +18,13 @@ use super::sidecar::ImageStamp;
 use crate::vm::config::CacheMode;
 
 mod allocation;
+mod cached;
 mod direct;
 mod incoming;
 mod ioctl;
 mod vectored;
 
+pub use cached::is_cached;
 use direct::Direct;
 pub use incoming::{IncomingError, IncomingFile};
 

@@ -11,7 +11,7 @@ use super::{GRANULE, GuestRam, PageRun, RamError};
 pub struct StagingArea {
     ram: GuestRam,
     /// Room for what the guest already holds of a huge page, while that is replaced: of one at a time.
-    aside: Mutex<GuestRam>,
+    aside: Mutex<Option<GuestRam>>,
     pagemap: Pagemap,
 }
 
@@ -30,7 +30,7 @@ impl StagingArea {
     /// For pages of `ram`.
     pub fn new(ram: &GuestRam) -> Result<Self, StagingError> {
         let (area, aside) = (GuestRam::allocate(ram.size())?, GuestRam::allocate(GRANULE)?);
-        Ok(StagingArea { ram: area, aside: Mutex::new(aside), pagemap: Pagemap::open()? })
+        Ok(StagingArea { ram: area, aside: Mutex::new(Some(aside)), pagemap: Pagemap::open()? })
     }
 
     /// Where pages come together, under their own numbers.
@@ -38,8 +38,8 @@ impl StagingArea {
         &self.ram
     }
 
-    /// Room for one huge page, for as long as it is held.
-    pub(super) fn aside(&self) -> MutexGuard<'_, GuestRam> {
+    /// Room for one huge page, for as long as it is held. None once it has been lost.
+    pub(super) fn aside(&self) -> MutexGuard<'_, Option<GuestRam>> {
         self.aside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -58,7 +58,8 @@ impl Incoming {
 
     /// As [`Staging::zero`].
     pub fn zero_staged(&mut self, run: PageRun) -> Vec<PageRun> {
-        self.staging.zero(run, &self.missing)
+        // Disks have no huge pages, and may be long.
+        if self.layout.is_ram(run.first) { self.staging.zero(run, &self.missing) } else { vec![run] }
     }
 
     /// A huge page that is to be put in place, and then to be reported with [`Incoming::replaced`].
@@ -139,7 +140,9 @@ impl Incoming {
     /// The pages of `run` have been placed. Only now are they no longer missing: a fault between arrival and placement must not be
     /// answered with a zero page. Returns the latency of each fault that this ended.
     pub fn placed(&mut self, run: PageRun, now: Duration) -> Vec<Duration> {
-        self.staging.note(run, &self.missing);
+        if self.layout.is_ram(run.first) {
+            self.staging.note(run, &self.missing);
+        }
         self.missing.remove(run);
         if self.requested.remove(run) == 0 {
             return Vec::new();

@@ -72,6 +72,9 @@ impl Staging {
 
     /// The pages of `run` are zero. Returns those of which the huge page does not come together.
     pub fn zero(&mut self, run: PageRun, missing: &PageSet) -> Vec<PageRun> {
+        if self.gathering.is_empty() {
+            return vec![run];
+        }
         let parts: Vec<_> = self.parts(run).collect();
         let (gathering, others) = parts.into_iter().partition(|part| self.gathering.contains_key(&self.unit.around(*part).first));
         let gathering: Vec<_> = gathering;

@@ -2,6 +2,7 @@
 //! a copy, as a huge page.
 
 use std::ptr::NonNull;
+use std::time::Duration;
 
 use rustix::mm::{Advice, MremapFlags, madvise, mremap_fixed};
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
@@ -26,6 +27,9 @@ const _: () = assert!(size_of::<UffdioMove>() == 40);
 const MOVE: u8 = 0x05;
 const UFFDIO_MOVE: libc::c_ulong = rustix::ioctl::opcode::read_write::<UffdioMove>(UFFDIO, MOVE) as libc::c_ulong;
 
+/// How long memory is waited for that the kernel does not have.
+const RETRY: Duration = Duration::from_millis(1);
+
 impl MissingPages {
     /// Whether this kernel can do what [`MissingPages::replace`] needs.
     pub fn can_replace(&self) -> bool {
@@ -49,15 +53,25 @@ impl MissingPages {
             return Ok(());
         }
         // One by one: the kernel has refused some step, or only part of it is huge here. What the guest had is in `area` or still in place.
-        let filled = self.fill(run, |dst, offset, len| {
+        let copy = |dst, offset, len| {
             // SAFETY: within the run's pages of `area`.
             let from = unsafe { source.add(offset) };
             // SAFETY: the pages of `area` are mapped, and nobody writes to them.
             unsafe { self.copy_from(dst, from, len) }
-        });
+        };
+        let filled = loop {
+            match self.fill(run, copy) {
+                // There may be memory again in a moment, and nowhere else is what the guest had.
+                Err(UffdError::Place { source, .. }) if source.raw_os_error() == Some(libc::ENOMEM) => std::thread::sleep(RETRY),
+                filled => break filled,
+            }
+        };
         if filled.is_err() {
             // Part of what the guest had is nowhere but in `area`. It must not find zeros in its place, but wait.
             std::mem::forget(alone);
+        } else {
+            // SAFETY: within `area`, which nobody needs any more for this run.
+            let _ = unsafe { madvise(source.as_ptr().cast(), run.bytes() as usize, Advice::LinuxDontNeed) };
         }
         filled.map(drop)
     }
@@ -67,15 +81,19 @@ impl MissingPages {
         let length = run.bytes() as usize;
         // Now, while nothing is placed: what is populated below is all that the guest can have written.
         let populated = area.populated(&self.ram, run).ok()?;
-        let room = area.aside();
-        let aside = room.base();
+        let mut room = area.aside();
+        let aside = room.as_ref()?.base();
         // The guest's own pages give way, together, and whoever touches one of them from here on waits. (kernel document
         // admin-guide/mm/userfaultfd; MREMAP_DONTUNMAP leaves the mapping and its watch as they are.)
         // SAFETY: a part of guest RAM, to which nothing holds references, goes to the room that is set aside, in which nothing is needed.
-        unsafe {
+        let given_way = unsafe {
             mremap_fixed(place.as_ptr().cast(), length, length, MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP, aside.as_ptr().cast())
+        };
+        if given_way.is_err() {
+            // The room may have been unmapped before it failed, and somebody else's memory be there by now.
+            std::mem::forget(room.take());
+            return None;
         }
-        .ok()?;
         // Nothing is there now. This lets the kernel free the table of small pages (since Linux 6.14), without which a huge page has no
         // place; with it the move below is slower, no more.
         // SAFETY: within guest RAM, to which nothing holds references.

@@ -16,6 +16,11 @@ impl Destination {
         self.incoming.missing()
     }
 
+    /// Whether nothing is missing, or about to be put in place, in postcopy.
+    pub fn is_whole(&self) -> bool {
+        self.incoming.is_whole()
+    }
+
     /// Pages that somebody in the guest waits for, longest waiting first.
     pub fn waiting(&self) -> Vec<PageNumber> {
         self.incoming.waiting()
@@ -72,6 +77,8 @@ impl Destination {
         let answer = self.incoming.fault(page, now);
         match answer {
             FaultAnswer::Request(run) => self.faults.requested += run.count,
+            // What was placed since the touch. The source has been told how many there were, or is about to be.
+            FaultAnswer::Zero(_) if self.is_whole() => {}
             FaultAnswer::Zero(_) => self.faults.local += 1,
             FaultAnswer::Wait => {}
         }
@@ -90,7 +97,8 @@ impl Destination {
 
     /// What to ask for in advance because of that fault, once its own page has been asked for. It may be left out.
     pub fn prefetch(&mut self, page: PageNumber) -> Vec<PageRun> {
-        if self.lost.is_some() || self.state == State::Ended { Vec::new() } else { self.incoming.prefetch(page) }
+        let is_over = self.lost.is_some() || self.state == State::Ended || self.is_whole();
+        if is_over { Vec::new() } else { self.incoming.prefetch(page) }
     }
 
     /// The waits for blocks that have ended, where disks are copied.

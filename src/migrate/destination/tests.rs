@@ -265,3 +265,19 @@ fn pages_that_are_in_place_after_the_end_change_nothing() {
     destination.received(sent);
     assert_eq!((destination.poll(NOW), destination.status()), (Poll::Wait(None), Status::Failed));
 }
+
+#[test]
+fn what_was_counted_of_faults_is_told_once_and_stays() {
+    let mut destination = running();
+    for page in [3, 4] {
+        destination.fault(PageNumber(page), NOW);
+        assert_eq!(destination.prefetch(PageNumber(page)).len(), usize::from(page == 4));
+    }
+    // The page has been asked for in advance, is touched, and comes with all others before the fault has been dealt with to its end.
+    assert_eq!(destination.fault(PageNumber(5), NOW), FaultAnswer::Wait);
+    destination.placed(PageRun::new(0, 16), NOW);
+    let told = destination.faults();
+    assert_eq!(destination.prefetch(PageNumber(5)), []);
+    destination.fault(PageNumber(7), NOW);
+    assert_eq!(destination.faults(), told);
+}

@@ -180,6 +180,9 @@ impl DestinationMigration {
         if missing > 0 {
             return Err(format!("{missing} pages of the guest, or blocks of its disks, are at the source and nowhere else"));
         }
+        if !engine.is_whole() {
+            return Err("pages that have come are being put in place; try again".into());
+        }
         engine.handle(Input::GiveUpRest);
         drop(engine);
         self.shared.wake.wake();

@@ -85,6 +85,22 @@ fn what_did_not_come_together_as_a_huge_page_is_placed_all_the_same() {
 }
 
 #[test]
+fn without_room_to_put_them_aside_pages_are_placed_one_by_one() {
+    let Some((ram, pages, area)) = missing() else { return };
+    fill(&area, HUGE);
+    let placed = PageNumber(HUGE_PAGE + 20);
+    pages.place(PageRun::single(placed), &[1; PAGE_SIZE]).unwrap();
+    word(&ram, placed).store(77, Ordering::Relaxed);
+    area.aside().take();
+    pages.replace(HUGE, &area).unwrap();
+    for page in HUGE.pages() {
+        let expected = if page == placed { 77 } else { page.0 };
+        assert_eq!(word(&ram, page).load(Ordering::Relaxed), expected, "{page}");
+    }
+    assert_eq!(word(area.ram(), PageNumber(HUGE_PAGE + 1)).load(Ordering::Relaxed), 0, "what was copied is given back");
+}
+
+#[test]
 fn who_touches_a_missing_page_meanwhile_is_woken() {
     let Some((ram, pages, area)) = missing() else { return };
     fill(&area, HUGE);

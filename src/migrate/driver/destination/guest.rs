@@ -12,13 +12,13 @@ use super::bitmaps::IncomingBitmaps;
 use super::faults::FaultService;
 use crate::block::block_run::BlockRun;
 use crate::block::disk::Disk;
+use crate::block::image::is_cached;
 use crate::memory::staging::StagingArea;
 use crate::memory::uffd::Userfaultfd;
 use crate::memory::{GuestRam, HostPage, PAGE_SIZE, PageRun, thp};
 use crate::migrate::destination::Input;
 use crate::migrate::layout::Layout;
 use crate::migrate::wire::{Package, Setup};
-use crate::vm::config::CacheMode;
 use crate::vm::{Built, Vm};
 
 /// What the migration holds of the guest.
@@ -62,8 +62,9 @@ impl DestinationGuest {
         }
         // Before the first page comes.
         thp::allow_only(&ram, &huge);
-        // Direct I/O writes to a page's physical address, wherever it has gone meanwhile. Without an area pages come one by one.
-        let may_stage = postcopy && !huge.is_empty() && !disks.iter().any(|disk| disk.config().options.cache == CacheMode::None);
+        // I/O past the page cache writes to a page's physical address, wherever it has gone meanwhile. Without an area pages come one by one.
+        let cached = |disk: &Arc<Disk>| is_cached(&disk.config().path, disk.config().options.cache);
+        let may_stage = postcopy && !huge.is_empty() && disks.iter().all(cached);
         let staging = if may_stage { StagingArea::new(&ram).ok() } else { None };
         let blocks = BlockIo::new(layout, disks.clone());
         *shared.io() = Some((PageIo::new(ram.clone()), blocks.clone()));

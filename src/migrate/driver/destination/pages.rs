@@ -93,8 +93,9 @@ impl PageReader<'_> {
             let faults = self.faults()?;
             let read = faults.staging()?.receive(run, &mut self.reader, deadline);
             self.shared.engine().staged(run, read.is_ok(), self.shared.now());
-            read.map_err(|error| self.lost(error))?;
-            return self.place_gathered();
+            // Also after a loss: others may have waited for nothing but the end of this.
+            self.place_gathered()?;
+            return read.map_err(|error| self.lost(error));
         }
         // Bounded by the engine.
         self.contents.resize(run.bytes() as usize, 0);
@@ -113,11 +114,12 @@ impl PageReader<'_> {
 
     fn compressed(&mut self, compressed: &Compressed) -> Result<(), Input> {
         let run = compressed.run;
-        let placement = self.shared.engine().pages(self.channel, run).map_err(|reason| self.nonsense(reason))?;
+        // Bounded by the frame's decoding. Before the engine counts on them.
         self.contents.resize(run.bytes() as usize, 0);
         self.decompressor
             .decompress(compressed.method, &compressed.contents, &mut self.contents)
             .map_err(|error| self.nonsense(format!("{run} came, but {error}")))?;
+        let placement = self.shared.engine().pages(self.channel, run).map_err(|reason| self.nonsense(reason))?;
         let (ram, blocks) = io(self.shared)?;
         self.put(run, placement, &ram, &blocks)
     }
