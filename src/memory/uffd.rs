@@ -150,7 +150,7 @@ impl Userfaultfd {
         if !ioctls.contains(IoctlFlags::COPY | IoctlFlags::WAKE | zeropage) {
             return Err(error(io::Error::from(io::ErrorKind::Unsupported)));
         }
-        Ok(MissingPages { uffd: self.0, ram, zeros, ioctls: ioctls.bits(), placing: Placing::default() })
+        Ok(MissingPages { uffd: self.0, ram, zeros, can_replace: ioctls.bits() >> replace::MOVE & 1 == 1, placing: Placing::default() })
     }
 }
 
@@ -162,8 +162,8 @@ pub struct MissingPages {
     ram: GuestRam,
     /// A host page of zeros for memory that has no zero page, else nothing.
     zeros: Vec<u8>,
-    /// What the kernel can do with it, one bit each.
-    ioctls: u64,
+    /// Whether this kernel can do what [`MissingPages::replace`] needs.
+    can_replace: bool,
     placing: Placing,
 }
 

@@ -75,10 +75,13 @@ impl Staging {
         if self.gathering.is_empty() {
             return vec![run];
         }
-        let parts: Vec<_> = self.parts(run).collect();
-        let (gathering, others) = parts.into_iter().partition(|part| self.gathering.contains_key(&self.unit.around(*part).first));
-        let gathering: Vec<_> = gathering;
-        gathering.into_iter().for_each(|part| self.note(part, missing));
+        let mut others = Vec::new();
+        for part in self.parts(run) {
+            match self.gathering.contains_key(&self.unit.around(part).first) {
+                true => self.note(part, missing),
+                false => others.push(part),
+            }
+        }
         others
     }
 
@@ -87,8 +90,7 @@ impl Staging {
         if self.gathering.is_empty() {
             return;
         }
-        let parts: Vec<_> = self.parts(run).collect();
-        for part in parts {
+        for part in self.parts(run) {
             // An empty run has a place, too.
             let unit = self.unit.around(PageRun::single(part.first));
             let Some(gathering) = self.gathering.get_mut(&unit.first) else { continue };

@@ -24,7 +24,7 @@ struct UffdioMove {
 const _: () = assert!(size_of::<UffdioMove>() == 40);
 
 /// Number of the ioctl, and of its bit in what a registration offers.
-const MOVE: u8 = 0x05;
+pub(super) const MOVE: u8 = 0x05;
 const UFFDIO_MOVE: libc::c_ulong = rustix::ioctl::opcode::read_write::<UffdioMove>(UFFDIO, MOVE) as libc::c_ulong;
 
 /// How long memory is waited for that the kernel does not have.
@@ -33,7 +33,7 @@ const RETRY: Duration = Duration::from_millis(1);
 impl MissingPages {
     /// Whether this kernel can do what [`MissingPages::replace`] needs.
     pub fn can_replace(&self) -> bool {
-        self.ioctls >> MOVE & 1 == 1
+        self.can_replace
     }
 
     /// Gives the missing pages of the huge page `run` the contents that they have in `area`, from which they go, and wakes who waits for

@@ -27,7 +27,7 @@ pub enum Action {
     /// Wait until the machine is built: what is to be acknowledged next allows the source to stop the guest.
     FinishBuilding,
     /// Discard every page in `package.missing`: of some an old version is in place, and of others a zero page, because a transparent
-    /// huge page came into being around a neighbour. Serve page faults if `package.postcopy` (before anything is restored, because
+    /// huge page came into being around a neighbour (none of which can be without [`Destination::has_received`]). Serve page faults if `package.postcopy` (before anything is restored, because
     /// restoring can fault), create the bitmaps, load the state; answer with [`Input::Loaded`].
     Load(Box<Package>),
     /// What was copied of disks is to outlive a crash of this host from now on; answer with [`Input::DisksFlushed`] or [`Input::DisksNotFlushed`].

@@ -48,6 +48,7 @@ impl FaultService {
         let error = |error: UffdError| error.to_string();
         let pages = uffd.register(ram.clone()).map_err(error)?;
         let staging = Mutex::new(staging.filter(|_| pages.can_replace()).map(Arc::new));
+        // Where nothing has come, RAM is as it was allocated, and a walk over all of it would only prolong the blackout.
         let nothing_is_there = !shared.engine().has_received();
         let mut missing = missing.iter().filter(|run| !nothing_is_there && blocks.blocks(**run).is_none());
         // After the registration, which keeps huge pages from filling what is discarded, and before anybody looks.
