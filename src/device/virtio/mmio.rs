@@ -254,9 +254,9 @@ impl<D: VirtioDevice> Device for VirtioMmio<D> {
     }
 
     fn resume(&self) -> Result<(), DeviceError> {
-        self.worker.resume().map_err(|reason| DeviceError::Failed { id: self.id.clone(), reason })?;
+        // Before the thread works, so that an interrupt it raises now is not raised twice.
         self.worker.interrupt().repeat();
-        Ok(())
+        self.worker.resume().map_err(|reason| DeviceError::Failed { id: self.id.clone(), reason })
     }
 
     fn save(&self) -> Result<DeviceState, DeviceError> {
