@@ -1,10 +1,18 @@
-//! The interrupt controllers and the timer inside KVM: saving and restoring.
+//! The interrupt controllers and the timer inside KVM: creating, saving and restoring.
 
-use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip};
+use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, kvm_irqchip, kvm_pit_config};
 use kvm_ioctls::VmFd;
 
 use super::VmError;
 use super::state::{Abi, ChipState};
+
+/// Creates the chips, before the vCPUs.
+pub fn create(vm: &VmFd) -> Result<(), VmError> {
+    vm.create_irq_chip().map_err(VmError::kvm("KVM_CREATE_IRQCHIP"))?;
+    // The dummy speaker is port 0x61, which guests read to see the timer run.
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(VmError::kvm("KVM_CREATE_PIT2"))
+}
 
 /// Reads the chips, after the vCPUs: reading those may still deliver interrupts.
 pub fn save(vm: &VmFd) -> Result<ChipState, VmError> {

@@ -207,6 +207,9 @@ impl Vm<Built> {
             // SAFETY: the region is the slot's own part of RAM, which `Machine` keeps mapped for longer than the descriptor.
             unsafe { fd.set_user_memory_region(region) }.map_err(VmError::kvm("KVM_SET_USER_MEMORY_REGION"))?;
         }
+        // After the memory: a new device makes KVM begin a grace period of a tick or two, and memory slots, which else wait 0.6 ms, would wait
+        // for its end (`kvm_io_bus_register_dev` calls `call_srcu`, `kvm_swap_active_memslots` `synchronize_srcu_expedited`).
+        chips::create(&fd)?;
         let tracking = Tracking::new(tracker, &fd, &ram, emulates_ring_0())?;
         let events = EventSink::new(events);
         let serial = Arc::new(SerialPort::new(irqfd(&fd, layout::COM1_GSI)?));
