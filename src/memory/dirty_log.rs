@@ -4,6 +4,10 @@
 //! nothing, and pages are write-protected again only when their bits are cleared, a few at a time, just before they are read. All bits
 //! begin set, so that switching the log on protects nothing either. Where the kernel lacks this, fetching clears, behind the same
 //! interface.
+//!
+//! The bits of memory that nobody has touched yet would have to be cleared, too, so that the log can tell when somebody does: milliseconds a
+//! GiB where KVM looks at every page. Large stretches of it are left alone instead, and the host's page tables are asked whether anything
+//! has appeared there, which takes microseconds for as long as nothing has.
 
 use std::io;
 use std::sync::Arc;
@@ -16,7 +20,8 @@ use kvm_ioctls::VmFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::dirty_tracker::{TrackerError, switch};
-use super::populated::populated;
+use super::pagemap::Pagemap;
+use super::populated::{populated, scan};
 use super::ram::RamSlot;
 use super::{GuestRam, PageRun, PageSet};
 
@@ -27,12 +32,19 @@ const _: () = assert!(size_of::<kvm_clear_dirty_log>() == 24);
 /// A word of the log: KVM_CLEAR_DIRTY_LOG takes whole ones.
 const WORD: u64 = 64;
 
+/// Untouched memory is left to the host's page tables in aligned blocks of so many pages: enough for the number of stretches to stay small.
+const BLOCK: u64 = 4096;
+
 /// The dirty log of a guest, switched on. [`super::dirty_tracker::DirtyTracker`] says what its calls mean.
 pub struct DirtyLog {
     vm: Arc<VmFd>,
     ram: GuestRam,
     /// With manual protect: the pages whose bits in the log are known to be set, and were handed out. Without: always empty.
     reported: PageSet,
+    /// Blocks that nobody has touched, as far as the host's page tables have told: their bits in the log are all set.
+    untouched: PageSet,
+    /// Of this process, unless the kernel cannot scan them: then no block is left to them.
+    page_tables: Option<Pagemap>,
     manual_protect: bool,
 }
 
@@ -44,7 +56,8 @@ impl DirtyLog {
         let flags = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
         let capability = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, args: [flags, 0, 0, 0], ..Default::default() };
         let manual_protect = vm.enable_cap(&capability).is_ok();
-        let mut log = DirtyLog { vm, reported: PageSet::empty(ram.pages()), manual_protect, ram };
+        let none = PageSet::empty(ram.pages());
+        let mut log = DirtyLog { vm, reported: none.clone(), untouched: none, page_tables: Pagemap::open().ok(), manual_protect, ram };
         log.ram.take_device_writes(&mut PageSet::empty(log.ram.pages()));
         if let Err(error) = switch(&log.vm, &log.ram, true).and_then(|()| log.collect_populated(into)) {
             // Best effort: the guest is better off without a log that nobody reads.
@@ -59,13 +72,16 @@ impl DirtyLog {
         let mut touched = PageSet::empty(self.ram.pages());
         populated(&self.ram, &mut touched);
         if self.manual_protect {
-            // The bits of untouched pages are set as well. Cleared here (nothing is mapped, so that is cheap), they tell of first
-            // touches from now on; touches between the scan and the clear are found by scanning once more, after it.
             self.reported.insert(all);
-            let mut untouched = self.reported.clone();
-            untouched.subtract(&touched);
-            self.clear(&untouched, all)?;
+            let mut rest = self.reported.clone();
+            rest.subtract(&touched);
+            self.untouched = self.whole_blocks(&rest);
+            // Cleared (nothing is mapped, so that is cheap), the bits of the rest tell of first touches from now on; touches between the scan
+            // and the clear are found by scanning once more, after it.
+            self.clear(&rest, all)?;
             populated(&self.ram, &mut touched);
+            // Left to the next harvest.
+            touched.subtract(&self.untouched);
         }
         into.union(&touched);
         Ok(())
@@ -79,17 +95,67 @@ impl DirtyLog {
             let log = log.map_err(|source| TrackerError::Get { slot: slot.slot, source })?;
             // Slots begin at a multiple of 64 pages, so words line up.
             let base = (slot.run.first.0 / WORD) as usize;
-            for (index, bits) in (base..).zip(log).filter(|(_, bits)| *bits != 0) {
+            for (index, bits) in (base..).zip(log) {
                 let known = self.reported.words().get(index).copied().unwrap_or(0);
+                if bits & !known == 0 {
+                    continue;
+                }
                 into.insert_word(index, bits & !known);
                 if self.manual_protect {
                     self.reported.insert_word(index, bits);
                 }
             }
         }
+        self.harvest_untouched(into)?;
         // Their bitmap forgets what it hands out, so these are always reported.
         self.ram.take_device_writes(into);
         Ok(into.len() - before)
+    }
+
+    /// The blocks that lie in `pages` whole, if page tables can be scanned.
+    fn whole_blocks(&self, pages: &PageSet) -> PageSet {
+        let mut blocks = PageSet::empty(pages.universe());
+        let can_scan = |pagemap: &Pagemap| scan(pagemap, &self.ram, PageRun::new(0, 1), &mut PageSet::empty(1)).is_ok();
+        if self.page_tables.as_ref().is_some_and(can_scan) {
+            for run in pages.runs() {
+                let (first, end) = (run.first.0.next_multiple_of(BLOCK), run.end() / BLOCK * BLOCK);
+                blocks.insert(PageRun::new(first, end.saturating_sub(first)));
+            }
+        }
+        blocks
+    }
+
+    /// Adds to `into` what has appeared in untouched blocks. What is left of such a block is tracked by the log from then on.
+    fn harvest_untouched(&mut self, into: &mut PageSet) -> Result<(), TrackerError> {
+        if self.untouched.is_empty() {
+            return Ok(());
+        }
+        let mut touched = PageSet::empty(self.ram.pages());
+        for run in self.untouched.runs() {
+            self.scan(run, &mut touched)?;
+        }
+        if touched.is_empty() {
+            return Ok(());
+        }
+        let mut next = 0;
+        while let Some(page) = touched.next_run(next, 1) {
+            let block = PageRun::new(page.first.0 / BLOCK * BLOCK, BLOCK);
+            next = block.end();
+            self.untouched.remove(block);
+            let mut rest = PageSet::empty(self.ram.pages());
+            rest.insert(block);
+            rest.subtract(&touched);
+            self.clear(&rest, block)?;
+            // What was touched before its bit was cleared.
+            self.scan(block, &mut touched)?;
+        }
+        into.union(&touched);
+        Ok(())
+    }
+
+    fn scan(&self, run: PageRun, into: &mut PageSet) -> Result<(), TrackerError> {
+        let scanned = self.page_tables.as_ref().map_or(Ok(()), |pagemap| scan(pagemap, &self.ram, run, into));
+        scanned.map_err(|source| TrackerError::Scan { run, source })
     }
 
     /// See [`super::dirty_tracker::DirtyTracker::clear`].
@@ -114,13 +180,14 @@ impl DirtyLog {
     }
 
     /// Clears the bits of `pages` within `run`, which lies in `slot`, as far as they are known to be set: a bit set since the last
-    /// harvest stands for a write that nobody has been told of.
+    /// harvest stands for a write that nobody has been told of. Those of untouched blocks stay set: a page may have appeared there of which
+    /// nobody has been told.
     fn clear_in_slot(&mut self, slot: RamSlot, pages: &PageSet, run: PageRun) -> Result<(), TrackerError> {
         let first_word = run.first.0 / WORD;
         let bits: Vec<u64> = (first_word..run.end().div_ceil(WORD))
             .map(|index| {
                 let word = |set: &PageSet| set.words().get(index as usize).copied().unwrap_or(0);
-                word(pages) & word(&self.reported) & mask_of_word(run, index)
+                word(pages) & word(&self.reported) & !word(&self.untouched) & mask_of_word(run, index)
             })
             .collect();
         if bits.iter().all(|word| *word == 0) {

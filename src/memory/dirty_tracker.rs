@@ -60,6 +60,14 @@ pub enum TrackerError {
         /// What KVM said.
         source: kvm_ioctls::Error,
     },
+    /// The host's page tables do not tell which pages exist.
+    #[error("cannot tell what the guest has touched of {run}: {source}")]
+    Scan {
+        /// The pages.
+        run: PageRun,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// A vCPU's ring could not be mapped. The machine cannot be built as asked.
     #[error("cannot map the dirty ring of a vCPU: {0}; use --dirty-tracking log")]
     Map(io::Error),

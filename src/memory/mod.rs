@@ -1,5 +1,6 @@
 //! Guest RAM: the mapping, its pages as the migration counts them, and the ways its changes and its missing pages are seen.
 
+mod device_writes;
 pub mod dirty_log;
 pub mod dirty_ring;
 pub mod dirty_tracker;

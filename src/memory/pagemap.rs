@@ -60,15 +60,16 @@ impl Pagemap {
         File::open("/proc/self/pagemap").map(Pagemap)
     }
 
-    /// Adds to `into` the pages of `ram` that are of any of `categories`, but for those that the kernel's shared zero pages stand for. Linux 6.7
-    /// and later: the kernel walks the page tables and finds runs; earlier ones say ENOTTY.
-    pub fn scan(&self, ram: &GuestRam, categories: u64, into: &mut PageSet) -> io::Result<()> {
+    /// Adds to `into` the pages of `run` in `ram` that are of any of `categories`, but for those that the kernel's shared zero pages stand
+    /// for. Linux 6.7 and later: the kernel walks the page tables and finds runs; earlier ones say ENOTTY.
+    pub fn scan(&self, ram: &GuestRam, run: PageRun, categories: u64, into: &mut PageSet) -> io::Result<()> {
         let base = ram.base().as_ptr() as u64;
+        let start = ram.host_address(run).ok_or(io::ErrorKind::InvalidInput)?.as_ptr() as u64;
         let mut regions = [PageRegion::default(); 512];
         let mut argument = PmScanArg {
             size: size_of::<PmScanArg>() as u64,
-            start: base,
-            end: base + ram.size(),
+            start,
+            end: start + run.bytes(),
             vec: regions.as_mut_ptr() as u64,
             vec_len: regions.len() as u64,
             category_inverted: PAGE_IS_PFNZERO,

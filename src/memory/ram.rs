@@ -1,20 +1,19 @@
 //! Guest RAM: one anonymous mapping, shown to the guest below and above the 32-bit hole. It is made of the host's ordinary pages, of
 //! which the kernel makes transparent huge ones where it can, or of hugetlb pages, which were set aside for such use.
 
-use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use thiserror::Error;
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 
+use super::device_writes::DeviceWrites;
 use super::hugetlb::{Shortage, map_hugetlb};
 use super::{HostPage, PAGE_SIZE, PageNumber, PageRun, PageSet};
 
 /// Guest memory as virtio-queue and the loaders take it; its bitmap collects what devices write.
-pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
+pub type GuestMemory = GuestMemoryMmap<DeviceWrites>;
 
 /// First guest address of the hole that MMIO lives in; RAM that does not fit below it continues at [`HOLE_END`].
 pub const HOLE_START: u64 = 3 << 30;
@@ -164,8 +163,7 @@ impl GuestRam {
         let layout = |error: &dyn std::fmt::Display| RamError::Layout(error.to_string());
         let regions = slots.iter().map(|slot| {
             let bytes = slot.run.bytes() as usize;
-            let page_size = NonZeroUsize::new(PAGE_SIZE).unwrap_or(NonZeroUsize::MIN);
-            let builder = MmapRegionBuilder::new_with_bitmap(bytes, AtomicBitmap::new(bytes, page_size))
+            let builder = MmapRegionBuilder::new_with_bitmap(bytes, DeviceWrites::new(bytes))
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
                 .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE);
             // SAFETY: the slot's pages lie within `mapping`, which `Inner` keeps for as long as the region.
@@ -268,9 +266,7 @@ impl GuestRam {
         for (region, slot) in self.memory().iter().zip(self.slots()) {
             // Both parts of RAM begin at a multiple of GRANULE, so words line up.
             let base = (slot.run.first.0 / 64) as usize;
-            for (index, bits) in region.get_mmap().bitmap().get_and_reset().into_iter().enumerate() {
-                dirty.insert_word(base + index, bits);
-            }
+            region.get_mmap().bitmap().take(|index, bits| dirty.insert_word(base + index, bits));
         }
     }
 }

@@ -38,7 +38,7 @@ fn huge_pages(ram: &GuestRam) -> PageSet {
     let mut found = PageSet::empty(ram.pages());
     if ram.host_page() == HostPage::SMALL {
         // What was found before an error is true all the same.
-        let _ = Pagemap::open().and_then(|pagemap| pagemap.scan(ram, PAGE_IS_HUGE, &mut found));
+        let _ = Pagemap::open().and_then(|pagemap| pagemap.scan(ram, PageRun::new(0, ram.pages()), PAGE_IS_HUGE, &mut found));
     }
     found
 }

@@ -1,7 +1,7 @@
 use super::*;
-use crate::memory::PageNumber;
 use crate::memory::dirty_tracker::test_guest::{Guest, Means, SYSTEM, without_system};
 use crate::memory::ram::GRANULE;
+use crate::memory::{PAGE_SIZE, PageNumber};
 
 fn guest() -> Guest {
     Guest::new(2 * GRANULE, Means::Log)
@@ -68,7 +68,9 @@ fn without_manual_protect_fetching_clears() {
     guest.write(40);
     // Nothing has enabled the capability for this VM yet: its log is the plain one.
     let ram = guest.ram.clone();
-    let mut log = DirtyLog { vm: guest.tracking.vm().clone(), reported: PageSet::empty(ram.pages()), manual_protect: false, ram };
+    let none = PageSet::empty(ram.pages());
+    let (vm, page_tables) = (guest.tracking.vm().clone(), Pagemap::open().ok());
+    let mut log = DirtyLog { vm, reported: none.clone(), untouched: none, page_tables, manual_protect: false, ram };
     switch(&log.vm, &log.ram, true).unwrap();
     let mut first = PageSet::empty(guest.ram.pages());
     log.collect_populated(&mut first).unwrap();
@@ -79,6 +81,39 @@ fn without_manual_protect_fetching_clears() {
     clear_all(&mut log, &first);
     guest.write(50);
     assert_eq!(harvest(&mut log), [50]);
+}
+
+#[test]
+fn first_touches_of_blocks_that_nobody_had_touched_are_found() {
+    let mut guest = Guest::new(5 * BLOCK * PAGE_SIZE as u64, Means::Log);
+    guest.write(2 * BLOCK + 7);
+    let (mut log, first) = start(&guest);
+    assert_eq!(without_system(&first), [2 * BLOCK + 7]);
+    // All but where the guest itself is, and what it has touched.
+    let left = [PageRun::new(BLOCK, BLOCK), PageRun::new(3 * BLOCK, 2 * BLOCK)];
+    let untouched = |log: &DirtyLog| log.untouched.runs().collect::<Vec<_>>();
+    // Linux before 6.7 cannot scan, and then nothing is left to its page tables.
+    let is_left = log.manual_protect && !log.whole_blocks(&PageSet::full(guest.ram.pages())).is_empty();
+    assert_eq!(untouched(&log), if is_left { &left[..] } else { &[] });
+    let mut all = PageSet::full(guest.ram.pages());
+    clear_all(&mut log, &all);
+    assert!(harvest(&mut log).is_empty());
+    let pages = [BLOCK, 2 * BLOCK - 1, 4 * BLOCK + 5];
+    pages.iter().for_each(|page| guest.write(*page));
+    assert_eq!(harvest(&mut log), pages);
+    let left = [PageRun::new(3 * BLOCK, BLOCK)];
+    assert_eq!(untouched(&log), if is_left { &left[..] } else { &[] });
+    // From here on the log tells, of their neighbours as well.
+    guest.write(BLOCK + 1);
+    guest.write(3 * BLOCK);
+    assert_eq!(harvest(&mut log), [BLOCK + 1, 3 * BLOCK]);
+    assert!(harvest(&mut log).is_empty(), "reported once");
+    all.remove(PageRun::new(BLOCK, 1));
+    clear_all(&mut log, &all);
+    [BLOCK, BLOCK + 1, 2 * BLOCK + 7, 3 * BLOCK].into_iter().for_each(|page| guest.write(page));
+    let again = if log.manual_protect { &[BLOCK + 1, 2 * BLOCK + 7, 3 * BLOCK][..] } else { &[BLOCK, BLOCK + 1, 2 * BLOCK + 7, 3 * BLOCK] };
+    assert_eq!(harvest(&mut log), again, "the first of them was not cleared");
+    log.stop().unwrap();
 }
 
 #[test]

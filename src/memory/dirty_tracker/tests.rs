@@ -109,8 +109,8 @@ fn the_log_is_the_choice_where_kvm_has_manual_protect() {
     assert!(!is_ring(TrackerChoice::Auto) || !manual_protect);
 }
 
-/// Pages that the guest of the next test writes.
-const PAGES: u64 = 4096;
+/// Pages that the guest of the next test writes, most of them for the first time while they are tracked.
+const PAGES: u64 = 16384;
 
 extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 

@@ -54,7 +54,7 @@ fn pages_that_were_only_read_are_left_out() {
     let byte = unsafe { ram.host_address(PageRun::new(5, 1)).unwrap().read_volatile() };
     assert_eq!(byte, 0);
     let mut found = PageSet::empty(ram.pages());
-    match Pagemap::open().unwrap().scan(&ram, PAGE_IS_PRESENT, &mut found) {
+    match Pagemap::open().unwrap().scan(&ram, PageRun::new(0, ram.pages()), PAGE_IS_PRESENT, &mut found) {
         Ok(()) => assert_eq!(found.runs().collect::<Vec<_>>(), [PageRun::new(9, 1)]),
         // Linux before 6.7 has no such ioctl and cannot tell.
         Err(error) => assert_eq!(error.raw_os_error(), Some(libc::ENOTTY)),

@@ -7,7 +7,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use vm_memory::bitmap::{AtomicBitmap, WithBitmapSlice};
+use vm_memory::bitmap::MS;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::super::{Chain, DriverError, QUEUE_SIZE};
@@ -15,7 +15,7 @@ use super::config::{MAX_DISCARD_RANGES, MAX_ZEROES_RANGES};
 use crate::memory::ram::GuestMemory;
 
 /// A piece of guest memory whose writes are tracked.
-pub type GuestSlice<'m> = VolatileSlice<'m, <AtomicBitmap as WithBitmapSlice<'m>>::S>;
+pub type GuestSlice<'m> = VolatileSlice<'m, MS<'m, GuestMemory>>;
 
 /// Size of a range: sector, number of sectors, flags (`struct virtio_blk_discard_write_zeroes`).
 const RANGE_SIZE: usize = 16;
