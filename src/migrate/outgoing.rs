@@ -200,6 +200,11 @@ impl Outgoing {
         Some(PageRun::new(first, end - first))
     }
 
+    /// Takes pages that go out by another way.
+    pub fn take(&mut self, run: PageRun) {
+        self.unsent.remove(run);
+    }
+
     /// Takes requested pages, which go out at once whether or not they went out before: a page sent in the background may still stand in
     /// a socket's buffer behind many others. The background goes on with their neighbours.
     pub fn take_requested(&mut self, run: PageRun) {

@@ -42,7 +42,7 @@ use dry_run::DryRun;
 
 pub use action::{Action, Bulk, Outcome, Poll};
 use ending::Failure;
-pub use input::{Input, Stopped};
+pub use input::{Companions, Input, Stopped};
 use requested::Requested;
 
 use super::bitmaps::{BitmapStep, OutgoingBitmaps};
@@ -245,9 +245,13 @@ impl Source {
         self.state == State::Ended
     }
 
-    /// Whether the stopped guest is to bring the pages that it touches first: it goes on before the others come.
-    pub fn takes_hot_pages(&self) -> bool {
-        self.switch_postcopy && self.version >= 4
+    /// Which pages the guest is to bring along when it is stopped now.
+    pub fn companions(&self) -> Companions {
+        match (self.switch_postcopy, self.version) {
+            (true, 4..) => Companions::Hot,
+            (false, 5..) => Companions::Rest(self.unsent().clone()),
+            _ => Companions::None,
+        }
     }
 
     /// The longest accepted blackout.
@@ -321,7 +325,7 @@ impl Source {
             (Input::Frame(_) | Input::Lost(..) | Input::Failed(_), _) if self.is_disconnecting() => {}
             (Input::Frame(frame), _) => self.on_frame(frame, now),
             (Input::Harvested(dirty), State::Harvesting) => self.on_harvested(&dirty, now),
-            (Input::Stopped(stopped), State::Stopping) => self.on_stopped(stopped, now),
+            (Input::Stopped(stopped), State::Stopping) => self.on_stopped(*stopped, now),
             (Input::StopFailed(reason), State::Stopping) => {
                 self.actions.push_back(Action::Resume);
                 let failure = self.failure.take().unwrap_or(Failure::Failed(reason));

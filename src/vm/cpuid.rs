@@ -9,10 +9,14 @@ mod leaf1 {
     pub const ECX_MONITOR: u32 = 1 << 3;
     pub const ECX_VMX: u32 = 1 << 5;
     pub const ECX_X2APIC: u32 = 1 << 21;
+    pub const ECX_OSXSAVE: u32 = 1 << 27;
     pub const ECX_TSC_DEADLINE: u32 = 1 << 24;
     pub const ECX_HYPERVISOR: u32 = 1 << 31;
     pub const EDX_HTT: u32 = 1 << 28;
 }
+/// Alike in leaves 1 and 8000_0001h.
+const EDX_APIC: u32 = 1 << 9;
+const LEAF_7_ECX_OSPKE: u32 = 1 << 4;
 const LEAF_7_EBX_SGX: u32 = 1 << 2;
 const LEAF_80000001_ECX_SVM: u32 = 1 << 2;
 const LEAF_80000001_ECX_PERFCTR_CORE: u32 = 1 << 23;
@@ -82,9 +86,39 @@ pub fn for_vcpu(base: &[kvm_cpuid_entry2], id: u16, cpus: u16) -> Result<CpuId, 
     CpuId::from_entries(&entries).map_err(|_| VmError::TooManyCpuidEntries(entries.len()))
 }
 
+/// Whether two vCPUs have the same features. What KVM makes of a vCPU's registers (CR4, XCR0, the APIC's base) does not count: it does so
+/// again when they are loaded.
+pub fn are_alike(one: &[kvm_cpuid_entry2], other: &[kvm_cpuid_entry2]) -> bool {
+    let fixed = |entry: &kvm_cpuid_entry2| {
+        let mut entry = *entry;
+        match (entry.function, entry.index) {
+            (1, _) => {
+                entry.ecx &= !leaf1::ECX_OSXSAVE;
+                entry.edx &= !EDX_APIC;
+            }
+            (7, 0) => entry.ecx &= !LEAF_7_ECX_OSPKE,
+            // Bytes of the enabled extended state.
+            (0xd, 0 | 1) => entry.ebx = 0,
+            (0x8000_0001, _) => entry.edx &= !EDX_APIC,
+            _ => {}
+        }
+        entry
+    };
+    one.iter().map(fixed).eq(other.iter().map(fixed))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_follows_from_registers_makes_no_difference() {
+        let leaf = |function, ebx, ecx| kvm_cpuid_entry2 { function, ebx, ecx, ..Default::default() };
+        let sets = [[leaf(1, 3, 1), leaf(0xd, 576, 832)], [leaf(1, 3, 1 | 1 << 27), leaf(0xd, 832, 832)]];
+        assert!(are_alike(&sets[0], &sets[1]));
+        assert!(!are_alike(&sets[0], &[leaf(1, 3, 3), leaf(0xd, 576, 832)]));
+        assert!(!are_alike(&sets[0], &sets[0][..1]));
+    }
 
     #[test]
     fn topology_of_three_processors() {

@@ -1,6 +1,6 @@
 //! Writing saved state into a fresh, parked vCPU. The order matters and is given with its reasons.
 
-use kvm_bindings::CpuId;
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::VcpuFd;
 use zerocopy::IntoBytes;
 
@@ -9,7 +9,7 @@ use super::clock::{ClockPlan, TscPlan};
 use super::msr::Msr;
 use super::save_vcpu::xsave_area;
 use super::state::{StateError, VcpuState};
-use super::{VmError, ioctls, msr};
+use super::{VmError, cpuid, ioctls, msr};
 
 /// What a destination holds a saved vCPU against.
 pub struct Limits<'a> {
@@ -23,8 +23,12 @@ pub struct Limits<'a> {
 /// clocks are restored, which count in that rate.
 pub fn prepare(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VmError> {
     let cpuid: Vec<_> = state.cpuid.iter().map(|entry| entry.0).collect();
-    let cpuid = CpuId::from_entries(&cpuid).map_err(|_| VmError::TooManyCpuidEntries(cpuid.len()))?;
-    vcpu.set_cpuid2(&cpuid).map_err(VmError::kvm("KVM_SET_CPUID2"))?;
+    let here = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(VmError::kvm("KVM_GET_CPUID2"))?;
+    // The machine was built with what this host gives, most often the same; setting it again takes KVM 80 us.
+    if !cpuid::are_alike(&cpuid, here.as_slice()) {
+        let cpuid = CpuId::from_entries(&cpuid).map_err(|_| VmError::TooManyCpuidEntries(cpuid.len()))?;
+        vcpu.set_cpuid2(&cpuid).map_err(VmError::kvm("KVM_SET_CPUID2"))?;
+    }
     // Refused by KVM if the rates are more than 250 ppm apart and the processor cannot scale.
     if vcpu.get_tsc_khz().map_err(VmError::kvm("KVM_GET_TSC_KHZ"))? != state.tsc_khz {
         vcpu.set_tsc_khz(state.tsc_khz).map_err(VmError::kvm("KVM_SET_TSC_KHZ"))?;

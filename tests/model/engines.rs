@@ -226,7 +226,7 @@ impl Engines {
             ToSource::Lost(channel) => Some(source::Input::Lost(channel, String::new())),
             ToSource::Harvested { first: true } => Some(source::Input::Harvested(PageSet::full(PAGES))),
             ToSource::Harvested { first: false } => Some(source::Input::Harvested(PageSet::empty(PAGES))),
-            ToSource::Stopped => Some(source::Input::Stopped(stopped())),
+            ToSource::Stopped => Some(source::Input::Stopped(Box::new(stopped()))),
             ToSource::GiveUpFailed => Some(source::Input::GiveUpFailed(String::new())),
             ToSource::ConnectFailed => Some(source::Input::Failed(String::new())),
             ToSource::Continue => Some(source::Input::Continue),
@@ -314,5 +314,5 @@ fn stopped() -> Stopped {
         bits: BITS,
         flags: BitmapFlags { enabled: true, persistent: false },
     };
-    Stopped { machine: Vec::new(), dirty, bitmaps: vec![bitmap], stop_us: 1, device_state_us: 1, last_sync_us: 1 }
+    Stopped { machine: Vec::new(), rest: Vec::new(), dirty, bitmaps: vec![bitmap], stop_us: 1, device_state_us: 1, last_sync_us: 1 }
 }

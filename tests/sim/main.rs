@@ -6,6 +6,7 @@
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used, reason = "a test may stop where it finds something wrong")]
 
 mod link;
+mod machine;
 mod memory;
 mod plan;
 mod world;

@@ -83,14 +83,15 @@ impl Recording {
                 source::Poll::Act(source::Action::Send(frame)) => self.answer(&frame).map(source::Input::Frame),
                 source::Poll::Act(source::Action::StartTracking) => Some(source::Input::Harvested(everything(&layout))),
                 source::Poll::Act(source::Action::Harvest) => Some(source::Input::Harvested(PageSet::empty(layout.pages()))),
-                source::Poll::Act(source::Action::Stop) => Some(source::Input::Stopped(Stopped {
+                source::Poll::Act(source::Action::Stop) => Some(source::Input::Stopped(Box::new(Stopped {
                     machine: self.package().machine.clone(),
+                    rest: Vec::new(),
                     dirty: PageSet::empty(layout.pages()),
                     bitmaps: self.package().bitmaps.clone(),
                     stop_us: 1,
                     device_state_us: 1,
                     last_sync_us: 1,
-                })),
+                }))),
                 source::Poll::Act(source::Action::End(outcome)) => {
                     assert!(matches!(*outcome, Outcome::Completed(_)), "{outcome:?}");
                     return;

@@ -15,14 +15,17 @@ const SETUP_VERSION: u16 = 2;
 /// Version of the stopped guest; [`MachineState`] has one of its own. Version 1 had no pages, and is what is sent where there are none.
 const GUEST_VERSION: u16 = 2;
 /// Most pages that come with a stopped guest: 256 KiB, which a gigabit link takes in 2 ms.
-pub const MAX_HOT_PAGES: usize = 64;
+pub const MAX_COMPANIONS: usize = 64;
+/// Most that come with it in precopy: of more, copying them from buffer to buffer takes as long as waiting for the threads of another
+/// connection, some 0.3 ms.
+pub const MAX_REST: usize = 32;
 
-/// Pages that the guest touches first when it goes on, with their contents, one after the other: in postcopy they come with its state.
+/// Pages that come with a stopped guest: in postcopy those that it touches first when it goes on, in precopy the last ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HotPages {
-    /// At most [`MAX_HOT_PAGES`].
+pub struct Companions {
+    /// At most [`MAX_COMPANIONS`].
     pub pages: Vec<PageNumber>,
-    /// A page for each.
+    /// A page for each, one after the other.
     #[serde(with = "serde_bytes")]
     pub contents: Vec<u8>,
 }
@@ -67,32 +70,32 @@ pub fn decode_setup(bytes: &[u8], ram_pages: u64) -> Result<MachineSetup, String
 }
 
 /// Encodes a stopped guest: magic number, version, whether it ran (0 or 1), postcard of the pages, the machine's own encoding.
-pub fn encode_guest(was_running: bool, state: &MachineState, hot: &HotPages) -> Result<Vec<u8>, String> {
-    let mut bytes = header(GUEST_MAGIC, if hot.pages.is_empty() { 1 } else { GUEST_VERSION });
+pub fn encode_guest(was_running: bool, state: &MachineState, companions: &Companions) -> Result<Vec<u8>, String> {
+    let mut bytes = header(GUEST_MAGIC, if companions.pages.is_empty() { 1 } else { GUEST_VERSION });
     bytes.push(was_running.into());
-    if !hot.pages.is_empty() {
-        bytes = postcard::to_extend(hot, bytes).map_err(|error| format!("the guest's pages cannot be encoded: {error}"))?;
+    if !companions.pages.is_empty() {
+        bytes = postcard::to_extend(companions, bytes).map_err(|error| format!("the guest's pages cannot be encoded: {error}"))?;
     }
     bytes.extend(state.to_bytes().map_err(|error| format!("the guest's state cannot be encoded: {error}"))?);
     Ok(bytes)
 }
 
 /// Decodes a stopped guest: whether it ran, the machine, its pages.
-pub fn decode_guest(bytes: &[u8]) -> Result<(bool, MachineState, HotPages), String> {
+pub fn decode_guest(bytes: &[u8]) -> Result<(bool, MachineState, Companions), String> {
     let (version, body) = body(bytes, GUEST_MAGIC, GUEST_VERSION, "state")?;
     let (was_running, rest) = match body {
         [0, rest @ ..] => (false, rest),
         [1, rest @ ..] => (true, rest),
         _ => return Err("the guest's state does not tell whether the guest ran".into()),
     };
-    let (hot, state): (HotPages, _) = match version {
-        1 => (HotPages::default(), rest),
+    let (companions, state): (Companions, _) = match version {
+        1 => (Companions::default(), rest),
         _ => postcard::take_from_bytes(rest).map_err(|_| "the pages that come with the guest are damaged")?,
     };
-    if hot.pages.len() > MAX_HOT_PAGES || hot.contents.len() != hot.pages.len() * PAGE_SIZE {
-        return Err(format!("{} pages of {} bytes in all came with the guest", hot.pages.len(), hot.contents.len()));
+    if companions.pages.len() > MAX_COMPANIONS || companions.contents.len() != companions.pages.len() * PAGE_SIZE {
+        return Err(format!("{} pages of {} bytes in all came with the guest", companions.pages.len(), companions.contents.len()));
     }
-    Ok((was_running, MachineState::from_bytes(state).map_err(|error| format!("the guest's state: {error}"))?, hot))
+    Ok((was_running, MachineState::from_bytes(state).map_err(|error| format!("the guest's state: {error}"))?, companions))
 }
 
 fn header(magic: &[u8], version: u16) -> Vec<u8> {
@@ -152,10 +155,11 @@ mod tests {
 
     #[test]
     fn pages_come_with_a_guest_in_whole_numbers() {
-        let guest = |hot: &HotPages| postcard::to_extend(hot, [header(GUEST_MAGIC, GUEST_VERSION), vec![1]].concat()).unwrap();
+        let guest =
+            |companions: &Companions| postcard::to_extend(companions, [header(GUEST_MAGIC, GUEST_VERSION), vec![1]].concat()).unwrap();
         let said = |count: u64, bytes: usize| {
             let pages = (0..count).map(PageNumber).collect();
-            decode_guest(&guest(&HotPages { pages, contents: vec![7; bytes] })).unwrap_err()
+            decode_guest(&guest(&Companions { pages, contents: vec![7; bytes] })).unwrap_err()
         };
         assert_eq!(said(2, PAGE_SIZE), "2 pages of 4096 bytes in all came with the guest");
         assert_eq!(said(65, 65 * PAGE_SIZE), "65 pages of 266240 bytes in all came with the guest");

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 #[cfg(doc)]
 use super::Action;
-use crate::memory::{PageRun, PageSet};
+use crate::memory::{PageNumber, PageRun, PageSet};
 use crate::migrate::policy::Throttling;
 #[cfg(doc)]
 use crate::migrate::wire::Setup;
@@ -19,7 +19,7 @@ pub enum Input {
     /// The answer to [`Action::StartTracking`](super::Action::StartTracking) and [`Action::Harvest`](super::Action::Harvest): pages dirtied since the last one.
     Harvested(PageSet),
     /// The guest stands still, and its state was saved: the answer to [`Action::Stop`](super::Action::Stop).
-    Stopped(Stopped),
+    Stopped(Box<Stopped>),
     /// The guest could not be stopped or saved: the answer to [`Action::Stop`](super::Action::Stop) otherwise.
     StopFailed(String),
     /// The right to run the guest could not be given up: the answer to [`Action::GiveUp`](super::Action::GiveUp) if it fails, before anything else is polled. The
@@ -57,11 +57,25 @@ pub enum Input {
     Throttling(Option<Throttling>),
 }
 
+/// Which pages the stopped guest brings along in what is encoded of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Companions {
+    /// None.
+    None,
+    /// Those that it touches first: it goes on before the others come.
+    Hot,
+    /// All that are left: these, and what is dirtied until it stands still. If they are few, so that the switch need not wait for other
+    /// connections and their threads; otherwise none.
+    Rest(PageSet),
+}
+
 /// The stopped guest.
 #[derive(Clone, Debug)]
 pub struct Stopped {
-    /// Devices, vCPUs and VM, encoded.
+    /// Devices, vCPUs and VM, encoded, with pages that it brings along.
     pub machine: Vec<u8>,
+    /// These pages, where they are all that are left.
+    pub rest: Vec<PageNumber>,
     /// Pages dirtied since the last harvest, harvested after the state was saved because saving can write guest RAM.
     pub dirty: PageSet,
     /// Dirty bitmaps that are to move.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{Action, OutgoingBitmaps, Source, State, Stopped};
+use crate::memory::{PAGE_SIZE, PageRun};
 use crate::migrate::report::{Downtime, Mode, microseconds};
 use crate::migrate::wire::Frame;
 
@@ -18,7 +19,7 @@ impl Source {
         let left = self.unsent().len();
         self.fixed.stop = Some(Duration::from_micros(stopped.stop_us + stopped.device_state_us));
         self.fixed.harvest = Duration::from_micros(stopped.last_sync_us);
-        self.fixed.state_bytes = stopped.machine.len() as u64;
+        self.fixed.state_bytes = (stopped.machine.len() as u64).saturating_sub((stopped.rest.len() * PAGE_SIZE) as u64);
         if !self.switch_postcopy && !self.history().fits(left, &self.goal()) {
             let reason = format!("{left} pages were dirtied until the guest stood still, too many for the limit");
             if self.config.mode == Mode::Auto {
@@ -45,6 +46,8 @@ impl Source {
         };
         if self.switch_postcopy {
             self.outgoing.begin_postcopy();
+        } else {
+            stopped.rest.iter().for_each(|page| self.outgoing.take(PageRun::single(*page)));
         }
         self.bitmaps = OutgoingBitmaps::new(&stopped.bitmaps);
         self.package = Some(stopped);

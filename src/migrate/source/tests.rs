@@ -1,7 +1,7 @@
 //! What happens around the switch, moment by moment; whole migrations are in tests/sim.
 
 use super::*;
-use crate::memory::PageSet;
+use crate::memory::{PageNumber, PageSet};
 use crate::migrate::wire::Holding;
 
 const NOW: Duration = Duration::from_secs(1);
@@ -20,7 +20,12 @@ fn config(mode: Mode) -> Config {
 }
 
 /// Does what the engine says until the guest has just been stopped, with so many pages dirtied until then.
-fn stopped(mut source: Source, dirtied: u64) -> Source {
+fn stopped(source: Source, dirtied: u64) -> Source {
+    stopped_with(source, dirtied, 0)
+}
+
+/// The same; the guest brings so many of these pages along.
+fn stopped_with(mut source: Source, dirtied: u64, rest: u64) -> Source {
     loop {
         let action = match source.poll(NOW) {
             Poll::Act(action) => action,
@@ -40,7 +45,15 @@ fn stopped(mut source: Source, dirtied: u64) -> Source {
             Action::Stop => {
                 let mut dirty = PageSet::empty(PAGES);
                 dirty.insert(PageRun::new(0, dirtied));
-                Input::Stopped(Stopped { machine: vec![1], dirty, bitmaps: Vec::new(), stop_us: 10, device_state_us: 20, last_sync_us: 30 })
+                Input::Stopped(Box::new(Stopped {
+                    machine: vec![1],
+                    rest: (0..rest).map(PageNumber).collect(),
+                    dirty,
+                    bitmaps: Vec::new(),
+                    stop_us: 10,
+                    device_state_us: 20,
+                    last_sync_us: 30,
+                }))
             }
             _ => continue,
         };
@@ -77,6 +90,25 @@ fn done(source: &mut Source, now: Duration) -> Vec<String> {
             }
             Poll::Bulk(bulk) => done.push(format!("{bulk:?}")),
         }
+    }
+}
+
+#[test]
+fn what_the_guest_brings_along_is_not_sent_again_in_precopy() {
+    for (mode, unsent) in [(Mode::Precopy, 0), (Mode::Postcopy, PAGES)] {
+        let mut source = stopped_with(Source::new(config(mode)), 60, 60);
+        assert_eq!(source.unsent().len(), unsent, "{mode:?}: what may be old at the destination stays missing there");
+        assert_eq!(done(&mut source, NOW), ["Switchover"]);
+    }
+}
+
+#[test]
+fn only_who_understands_it_gets_pages_with_the_guest() {
+    for (version, in_precopy, in_postcopy) in [(3, false, false), (4, false, true), (5, true, true)] {
+        let mut source = Source { version, ..Source::new(config(Mode::Auto)) };
+        assert_eq!(matches!(source.companions(), Companions::Rest(_)), in_precopy);
+        source.switch_postcopy = true;
+        assert_eq!(source.companions() == Companions::Hot, in_postcopy);
     }
 }
 

@@ -123,8 +123,8 @@ proptest! {
 fn strangers_and_other_versions_are_told_so() {
     let hello =
         Frame::Hello(Hello { channel: Channel::Main, session: 1, link: 0, program: "ferry".into(), version: VERSION }).encode().unwrap();
-    let (newer, older) = (WireError::Version { oldest: 5, newest: 4 }, WireError::Version { oldest: 1, newest: 0 });
-    for (at, byte, told) in [(0, b'X', WireError::NotFerry), (8, 5, newer), (10, 0, older)] {
+    let (newer, older) = (WireError::Version { oldest: 6, newest: 5 }, WireError::Version { oldest: 1, newest: 0 });
+    for (at, byte, told) in [(0, b'X', WireError::NotFerry), (8, 6, newer), (10, 0, older)] {
         let mut other = hello.clone();
         other[HEADER_SIZE + at] = byte;
         assert_eq!(decode(&other), Err(told), "byte {at}");

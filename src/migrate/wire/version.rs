@@ -7,13 +7,15 @@ use crate::block::dirty_bitmap::RunLimits;
 /// The newest version of the protocol that this Ferry speaks. Raised when a frame changes its form or meaning; both sides then still speak
 /// the last released version with a peer that knows no newer one (`tests/streams`). Devices' state has versions of its own.
 ///
+/// Version 5: a guest that goes on in precopy can bring the pages that are left, if they are few (in [`Package::machine`]).
+///
 /// Version 4: a guest that goes on in postcopy can bring the pages that it touches first (in [`Package::machine`]).
 ///
 /// Version 3: disks can be copied ([`Setup::disks`], and what [`Frame::Done`] tells of them).
 ///
 /// Version 2: dirty bitmaps can be persistent ([`BitmapFlags::persistent`]), and a frame can say of very many words of one that none or all
 /// of their bits are set ([`Frame::Bitmap`]).
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 /// The oldest version of the protocol that this Ferry speaks.
 pub const OLDEST_VERSION: u16 = 1;
 /// Words of a dirty bitmap in one frame, at most: 8 KiB.

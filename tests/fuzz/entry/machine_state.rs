@@ -3,7 +3,7 @@
 use ferry::memory::GuestRam;
 use ferry::memory::ram::GRANULE;
 use ferry::migrate::driver::owner::MachineSetup;
-use ferry::migrate::driver::saved::{MAX_HOT_PAGES, decode_guest};
+use ferry::migrate::driver::saved::{MAX_COMPANIONS, decode_guest};
 use ferry::vm::facts::HostFacts;
 use ferry::vm::hot_pages;
 use ferry::vm::state::MachineState;
@@ -19,8 +19,8 @@ pub fn run(data: &[u8]) {
         let ram = GuestRam::allocate(GRANULE).expect("2 MiB");
         assert!(hot_pages(&state, ram.memory(), 64).len() <= 64);
     }
-    if let Ok((_, _, hot)) = within(proportionate(data.len()), || decode_guest(data)) {
-        assert!(hot.pages.len() <= MAX_HOT_PAGES);
+    if let Ok((_, _, companions)) = within(proportionate(data.len()), || decode_guest(data)) {
+        assert!(companions.pages.len() <= MAX_COMPANIONS);
     }
     if let Ok(setup) = within(proportionate(data.len()), || postcard::from_bytes::<MachineSetup>(data)) {
         let host = HostFacts { cpuid: Vec::new(), max_cpus: 4, tsc_khz: 1_000_000, tsc_scaling: false, msrs: vec![0x10], xsave_size: 4096 };

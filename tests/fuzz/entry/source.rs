@@ -153,9 +153,16 @@ impl Host {
                     flags: BitmapFlags::default(),
                 };
                 let bitmaps = vec![bitmap("a"), bitmap("b")];
-                let stopped =
-                    Stopped { machine: vec![2; 10], dirty: some_pages(), bitmaps, stop_us: 1, device_state_us: 1, last_sync_us: 1 };
-                self.engine.handle(Input::Stopped(stopped), self.now);
+                let stopped = Stopped {
+                    machine: vec![2; 10],
+                    rest: Vec::new(),
+                    dirty: some_pages(),
+                    bitmaps,
+                    stop_us: 1,
+                    device_state_us: 1,
+                    last_sync_us: 1,
+                };
+                self.engine.handle(Input::Stopped(Box::new(stopped)), self.now);
             }
             Action::Resume => {
                 assert!(!self.given_up, "the guest runs again though it was given up");

@@ -10,6 +10,7 @@ use ferry::migrate::wire::{Channel, Kind, Package};
 
 use super::placement::{Placing, Replacing};
 use super::{DISABLED, Right, World, brief, disabled_bits};
+use crate::machine;
 use crate::memory::{HUGE, Ram, Version};
 use crate::plan::{Fault, Plan};
 
@@ -221,6 +222,12 @@ impl World {
             let huge = self.choices.below(self.plan.pages / HUGE + 1) * HUGE;
             let range = PageRun::new(self.plan.pages - huge, huge);
             self.destination.engine.stage(HostPage::new(HUGE).unwrap(), &[range]);
+        }
+        for (page, version) in machine::decode(&package.machine) {
+            self.destination.ram.place(page, version);
+            if package.postcopy {
+                self.destination.engine.placed(PageRun::single(page), self.now);
+            }
         }
         self.destination.right = Right::Paused;
         self.destination.engine.handle(Input::Loaded { load_us: 5, warnings: Vec::new() });

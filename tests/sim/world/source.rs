@@ -10,6 +10,7 @@ use ferry::migrate::source::{self, Bulk, Config, Sent, Source, Stopped};
 use ferry::migrate::wire::{BitmapFlags, BitmapInfo, Channel, Frame};
 
 use super::{BITS, DISABLED, Right, World, brief, disabled_bits};
+use crate::machine;
 use crate::memory::{Ram, Version};
 use crate::plan::{Fault, Plan};
 
@@ -209,9 +210,19 @@ impl World {
         };
         let bitmaps = vec![info("last-week", false), info("backup", true)];
         let dirty = self.source.ram.harvest();
-        let stopped = Stopped { machine: vec![7; 100], dirty, bitmaps, stop_us: 1, device_state_us: 1, last_sync_us: 1 };
-        self.source.engine.handle(source::Input::Stopped(stopped), self.now);
+        let rest = self.rest(&dirty);
+        let machine = machine::encode(rest.iter().map(|page| (*page, self.source.ram.read(*page))));
+        let stopped = Stopped { machine, rest, dirty, bitmaps, stop_us: 1, device_state_us: 1, last_sync_us: 1 };
+        self.source.engine.handle(source::Input::Stopped(Box::new(stopped)), self.now);
         Ok(())
+    }
+
+    /// What the guest brings along of what is left, which is all or nothing.
+    fn rest(&mut self, dirty: &PageSet) -> Vec<PageNumber> {
+        let source::Companions::Rest(mut rest) = self.source.engine.companions() else { return Vec::new() };
+        rest.union(dirty);
+        let ram = rest.runs_within(self.plan.layout().ram()).flat_map(PageRun::pages).collect::<Vec<_>>();
+        if ram.len() as u64 == rest.len() && rest.len() <= self.choices.below(65) { ram } else { Vec::new() }
     }
 
     fn source_sends(&mut self, bulk: Bulk) -> Result<(), String> {

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::super::block_io::BlockIo;
 use super::super::owner::{DestinationOwner, MachineSetup, StoppedGuest};
 use super::super::page_io::PageIo;
-use super::super::saved::{self, HotPages};
+use super::super::saved::{self, Companions};
 use super::Shared;
 use super::bitmaps::IncomingBitmaps;
 use super::faults::FaultService;
@@ -92,8 +92,8 @@ impl DestinationGuest {
             }
         }
         expect_blocks(shared, &prepared.blocks, &package.missing);
-        let (was_running, mut state, hot) = saved::decode_guest(&package.machine)?;
-        place_hot_pages(shared, &hot)?;
+        let (was_running, mut state, companions) = saved::decode_guest(&package.machine)?;
+        place_companions(shared, &companions)?;
         self.finish_building(&*shared.owner)?;
         let prepared = self.prepared.as_ref().ok_or("there is no RAM yet")?;
         let vm = self.built.take().ok_or("the machine was used already")?;
@@ -141,13 +141,18 @@ impl DestinationGuest {
     }
 }
 
-/// Places what has come with the guest, before anything touches it.
-fn place_hot_pages(shared: &Shared, hot: &HotPages) -> Result<(), String> {
-    let Some(faults) = shared.faults.get() else { return Ok(()) };
-    for (page, contents) in hot.pages.iter().zip(hot.contents.chunks_exact(PAGE_SIZE)) {
+/// Puts in place what has come with the guest, before anything touches it.
+fn place_companions(shared: &Shared, companions: &Companions) -> Result<(), String> {
+    let (ram, _) = shared.io().clone().ok_or("there is no RAM yet")?;
+    for (page, contents) in companions.pages.iter().zip(companions.contents.chunks_exact(PAGE_SIZE)) {
         let run = PageRun::single(*page);
-        faults.pages.place(run, contents).map_err(|error| error.to_string())?;
-        shared.engine().placed(run, shared.now());
+        match shared.faults.get() {
+            Some(faults) => {
+                faults.pages.place(run, contents).map_err(|error| error.to_string())?;
+                shared.engine().placed(run, shared.now());
+            }
+            None => ram.write(run, contents).map_err(|error| error.to_string())?,
+        }
     }
     Ok(())
 }

@@ -7,14 +7,14 @@ use std::time::Instant;
 use super::super::block_io::BlockIo;
 use super::super::owner::{SourceOwner, StoppedGuest};
 use super::super::page_io::PageIo;
-use super::super::saved::{self, HotPages, MAX_HOT_PAGES};
+use super::super::saved::{self, MAX_COMPANIONS, MAX_REST};
 use crate::block::block_run::BlockRun;
 use crate::block::dirty_bitmap::{BitmapRun, ChangeTracking, OutgoingBitmap, RunLimits};
 use crate::block::disk::{Disk, DiskIo};
 use crate::memory::dirty_tracker::{DirtyTracker, Tracking};
-use crate::memory::{GuestRam, HostPage, PageRun, PageSet};
+use crate::memory::{GuestRam, HostPage, PAGE_SIZE, PageNumber, PageRun, PageSet};
 use crate::migrate::bitmap_mapping::{BitmapMapping, BitmapName};
-use crate::migrate::source::Stopped;
+use crate::migrate::source::{Companions, Stopped};
 use crate::migrate::wire::{BitmapFlags, BitmapInfo};
 use crate::vm::{MachineState, Moved, Vm, VmError, VmEvent, hot_pages};
 
@@ -134,8 +134,9 @@ impl SourceGuest {
         tracker.clear(pages, range).map_err(|error| error.to_string())
     }
 
-    /// Takes the guest over and saves it, if wanted with the pages that it touches first. After an error it may or may not be in hand; [`SourceGuest::resume`] is right for both.
-    pub fn stop(&mut self, takes_hot_pages: bool) -> Result<Stopped, StopError> {
+    /// Takes the guest over and saves it, with pages that it is to bring along. After an error it may or may not be in hand;
+    /// [`SourceGuest::resume`] is right for both.
+    pub fn stop(&mut self, companions: Companions) -> Result<Stopped, StopError> {
         // Most of what the disks must write back is written while the guest still runs, so that giving the locks up is short. An error
         // here is none yet: giving up will meet it again.
         for disk in self.blocks.shared_disks() {
@@ -162,11 +163,22 @@ impl SourceGuest {
         // After the state was saved, because saving can write guest RAM.
         let dirty = self.take_dirty()?;
         let harvested = Instant::now();
-        let hot = if takes_hot_pages { self.hot_pages(&state, &dirty)? } else { HotPages::default() };
-        let machine = saved::encode_guest(was_running, &state, &hot)?;
+        let (pages, rest) = match companions {
+            Companions::None => (Vec::new(), Vec::new()),
+            // The switch may still become one to postcopy, where such pages cannot be placed one by one.
+            _ if self.ram.host_page() != HostPage::SMALL => (Vec::new(), Vec::new()),
+            Companions::Hot => (self.hot_pages(&state, &dirty), Vec::new()),
+            Companions::Rest(mut rest) => {
+                rest.union(&dirty);
+                let rest = self.if_few(&rest);
+                (rest.clone(), rest)
+            }
+        };
+        let machine = saved::encode_guest(was_running, &state, &self.with_contents(pages)?)?;
         let microseconds = |from: Instant, to: Instant| to.duration_since(from).as_micros() as u64;
         Ok(Stopped {
             machine,
+            rest,
             dirty,
             bitmaps,
             stop_us: microseconds(begin, stopped),
@@ -176,27 +188,35 @@ impl SourceGuest {
     }
 
     /// What the guest's registers point to, and then what it has written lately.
-    fn hot_pages(&self, state: &MachineState, dirty: &PageSet) -> Result<HotPages, String> {
-        let mut hot = HotPages::default();
-        if self.ram.host_page() != HostPage::SMALL {
-            return Ok(hot);
-        }
-        let named = hot_pages(state, self.ram.memory(), MAX_HOT_PAGES);
-        hot.pages = named.into_iter().filter_map(|address| self.ram.page_at(address)).collect();
+    fn hot_pages(&self, state: &MachineState, dirty: &PageSet) -> Vec<PageNumber> {
+        let named = hot_pages(state, self.ram.memory(), MAX_COMPANIONS);
+        let mut hot: Vec<_> = named.into_iter().filter_map(|address| self.ram.page_at(address)).collect();
         let ram = PageRun::new(0, self.ram.pages());
         for page in [dirty, &self.written].into_iter().flat_map(|written| written.runs_within(ram)).flat_map(PageRun::pages) {
-            if hot.pages.len() == MAX_HOT_PAGES {
+            if hot.len() == MAX_COMPANIONS {
                 break;
             }
-            if !hot.pages.contains(&page) {
-                hot.pages.push(page);
+            if !hot.contains(&page) {
+                hot.push(page);
             }
         }
+        hot
+    }
+
+    /// The pages of `rest`, unless they are too many, or not all of RAM.
+    fn if_few(&self, rest: &PageSet) -> Vec<PageNumber> {
+        let ram = PageRun::new(0, self.ram.pages());
+        let pages: Vec<_> = rest.runs_within(ram).flat_map(PageRun::pages).take(MAX_REST).collect();
+        if pages.len() as u64 == rest.len() { pages } else { Vec::new() }
+    }
+
+    fn with_contents(&self, pages: Vec<PageNumber>) -> Result<saved::Companions, String> {
+        let mut contents = Vec::with_capacity(pages.len() * PAGE_SIZE);
         let io = PageIo::new(self.ram.clone());
-        for &page in &hot.pages {
-            io.copy(PageRun::single(page), &mut hot.contents).map_err(|error| error.to_string())?;
+        for &page in &pages {
+            io.copy(PageRun::single(page), &mut contents).map_err(|error| error.to_string())?;
         }
-        Ok(hot)
+        Ok(saved::Companions { pages, contents })
     }
 
     fn reserve_bitmaps(&mut self) -> Vec<BitmapInfo> {

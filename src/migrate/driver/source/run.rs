@@ -185,11 +185,11 @@ impl Migration {
                 }
             }
             Action::Stop => {
-                let takes_pages = self.shared.engine().takes_hot_pages();
-                let stopped = self.guest.stop(takes_pages);
+                let companions = self.shared.engine().companions();
+                let stopped = self.guest.stop(companions);
                 self.limit_standstill();
                 match stopped {
-                    Ok(stopped) => self.shared.handle(Input::Stopped(stopped)),
+                    Ok(stopped) => self.shared.handle(Input::Stopped(Box::new(stopped))),
                     Err(StopError::Failed(reason)) => self.shared.handle(Input::StopFailed(reason)),
                     Err(StopError::Ended(event)) => {
                         self.shared.handle(super::input_of(&event));
