@@ -1,3 +1,5 @@
+use std::time::{Duration, Instant};
+
 use super::*;
 use crate::memory::PAGE_SIZE;
 use crate::memory::hugetlb::provision::Provision;
@@ -44,6 +46,20 @@ fn small_pages(granules: u64, pages: impl IntoIterator<Item = u64>) -> GuestRam 
     ram
 }
 
+/// Rebuilds until so many have been in all: the kernel leaves out a page that somebody holds just then.
+fn rebuild_so_many(ram: &GuestRam, ranges: &[PageRun], wanted: u64) -> u64 {
+    let end = Instant::now() + Duration::from_secs(20);
+    let mut rebuilt = 0;
+    while rebuilt < wanted && Instant::now() < end {
+        rebuilt += rebuild(ram, ranges, &AtomicBool::new(false));
+    }
+    rebuilt
+}
+
+fn rebuild_until(ram: &GuestRam, wanted: u64) -> u64 {
+    rebuild_so_many(ram, &[PageRun::new(0, ram.pages())], wanted)
+}
+
 fn rebuild_all(ram: &GuestRam) -> u64 {
     rebuild(ram, &[PageRun::new(0, ram.pages())], &AtomicBool::new(false))
 }
@@ -53,7 +69,7 @@ fn small_pages_become_huge_and_are_found() {
     let ram = small_pages(6, (HUGE_PAGE..3 * HUGE_PAGE).chain([5 * HUGE_PAGE + 17]));
     assert_eq!((huge_ranges(&ram), anon_huge_bytes(&ram)), (vec![], 0));
     allow(&ram);
-    assert_eq!(rebuild_all(&ram), 3, "what was never touched takes no memory now");
+    assert_eq!(rebuild_until(&ram, 3), 3, "what was never touched takes no memory now");
     assert_eq!(huge_ranges(&ram), [huge(1, 2), huge(5, 1)]);
     assert_eq!(anon_huge_bytes(&ram), 3 * GRANULE);
     assert_eq!(populated_pages(&ram), [huge(1, 2), huge(5, 1)]);
@@ -67,7 +83,7 @@ fn small_pages_become_huge_and_are_found() {
 fn only_what_is_named_is_rebuilt() {
     let ram = small_pages(4, 0..4 * HUGE_PAGE);
     allow(&ram);
-    assert_eq!(rebuild(&ram, &[huge(1, 1), huge(3, 1)], &AtomicBool::new(false)), 2);
+    assert_eq!(rebuild_so_many(&ram, &[huge(1, 1), huge(3, 1)], 2), 2);
     assert_eq!(huge_ranges(&ram), [huge(1, 1), huge(3, 1)]);
     assert_eq!(rebuild(&ram, &[huge(0, 4)], &AtomicBool::new(true)), 0, "stopped");
     assert_eq!(rebuild(&ram, &[PageRun::new(ram.pages(), 512), PageRun::new(u64::MAX, 2)], &AtomicBool::new(false)), 0);
@@ -83,18 +99,19 @@ fn a_page_outside_the_allowed_ranges_is_populated_alone() {
     // Inside, the kernel makes a huge page of it, if its settings allow any and it finds one.
     assert!(found.contains(&huge(1, 1)) == (anon_huge_bytes(&ram) == GRANULE), "{found:?}");
     allow(&ram);
-    assert_eq!(rebuild_all(&ram), 4 - 1 - u64::from(found.contains(&huge(1, 1))));
+    let wanted = 4 - 1 - u64::from(found.contains(&huge(1, 1)));
+    assert_eq!(rebuild_until(&ram, wanted), wanted);
 }
 
 #[test]
 fn a_discarded_page_splits_its_huge_page() {
     let ram = small_pages(2, 0..2 * HUGE_PAGE);
     allow(&ram);
-    assert_eq!(rebuild_all(&ram), 2);
+    assert_eq!(rebuild_until(&ram, 2), 2);
     // SAFETY: the page is mapped and nobody else uses it.
     unsafe { madvise(ram.base().as_ptr().add(5 * PAGE_SIZE).cast(), PAGE_SIZE, Advice::LinuxDontNeed).unwrap() };
     assert_eq!(huge_ranges(&ram), [huge(1, 1)]);
-    assert_eq!(rebuild_all(&ram), 1);
+    assert_eq!(rebuild_until(&ram, 1), 1);
     assert_eq!(huge_ranges(&ram), [huge(0, 2)]);
 }
 
@@ -102,14 +119,14 @@ fn a_discarded_page_splits_its_huge_page() {
 fn what_a_postcopy_has_split_is_rebuilt() {
     let ram = small_pages(3, 0..2 * HUGE_PAGE);
     allow(&ram);
-    assert_eq!(rebuild_all(&ram), 2);
+    assert_eq!(rebuild_until(&ram, 2), 2);
     let pages = Userfaultfd::open().unwrap().register(ram.clone()).unwrap();
     pages.discard(PageRun::new(5, 3)).unwrap();
     assert_eq!(pages.place(PageRun::new(5, 3), &[2; 3 * PAGE_SIZE]).unwrap(), 3);
     assert_eq!(pages.place_zero(huge(2, 1)).unwrap(), HUGE_PAGE);
     pages.unregister().unwrap();
     assert_eq!(huge_ranges(&ram), [huge(1, 1)]);
-    assert_eq!(rebuild_all(&ram), 1);
+    assert_eq!(rebuild_until(&ram, 1), 1);
     assert_eq!(huge_ranges(&ram), [huge(0, 2)]);
     assert_eq!(populated_pages(&ram), [huge(0, 2)], "zero pages take no memory");
 }
