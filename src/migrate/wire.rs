@@ -341,7 +341,11 @@ impl Frame {
             }
             Frame::Zero(runs) => bytes = extend(bytes, kind, runs)?,
             Frame::PassEnd(totals) => bytes = extend(bytes, kind, totals)?,
-            Frame::Switchover(package) => bytes = extend(bytes, kind, package)?,
+            Frame::Switchover(package) => {
+                // Nearly all of it, and the guest waits.
+                bytes.reserve(package.machine.len() + 1024);
+                bytes = extend(bytes, kind, package)?;
+            }
             Frame::Ready { load_us, warnings } => bytes = extend(bytes, kind, &(load_us, warnings))?,
             Frame::Running(resume_us) => bytes = extend(bytes, kind, resume_us)?,
             Frame::Bitmap { index, first, run } => {

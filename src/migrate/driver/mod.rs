@@ -5,6 +5,7 @@ pub mod destination;
 mod frames;
 pub mod owner;
 pub mod page_io;
+mod populate;
 pub mod saved;
 mod scheduling;
 pub mod source;

@@ -22,12 +22,12 @@ pub const MAX_REST: usize = 32;
 
 /// Pages that come with a stopped guest: in postcopy those that it touches first when it goes on, in precopy the last ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Companions {
+pub struct Companions<'a> {
     /// At most [`MAX_COMPANIONS`].
     pub pages: Vec<PageNumber>,
     /// A page for each, one after the other.
-    #[serde(with = "serde_bytes")]
-    pub contents: Vec<u8>,
+    #[serde(borrow)]
+    pub contents: &'a [u8],
 }
 
 /// Encodes the setup: magic number, version, postcard of the setup and of the disks' options.
@@ -69,26 +69,40 @@ pub fn decode_setup(bytes: &[u8], ram_pages: u64) -> Result<MachineSetup, String
     Ok(setup)
 }
 
-/// Encodes a stopped guest: magic number, version, whether it ran (0 or 1), postcard of the pages, the machine's own encoding.
-pub fn encode_guest(was_running: bool, state: &MachineState, companions: &Companions) -> Result<Vec<u8>, String> {
-    let mut bytes = header(GUEST_MAGIC, if companions.pages.is_empty() { 1 } else { GUEST_VERSION });
+/// Encodes a stopped guest: magic number, version, whether it ran (0 or 1), postcard of [`Companions`], the machine's own encoding. `append`
+/// puts the contents of a page to the end of what it is given: they are copied once only, as the guest waits for it.
+pub fn encode_guest(
+    was_running: bool,
+    state: &MachineState,
+    pages: &[PageNumber],
+    mut append: impl FnMut(PageNumber, &mut Vec<u8>) -> Result<(), String>,
+) -> Result<Vec<u8>, String> {
+    let cannot = |error| format!("the guest's pages cannot be encoded: {error}");
+    let state = state.to_bytes().map_err(|error| format!("the guest's state cannot be encoded: {error}"))?;
+    let contents = pages.len() * PAGE_SIZE;
+    let mut bytes = Vec::with_capacity(contents + state.len() + 16 * (pages.len() + 2));
+    bytes.extend(header(GUEST_MAGIC, if pages.is_empty() { 1 } else { GUEST_VERSION }));
     bytes.push(was_running.into());
-    if !companions.pages.is_empty() {
-        bytes = postcard::to_extend(companions, bytes).map_err(|error| format!("the guest's pages cannot be encoded: {error}"))?;
+    if !pages.is_empty() {
+        // A slice is its length and then its elements.
+        bytes = postcard::to_extend(&(pages, contents), bytes).map_err(cannot)?;
+        for page in pages {
+            append(*page, &mut bytes)?;
+        }
     }
-    bytes.extend(state.to_bytes().map_err(|error| format!("the guest's state cannot be encoded: {error}"))?);
+    bytes.extend(state);
     Ok(bytes)
 }
 
 /// Decodes a stopped guest: whether it ran, the machine, its pages.
-pub fn decode_guest(bytes: &[u8]) -> Result<(bool, MachineState, Companions), String> {
+pub fn decode_guest(bytes: &[u8]) -> Result<(bool, MachineState, Companions<'_>), String> {
     let (version, body) = body(bytes, GUEST_MAGIC, GUEST_VERSION, "state")?;
     let (was_running, rest) = match body {
         [0, rest @ ..] => (false, rest),
         [1, rest @ ..] => (true, rest),
         _ => return Err("the guest's state does not tell whether the guest ran".into()),
     };
-    let (companions, state): (Companions, _) = match version {
+    let (companions, state): (Companions<'_>, _) = match version {
         1 => (Companions::default(), rest),
         _ => postcard::take_from_bytes(rest).map_err(|_| "the pages that come with the guest are damaged")?,
     };
@@ -156,10 +170,10 @@ mod tests {
     #[test]
     fn pages_come_with_a_guest_in_whole_numbers() {
         let guest =
-            |companions: &Companions| postcard::to_extend(companions, [header(GUEST_MAGIC, GUEST_VERSION), vec![1]].concat()).unwrap();
+            |companions: &Companions<'_>| postcard::to_extend(companions, [header(GUEST_MAGIC, GUEST_VERSION), vec![1]].concat()).unwrap();
         let said = |count: u64, bytes: usize| {
             let pages = (0..count).map(PageNumber).collect();
-            decode_guest(&guest(&Companions { pages, contents: vec![7; bytes] })).unwrap_err()
+            decode_guest(&guest(&Companions { pages, contents: &vec![7; bytes] })).unwrap_err()
         };
         assert_eq!(said(2, PAGE_SIZE), "2 pages of 4096 bytes in all came with the guest");
         assert_eq!(said(65, 65 * PAGE_SIZE), "65 pages of 266240 bytes in all came with the guest");

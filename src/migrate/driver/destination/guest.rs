@@ -142,7 +142,7 @@ impl DestinationGuest {
 }
 
 /// Puts in place what has come with the guest, before anything touches it.
-fn place_companions(shared: &Shared, companions: &Companions) -> Result<(), String> {
+fn place_companions(shared: &Shared, companions: &Companions<'_>) -> Result<(), String> {
     let (ram, _) = shared.io().clone().ok_or("there is no RAM yet")?;
     for (page, contents) in companions.pages.iter().zip(companions.contents.chunks_exact(PAGE_SIZE)) {
         let run = PageRun::single(*page);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::frames::{self, FRAME_TIMEOUT};
+use super::super::populate;
 use super::super::scheduling;
 use super::Shared;
 use super::greet::drain;
@@ -54,7 +55,7 @@ impl Session {
     }
 
     fn wait(&mut self, deadline: Option<Instant>) {
-        let waited = match &self.main {
+        let waited = match &mut self.main {
             Some((reader, _)) => reader.wait(&self.shared.wake, deadline),
             None => self.shared.closing.wait_for_wake(&self.shared.wake, deadline).map(|()| Awaited::Woken).map_err(Into::into),
         };
@@ -93,11 +94,7 @@ impl Session {
             Action::Send(channel, frame) => self.send(channel, &frame),
             Action::Prepare(setup) => self.guest.prepare(&self.shared, setup).map(|()| Some(Input::Prepared)).map_err(Input::Failed),
             Action::FinishBuilding => self.guest.finish_building(&*self.shared.owner).map(|()| None).map_err(Input::Failed),
-            Action::Load(package) => {
-                // Not before: the threads of the vCPUs descend from this one.
-                scheduling::is_prompt();
-                self.guest.load(&self.shared, &package).map(Some).map_err(Input::Failed)
-            }
+            Action::Load(package) => self.guest.load(&self.shared, &package).map(Some).map_err(Input::Failed),
             Action::FlushDisks => self.guest.flush_disks().map(|()| Some(Input::DisksFlushed)).map_err(Input::DisksNotFlushed),
             Action::Run => Ok(Some(self.start())),
             Action::LoadBitmap { index, first, run } => self.guest.bitmaps.load(index, first, &run).map(|()| None).map_err(Input::Warning),
@@ -131,12 +128,19 @@ impl Session {
         if channel != Channel::Main {
             return Err(Input::Failed(format!("{:?} does not belong on the {channel:?} connection", frame.kind())));
         }
-        if let Frame::Prepared | Frame::PassAck = frame {
+        // What the source says to these may be the switch.
+        let may_switch = matches!(frame, Frame::Prepared | Frame::PassAck);
+        if may_switch {
             self.guest.ran_at = Some(Instant::now());
         }
         // Of a link that was lost meanwhile, which the engine knows.
         let Some((_, writer)) = &mut self.main else { return Ok(None) };
         let sent = frames::send(writer, frame, Some(Instant::now() + SEND_TIMEOUT));
+        if may_switch {
+            // Not before: the threads of the vCPUs descend from this one.
+            scheduling::is_prompt();
+            populate::heap_and_stack();
+        }
         sent.map(|_| None).map_err(|error| Input::Lost(self.link, Channel::Main, error.to_string()))
     }
 

@@ -12,7 +12,7 @@ use crate::block::block_run::BlockRun;
 use crate::block::dirty_bitmap::{BitmapRun, ChangeTracking, OutgoingBitmap, RunLimits};
 use crate::block::disk::{Disk, DiskIo};
 use crate::memory::dirty_tracker::{DirtyTracker, Tracking};
-use crate::memory::{GuestRam, HostPage, PAGE_SIZE, PageNumber, PageRun, PageSet};
+use crate::memory::{GuestRam, HostPage, PageNumber, PageRun, PageSet};
 use crate::migrate::bitmap_mapping::{BitmapMapping, BitmapName};
 use crate::migrate::source::{Companions, Stopped};
 use crate::migrate::wire::{BitmapFlags, BitmapInfo};
@@ -174,7 +174,9 @@ impl SourceGuest {
                 (rest.clone(), rest)
             }
         };
-        let machine = saved::encode_guest(was_running, &state, &self.with_contents(pages)?)?;
+        let io = PageIo::new(self.ram.clone());
+        let append = |page, bytes: &mut Vec<u8>| io.copy(PageRun::single(page), bytes).map_err(|error| error.to_string());
+        let machine = saved::encode_guest(was_running, &state, &pages, append)?;
         let microseconds = |from: Instant, to: Instant| to.duration_since(from).as_micros() as u64;
         Ok(Stopped {
             machine,
@@ -208,15 +210,6 @@ impl SourceGuest {
         let ram = PageRun::new(0, self.ram.pages());
         let pages: Vec<_> = rest.runs_within(ram).flat_map(PageRun::pages).take(MAX_REST).collect();
         if pages.len() as u64 == rest.len() { pages } else { Vec::new() }
-    }
-
-    fn with_contents(&self, pages: Vec<PageNumber>) -> Result<saved::Companions, String> {
-        let mut contents = Vec::with_capacity(pages.len() * PAGE_SIZE);
-        let io = PageIo::new(self.ram.clone());
-        for &page in &pages {
-            io.copy(PageRun::single(page), &mut contents).map_err(|error| error.to_string())?;
-        }
-        Ok(saved::Companions { pages, contents })
     }
 
     fn reserve_bitmaps(&mut self) -> Vec<BitmapInfo> {

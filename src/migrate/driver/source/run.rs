@@ -10,6 +10,7 @@ use super::super::block_io::BlockIo;
 use super::super::frames::{self, FRAME_TIMEOUT, FrameError};
 use super::super::owner::SourceOwner;
 use super::super::page_io::PageIo;
+use super::super::populate;
 use super::super::scheduling;
 use super::Shared;
 use super::bulk::{Batch, PageSender};
@@ -151,6 +152,10 @@ impl Migration {
             Action::Send(frame) => {
                 if let Some(bytes) = self.send(&frame) {
                     self.shared.engine().sent_frame(&frame, bytes);
+                }
+                if let Frame::Setup(_) | Frame::PassEnd(_) = frame {
+                    // The answer to it is the last thing before the switch.
+                    populate::heap_and_stack();
                 }
             }
             Action::Connect => {
