@@ -27,7 +27,8 @@ def migrate(vmm, scenario, floors, link):
                 file.truncate(DISK)
             parts.callback(os.unlink, disk)
         machine = Guest(scenario.memory, scenario.cpus, scenario.cmdline, disk)
-        warm = Warm(floors, 2 * scenario.fill + SPARE)
+        # The source fills its memory before this is released.
+        warm = Warm(floors, 2 * scenario.fill + SPARE, beside=scenario.fill + SPARE)
         parts.callback(warm.close)
         source = vmm.run(machine, link)
         parts.callback(source.close)

@@ -16,8 +16,9 @@ class Warm:
     """Holds so much memory, touched, so that it is this machine's own when it is free again: its first touch would cost ten times what it
     does elsewhere."""
 
-    def __init__(self, floors, size):
-        command = [floors, "warm", str(max(0, min(size, host.available_memory() - SPARE)))]
+    def __init__(self, floors, size, beside=0):
+        """`beside`: bytes that others are going to use while this is held."""
+        command = [floors, "warm", str(max(0, min(size, host.available_memory() - beside - SPARE)))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
             self._process.stdout.readline()
