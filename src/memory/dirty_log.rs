@@ -137,14 +137,15 @@ impl DirtyLog {
         if touched.is_empty() {
             return Ok(());
         }
-        let mut next = 0;
+        let (mut next, mut rest) = (0, PageSet::empty(self.ram.pages()));
         while let Some(page) = touched.next_run(next, 1) {
             let block = PageRun::new(page.first.0 / BLOCK * BLOCK, BLOCK);
             next = block.end();
             self.untouched.remove(block);
-            let mut rest = PageSet::empty(self.ram.pages());
             rest.insert(block);
-            rest.subtract(&touched);
+            for run in touched.runs_within(block) {
+                rest.remove(run);
+            }
             self.clear(&rest, block)?;
             // What was touched before its bit was cleared.
             self.scan(block, &mut touched)?;

@@ -20,8 +20,8 @@ const KEEPALIVE: TcpKeepalive =
     TcpKeepalive::new().with_time(Duration::from_secs(10)).with_interval(Duration::from_secs(5)).with_retries(4);
 /// What a read takes beyond what was asked for, so that the next header comes with the same system call. Small, because it is copied.
 const READ_AHEAD: usize = 8 << 10;
-/// A read of many pages waits for so much at once. TCP would wake the reader for every 64 KiB or less, and each time costs the sender 10 µs
-/// and more where the reader's processor idles: a fifth of what it takes to send.
+/// A read of many pages waits for so much at once. TCP would wake the reader for every 64 KiB or less, which the sender pays for: 10 µs and
+/// more each time that the reader's processor idles, a fifth of its time in all.
 const LOW_WATER: usize = 512 << 10;
 /// A read of less than this is not worth a system call more.
 const SMALL_READ: usize = 64 << 10;

@@ -102,6 +102,40 @@ fn the_end_tells_how_much_had_come() {
 }
 
 #[test]
+fn a_long_read_does_not_put_off_what_comes_after_it() {
+    const LONG: usize = 2 << 20;
+    let (_directory, addresses) = both_kinds();
+    for address in addresses {
+        let ((client, _), (server, _)) = pair(&address);
+        let (mut reader, _keep) = client.split();
+        let (_keep_too, mut writer) = server.split();
+        thread::scope(|scope| {
+            let wake = Wake::new().unwrap();
+            let (asked, wanted) = std::sync::mpsc::channel();
+            scope.spawn(move || {
+                // The reader is behind and waits for much at a time, whatever the pieces are.
+                for piece in [LONG - 1, 1, 3] {
+                    wanted.recv().unwrap();
+                    writer.write_all(&vec![7; piece], soon()).unwrap();
+                }
+                wanted.recv().unwrap();
+                writer.write_all(&[7; 1000], soon()).unwrap();
+                writer.finish().unwrap();
+            });
+            (0..2).for_each(|_| asked.send(()).unwrap());
+            reader.read_exact(&mut vec![0; LONG], soon()).unwrap();
+            asked.send(()).unwrap();
+            assert_eq!(reader.wait(&wake, soon()).unwrap(), Awaited::Readable);
+            reader.read_exact(&mut [0; 3], soon()).unwrap();
+            asked.send(()).unwrap();
+            // Nor does it miss the end for want of more.
+            let cut = reader.read_exact(&mut vec![0; LONG], soon());
+            assert!(matches!(cut, Err(LinkError::Closed { received: 1000, .. })), "{cut:?}");
+        });
+    }
+}
+
+#[test]
 fn an_interrupt_ends_reading_writing_and_accepting() {
     let (_directory, addresses) = both_kinds();
     for address in addresses {
