@@ -182,6 +182,7 @@ impl Session {
             }
         }
         self.guest.restore_huge_pages(&self.shared);
+        populate::give_back();
         self.shared.owner.ended(Outcome::Completed);
     }
 

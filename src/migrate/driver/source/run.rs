@@ -498,6 +498,9 @@ impl Migration {
         }
         let stale = self.guest.stale_images();
         let moved = self.guest.end();
+        if moved.is_none() {
+            populate::give_back();
+        }
         self.owner.ended(outcome, moved, stale);
     }
 }
