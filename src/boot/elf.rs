@@ -1,6 +1,7 @@
 //! ELF kernels: by the PVH note where they have one, by Linux's 64-bit boot protocol otherwise.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
@@ -20,7 +21,21 @@ const START_MAGIC: u32 = 0x336e_c578;
 /// The version with a memory map.
 const START_VERSION: u32 = 1;
 
+/// How the header of every ELF file for x86-64 begins: magic number, 64 bits, little-endian.
+const IDENT: [u8; 6] = *b"\x7fELF\x02\x01";
+/// Type of an executable with a place in memory of its own, as opposed to programs, modules and libraries that are put somewhere.
+const ET_EXEC: u16 = 2;
+/// x86-64.
+const EM_X86_64: u16 = 62;
+
 pub fn load(file: &mut File, handover: &Handover) -> Result<Entry, BootError> {
+    // linux-loader looks at neither processor nor type.
+    let mut header = [0; 20];
+    let is_complete = file.read_exact_at(&mut header, 0).is_ok();
+    let word = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
+    if !is_complete || !header.starts_with(&IDENT) || word(18) != EM_X86_64 {
+        return Err(handover.not_a_kernel("it is an ELF file, but not one for x86-64"));
+    }
     let loaded = Elf::load(handover.ram.memory(), None, file, None).map_err(|error| match error {
         LoaderError::Elf(linux_loader::loader::elf::Error::ReadKernelImage) => {
             let size = file.metadata().map_or(0, |metadata| metadata.len());
@@ -28,6 +43,10 @@ pub fn load(file: &mut File, handover: &Handover) -> Result<Entry, BootError> {
         }
         other => handover.not_a_kernel(other.to_string()),
     })?;
+    let has_entry = matches!(loaded.pvh_boot_cap, PvhBootCapability::PvhEntryPresent(_));
+    if word(16) != ET_EXEC && !has_entry {
+        return Err(handover.not_a_kernel("it is a program, a module or a library"));
+    }
     let low_end = handover.ram.size().min(crate::memory::ram::HOLE_START);
     if loaded.kernel_end > low_end {
         let what = format!("the kernel {}", handover.kernel.display());

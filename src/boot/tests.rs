@@ -98,6 +98,7 @@ fn memory_beyond_the_hole_is_in_the_map() {
 fn elf(pvh: bool) -> Vec<u8> {
     use linux_loader::elf::{Elf64_Ehdr, Elf64_Phdr};
     let mut header = Elf64_Ehdr { e_entry: 0x10_0010, e_phoff: 64, e_phentsize: 56, e_phnum: 1 + u16::from(pvh), ..Default::default() };
+    (header.e_type, header.e_machine) = (2, 62);
     header.e_ident[..6].copy_from_slice(b"\x7fELF\x02\x01");
     let code = Elf64_Phdr { p_type: 1, p_offset: 0x200, p_paddr: 0x10_0000, p_filesz: 0x20, p_memsz: 0x40_0000, ..Default::default() };
     let note = Elf64_Phdr { p_type: 4, p_offset: 0x180, p_filesz: 20, ..Default::default() };
@@ -149,6 +150,13 @@ fn what_cannot_be_booted_is_named() {
     for bytes in [&b""[..], b"#!", &[0; 4096], b"\x7fELF", &bzimage()[..0x230]] {
         let text = message(&config(file(bytes).path(), ""));
         assert!(text.contains("is not a kernel"), "{text}");
+    }
+    // An ELF file, but a module, a program without a place of its own, and one for Arm.
+    for (offset, value, reason) in [(16, 1, "a program"), (16, 3, "a program"), (18, 183, "not one for x86-64")] {
+        let mut other = elf(false);
+        other[offset] = value;
+        let text = message(&config(file(&other).path(), ""));
+        assert!(text.contains("is not a kernel") && text.contains(reason), "{text}");
     }
     let mut old = bzimage();
     old[0x236] = 0;

@@ -1,6 +1,6 @@
 //! The subcommands and their arguments.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, ValueEnum};
@@ -164,7 +164,7 @@ pub(super) struct MigrateArguments {
     #[arg(long, value_name = "SOCKET")]
     pub qmp: PathBuf,
     /// Where a `ferry receive` waits: tcp:HOST:PORT or unix:PATH
-    #[arg(value_name = "URI", value_parser = parse_address)]
+    #[arg(value_name = "URI", value_parser = parse_other_address)]
     pub uri: String,
     /// How RAM moves
     #[arg(long, value_enum, default_value = "auto")]
@@ -219,10 +219,10 @@ pub(super) struct RecoverArguments {
     #[arg(long, value_name = "SOCKET")]
     pub qmp: PathBuf,
     /// At the source: where the destination listens, tcp:HOST:PORT or unix:PATH
-    #[arg(value_name = "URI", value_parser = parse_address, required_unless_present = "listen")]
+    #[arg(value_name = "URI", value_parser = parse_other_address, required_unless_present = "listen")]
     pub uri: Option<String>,
     /// At the destination: where to wait for the source, beside the address of `ferry receive`
-    #[arg(long, value_name = "URI", value_parser = parse_address, conflicts_with_all = ["uri", "report"])]
+    #[arg(long, value_name = "URI", value_parser = parse_other_address, conflicts_with_all = ["uri", "report"])]
     pub listen: Option<String>,
     /// Write what the migration cost to this file, as JSON
     #[arg(long, value_name = "FILE")]
@@ -317,15 +317,16 @@ impl RunArguments {
     /// The options, or the end of the process with a usage error where two disks have the same id.
     pub fn into_options(self) -> RunOptions {
         refuse_duplicates(self.disks.iter().map(|disk| disk.id.as_str()));
-        let RunArguments { kernel, initrd, cmdline, cpus, memory, disks, host, name } = self;
+        let RunArguments { kernel, initrd, cmdline, cpus, memory, mut disks, host, name } = self;
+        disks.iter_mut().for_each(|disk| disk.path = absolute(&disk.path));
         let config = GuestConfig {
             name,
             cpus,
             memory: memory.size,
             lock_memory: memory.lock,
             hugepages: memory.hugepages,
-            kernel,
-            initrd,
+            kernel: absolute(&kernel),
+            initrd: initrd.as_deref().map(absolute),
             cmdline,
             disks,
         };
@@ -338,8 +339,15 @@ impl ReceiveArguments {
     pub fn into_options(self) -> ReceiveOptions {
         refuse_duplicates(self.disks.iter().map(|(id, _)| id.as_str()));
         let HostArguments { serial, qmp, dirty_tracking } = self.host;
-        ReceiveOptions { listen: self.listen, disks: self.disks, serial, qmp, tracker: dirty_tracking.into() }
+        let disks = self.disks.into_iter().map(|(id, path)| (id, absolute(&path))).collect();
+        ReceiveOptions { listen: self.listen, disks, serial, qmp, tracker: dirty_tracking.into() }
     }
+}
+
+/// `path` as the guest's configuration has it: it goes along to processes with other working directories.
+fn absolute(path: &Path) -> PathBuf {
+    // Fails for an empty path alone, or where there is no working directory: opening it says so.
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 fn refuse_duplicates<'a>(ids: impl Iterator<Item = &'a str>) {
@@ -357,6 +365,18 @@ pub(super) fn parse_address(text: &str) -> Result<String, String> {
         _ => false,
     };
     if well_formed { Ok(text.to_string()) } else { Err("an address is tcp:HOST:PORT or unix:PATH".into()) }
+}
+
+/// As [`parse_address`], for another process to use, whose working directory is another one.
+fn parse_other_address(text: &str) -> Result<String, String> {
+    let address = parse_address(text)?;
+    match address.strip_prefix("unix:") {
+        Some(path) => {
+            let path = absolute(Path::new(path)).into_os_string().into_string();
+            path.map(|path| format!("unix:{path}")).map_err(|_| "the working directory's name is not UTF-8; give the whole path".into())
+        }
+        None => Ok(address),
+    }
 }
 
 #[cfg(test)]

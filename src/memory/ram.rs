@@ -100,8 +100,9 @@ impl Mapping {
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory; the pieces cut off below belong to it
         // and nothing has a pointer into them.
         unsafe {
-            let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-            let raw = mmap_anonymous(std::ptr::null_mut(), padded, ProtFlags::READ | ProtFlags::WRITE, flags).map_err(error)?;
+            // Without MAP_NORESERVE, so that the kernel refuses what the host can never hold, as its overcommit policy says.
+            let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+            let raw = mmap_anonymous(std::ptr::null_mut(), padded, prot, flags).map_err(error)?;
             let head = raw.align_offset(GRANULE as usize);
             let base = raw.byte_add(head);
             if head > 0 {
@@ -165,7 +166,7 @@ impl GuestRam {
             let bytes = slot.run.bytes() as usize;
             let builder = MmapRegionBuilder::new_with_bitmap(bytes, DeviceWrites::new(bytes))
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE);
+                .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE);
             // SAFETY: the slot's pages lie within `mapping`, which `Inner` keeps for as long as the region.
             let region = unsafe { builder.with_raw_mmap_pointer(mapping.base.as_ptr().add(slot.run.first.offset() as usize)) };
             let region = region.build().map_err(|error| layout(&error))?;

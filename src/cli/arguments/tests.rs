@@ -17,20 +17,36 @@ fn run_becomes_a_guest_configuration() {
     let options = arguments.into_options();
     assert_eq!((options.serial, options.qmp), (SerialTarget::Null, Some("q".into())));
     assert_eq!((options.config.cpus, options.config.memory), (2, 1 << 30));
-    assert_eq!(options.config.initrd, Some("i".into()));
+    // Whatever the working directory of a later host is.
+    let here = std::env::current_dir().unwrap();
+    assert_eq!((options.config.kernel, options.config.initrd), (here.join("k"), Some(here.join("i"))));
+    assert_eq!(options.config.disks[0].path, here.join("a.img"));
     let disks: Vec<_> = options.config.disks.iter().map(|disk| (disk.id.as_str(), disk.readonly)).collect();
     assert_eq!(disks, [("a", false), ("b", true)]);
 }
 
 #[test]
 fn receive_maps_disks_by_id() {
-    let Subcommand::Receive(arguments) = parse("ferry receive --listen tcp:[::1]:4444 --disk id=a,path=/x --dirty-tracking ring").unwrap()
-    else {
-        panic!("not receive")
-    };
+    let line = "ferry receive --listen tcp:[::1]:4444 --disk id=a,path=/x --disk id=b,path=y --dirty-tracking ring";
+    let Subcommand::Receive(arguments) = parse(line).unwrap() else { panic!("not receive") };
     let options = arguments.into_options();
-    assert_eq!(options.disks, [("a".to_string(), PathBuf::from("/x"))]);
+    let there = std::env::current_dir().unwrap().join("y");
+    assert_eq!(options.disks, [("a".to_string(), PathBuf::from("/x")), ("b".to_string(), there)]);
     assert_eq!((options.listen.as_str(), options.tracker), ("tcp:[::1]:4444", TrackerChoice::Ring));
+}
+
+#[test]
+fn sockets_are_told_to_other_processes_by_their_whole_paths() {
+    let uri = |line: &str| match parse(line).unwrap() {
+        Subcommand::Migrate(arguments) => arguments.uri,
+        Subcommand::Recover(arguments) => arguments.uri.or(arguments.listen).unwrap(),
+        _ => panic!("neither migrate nor recover"),
+    };
+    let whole = format!("unix:{}", std::env::current_dir().unwrap().join("s").display());
+    for line in ["ferry migrate --qmp q unix:s", "ferry recover --qmp q unix:s", "ferry recover --qmp q --listen unix:s"] {
+        assert_eq!(uri(line), whole);
+    }
+    assert_eq!(uri("ferry migrate --qmp q tcp:h:1"), "tcp:h:1");
 }
 
 #[test]

@@ -39,3 +39,14 @@ fn odd_sizes_are_refused() {
         assert!(matches!(GuestRam::allocate(size), Err(RamError::Size(_))), "{size}");
     }
 }
+
+#[test]
+fn what_the_host_can_never_hold_is_refused() {
+    let memory = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let kib = |name| memory.lines().find_map(|line| line.strip_prefix(name)?.strip_suffix("kB")?.trim().parse::<u64>().ok()).unwrap();
+    let size = ((kib("MemTotal:") + kib("SwapTotal:")) << 10).next_multiple_of(GRANULE) + GRANULE;
+    // 1 is the administrator's word that everything is to be promised.
+    let is_refused = std::fs::read_to_string("/proc/sys/vm/overcommit_memory").unwrap().trim() != "1";
+    let allocated = GuestRam::allocate(size).err();
+    assert_eq!(allocated.map(|error| error.to_string().contains("less --memory")), is_refused.then_some(true));
+}
