@@ -46,6 +46,22 @@ def restarts(host, disk, image):
     guest.job.wait(END)
 
 
+def restarts_where_it_is(pair, disk):
+    """The host to which the guest has moved has its kernel, too, and boots it again; then it moves on."""
+    guest = Guest(pair.a, "bzImage-tiny", "initramfs-tiny.cpio.gz", disk, "agent.run=25 end=reboot")
+    guest.ticks(2, BOOT)
+    guest.move(pair.b, "auto")
+    guest.agent("verdict", BOOT)
+    guest.agent("start", BOOT)
+    guest.seq, guest.clocks = -1, None
+    guest.ticks(2, BOOT)
+    report = guest.move(pair.a, "postcopy")
+    guest.ticks(2, MOVE)
+    guest.control("quit")
+    guest.job.wait(END)
+    return describe(report)
+
+
 def snapshot(guest, image):
     """The disk's bytes of a paused guest."""
     guest.host.run("sync")
@@ -163,6 +179,7 @@ def main():
                 (run_on, checks, pair.a, "stock Debian bzImage boots and powers off", boots_and_powers_off,
                  "bzImage-debian", "initramfs-debian.cpio.gz", "/dev/vdb", image_a))
             moves(checks, pair, "stock Debian", shared, "bzImage-debian", "initramfs-debian.cpio.gz")
+            run_steps(checks, pair, "tiny", [("restarts where it has moved to, and moves on", restarts_where_it_is, pair, "/dev/vdb")])
             pair.b.run(f"date -s @{time.time() + HOUR:.0f}")
             moves(checks, pair, "tiny, b's clock wrong", shared, "bzImage-tiny", "initramfs-tiny.cpio.gz")
     print(f"lab: {checks.passed} passed, {checks.failed} failed ({time.monotonic() - begin:.0f} s)")
