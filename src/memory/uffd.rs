@@ -19,7 +19,7 @@ use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
 use placing::Placing;
 
-use super::{GuestRam, HostPage, PAGE_SIZE, PageNumber, PageRun, thp};
+use super::{GuestRam, HUGE_PAGE, HostPage, PAGE_SIZE, PageNumber, PageRun, thp};
 
 /// Names the thread that faults; every kernel since Linux 4.14 does, and faults inside the kernel need a later one.
 const FEATURES: FeatureFlags = FeatureFlags::THREAD_ID;
@@ -202,7 +202,7 @@ impl MissingPages {
         }
         let _placing = self.placing.shared(run);
         self.fill(run, |dst, offset, len| {
-            let bytes = bytes.get(offset..).unwrap_or_default();
+            let bytes = bytes.get(offset..offset + len as usize).unwrap_or_default();
             debug_assert_eq!(bytes.len() as u64, len, "the lengths were compared above");
             // SAFETY: all of `bytes`.
             unsafe { self.copy_from(dst, NonNull::from(bytes).cast(), bytes.len() as u64) }
@@ -278,10 +278,13 @@ impl MissingPages {
         let mut present = 0;
         while done < run.count {
             let rest = PageRun::new(run.first.0 + done, run.count - done);
+            // One call fills pages of one kernel mapping only (ENOENT), and `thp::allow_only` makes several of RAM, each of whole huge
+            // pages. Advice that is alike again does not always join them: those that were touched meanwhile stay apart.
+            let length = rest.count.min(HUGE_PAGE - rest.first.0 % HUGE_PAGE);
             let offset = done * PAGE_SIZE as u64;
-            let (result, count) = fill(start + offset, offset as usize, rest.bytes());
+            let (result, count) = fill(start + offset, offset as usize, length * PAGE_SIZE as u64);
             if result == 0 {
-                done = run.count;
+                done += length;
                 continue;
             }
             let error = io::Error::last_os_error();

@@ -55,6 +55,26 @@ fn a_toucher_waits_for_its_page() {
 }
 
 #[test]
+fn a_run_is_placed_across_mappings_that_stay_apart() {
+    let ram = GuestRam::allocate(2 * GRANULE).unwrap();
+    thp::allow_only(&ram, &[PageRun::new(HUGE_PAGE, HUGE_PAGE)]);
+    // Each has been touched under its own advice, and is not joined to the other by the same one.
+    for page in [0, 2 * HUGE_PAGE - 1] {
+        // SAFETY: the page is mapped, and nobody else uses it.
+        unsafe { ram.host_address(PageRun::new(page, 1)).unwrap().write_volatile(1) };
+    }
+    let pages = Userfaultfd::open().unwrap().register(ram.clone()).unwrap();
+    let (across, zeros) = (PageRun::new(HUGE_PAGE - 4, 8), PageRun::new(HUGE_PAGE - 8, 16));
+    for run in [across, zeros] {
+        pages.discard(run).unwrap();
+    }
+    assert_eq!(pages.place(across, &contents(across)).unwrap(), 8);
+    assert_eq!(pages.place_zero(zeros).unwrap(), 8);
+    let expected: Vec<u8> = zeros.pages().map(|page| if across.pages().any(|of| of == page) { page.0 as u8 ^ 0x5a } else { 0 }).collect();
+    assert_eq!(zeros.pages().map(|page| read(&ram, page.0)).collect::<Vec<_>>(), expected);
+}
+
+#[test]
 fn a_fault_names_its_thread() {
     let (ram, pages, event) = missing(1);
     thread::scope(|scope| {
