@@ -14,6 +14,8 @@ use crate::memory::GuestRam;
 use crate::memory::dirty_tracker::TrackerChoice;
 use crate::vm::config::GuestConfig;
 
+mod extended_registers;
+
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// What the guest wrote to its serial port.
