@@ -19,6 +19,8 @@ const BACKLOG: usize = 4096;
 const FIFO: usize = 64;
 const VERSION: u16 = 1;
 const DATA: u64 = 0;
+const INTERRUPT_ENABLE: u8 = 1;
+const LINE_CONTROL: u8 = 3;
 
 /// Raises the serial port's interrupt line through KVM's irqfd.
 pub struct Interrupt(Arc<EventFd>);
@@ -198,9 +200,10 @@ impl Device for SerialPort {
         let registers = SerialState {
             baud_divisor_low: saved.divisor[0],
             baud_divisor_high: saved.divisor[1],
-            interrupt_enable: saved.interrupt_enable,
-            interrupt_identification: saved.interrupt_identification,
-            line_control: saved.line_control,
+            interrupt_enable: 0,
+            interrupt_identification: SerialState::default().interrupt_identification,
+            // Without DLAB, so that the write below reaches IER.
+            line_control: 0,
             line_status: saved.line_status,
             modem_control: saved.modem_control,
             modem_status: saved.modem_status,
@@ -209,9 +212,15 @@ impl Device for SerialPort {
         };
         let mut uart = self.lock();
         let output = std::mem::replace(uart.serial.writer_mut(), Box::new(std::io::sink()));
-        // Raises the interrupt again if it was pending: a guest that had taken it already sees a spurious one.
         let serial = Serial::from_state(&registers, Interrupt(uart.interrupt.clone()), NoEvents, output);
-        uart.serial = serial.map_err(|error| refused(format!("{error:?}")))?;
+        let mut serial = serial.map_err(|error| refused(format!("{error:?}")))?;
+        // An interrupt that was on its way when the guest was paused may not have reached the saved interrupt controller, and vm-superio
+        // raises none that it takes for pending: not even when the guest, which masks IER while its kernel prints, enables it again. So
+        // nothing is pending here until IER is written, which raises what its conditions call for. One too many does no harm.
+        for (register, value) in [(INTERRUPT_ENABLE, saved.interrupt_enable), (LINE_CONTROL, saved.line_control)] {
+            serial.write(register, value).map_err(|error| refused(format!("{error:?}")))?;
+        }
+        uart.serial = serial;
         uart.backlog = saved.backlog.into();
         Ok(())
     }
@@ -257,6 +266,34 @@ mod tests {
         let mut scratch = [0];
         destination.registers().read(7, &mut scratch);
         assert_eq!(scratch, [0x5a]);
+    }
+
+    /// What the driver of Linux does: IER is masked while the kernel prints, and what is pending must come when it is enabled again.
+    #[test]
+    fn an_interrupt_that_was_lost_on_the_way_comes_again() {
+        const TRANSMITTER_EMPTY: u8 = 2;
+        const DIVISOR_LATCH: u8 = 0x80;
+        let moved = |source: &SerialPort| {
+            let destination = port();
+            destination.restore(&source.save().unwrap()).unwrap();
+            destination
+        };
+        let raised = |port: &SerialPort| port.lock().interrupt.read().is_ok();
+        let write = |port: &SerialPort, register, value| port.registers().write(register, &[value]);
+        let source = port();
+        write(&source, INTERRUPT_ENABLE.into(), TRANSMITTER_EMPTY);
+        assert!(raised(&source));
+        assert!(raised(&moved(&source)), "enabled and pending");
+        write(&source, LINE_CONTROL.into(), DIVISOR_LATCH);
+        let latched = moved(&source);
+        assert!(raised(&latched), "enabled and pending behind the divisor latch");
+        assert_eq!(latched.save().unwrap(), source.save().unwrap());
+        write(&source, LINE_CONTROL.into(), 0);
+        write(&source, INTERRUPT_ENABLE.into(), 0);
+        let masked = moved(&source);
+        assert!(!raised(&masked), "pending and masked");
+        write(&masked, INTERRUPT_ENABLE.into(), TRANSMITTER_EMPTY);
+        assert!(raised(&masked), "pending and enabled again");
     }
 
     #[test]

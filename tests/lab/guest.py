@@ -133,9 +133,35 @@ class Checks:
         return good
 
 
+# What can be told of a guest from outside, twice, so that it shows what stands still.
+THREADS = ("for p in $(pidof ferry); do for t in /proc/$p/task/*; do "
+           "echo $(cat $t/comm $t/wchan $t/schedstat) $(grep State $t/status); done; done")
+COUNTERS = ("mount -t debugfs none /sys/kernel/debug 2>/dev/null; cd /sys/kernel/debug/kvm && for d in */vcpu*; do "
+            "echo $d: $(cd $d && for f in *; do echo $f=$(head -n 1 $f); done | grep -v '=0$'); done")
+# A pause and its end repeat the disks' interrupts.
+LOOK = ["ferry status --qmp /tmp/guest", "cat /proc/uptime /proc/loadavg", THREADS, COUNTERS, "sleep 2", THREADS, COUNTERS,
+        "ferry pause --qmp /tmp/guest; ferry resume --qmp /tmp/guest", "sleep 2", THREADS, COUNTERS]
+
+
+def look_at(host):
+    """Prints how things stand at a host where a check has failed."""
+    for command in LOOK:
+        try:
+            lines = host.run(f"{command}; true", 30)
+        except Failed as error:
+            lines = [str(error)]
+        for line in lines:
+            print(f"{host.name}> {line}", flush=True)
+    for job in host.jobs:
+        if job.status is None:
+            job.drain()
+            print(f"{job.command}: by now its last lines are: {job.tail()}", flush=True)
+
+
 def end_all(*hosts):
-    """Ends what a failed check left running."""
+    """Tells of what a failed check left running, and ends it."""
     for host in hosts:
+        look_at(host)
         host.run("ferry quit --qmp /tmp/guest; for i in $(seq 100); do pidof ferry >/dev/null || break; sleep 0.2; done; true")
 
 
