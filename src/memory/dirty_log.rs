@@ -14,10 +14,10 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVMIO, kvm_clear_dirty_log,
-    kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
+    kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_enable_cap,
 };
 use kvm_ioctls::VmFd;
-use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 
 use super::dirty_tracker::{TrackerError, switch};
 use super::pagemap::Pagemap;
@@ -25,9 +25,10 @@ use super::populated::{populated, scan};
 use super::ram::RamSlot;
 use super::{GuestRam, PageRun, PageSet};
 
-// kvm-ioctls does not wrap this one. The structure's size is part of the number.
+// kvm-ioctls does not wrap the one and returns a new vector from the other. The structures' sizes are part of the numbers.
+const KVM_GET_DIRTY_LOG: libc::c_ulong = rustix::ioctl::opcode::write::<kvm_dirty_log>(KVMIO as u8, 0x42) as libc::c_ulong;
 const KVM_CLEAR_DIRTY_LOG: libc::c_ulong = rustix::ioctl::opcode::read_write::<kvm_clear_dirty_log>(KVMIO as u8, 0xc0) as libc::c_ulong;
-const _: () = assert!(size_of::<kvm_clear_dirty_log>() == 24);
+const _: () = assert!(size_of::<kvm_clear_dirty_log>() == 24 && size_of::<kvm_dirty_log>() == 16);
 
 /// A word of the log: KVM_CLEAR_DIRTY_LOG takes whole ones.
 const WORD: u64 = 64;
@@ -46,6 +47,8 @@ pub struct DirtyLog {
     /// Of this process, unless the kernel cannot scan them: then no block is left to them.
     page_tables: Option<Pagemap>,
     manual_protect: bool,
+    /// What KVM wrote of a slot last, with room for the largest: fresh memory would cost page faults in the blackout.
+    fetched: Vec<u64>,
 }
 
 impl DirtyLog {
@@ -57,7 +60,10 @@ impl DirtyLog {
         let capability = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, args: [flags, 0, 0, 0], ..Default::default() };
         let manual_protect = vm.enable_cap(&capability).is_ok();
         let none = PageSet::empty(ram.pages());
-        let mut log = DirtyLog { vm, reported: none.clone(), untouched: none, page_tables: Pagemap::open().ok(), manual_protect, ram };
+        let page_tables = Pagemap::open().ok();
+        // Anything but zero, for which the allocator would give memory that is not there yet.
+        let fetched = vec![!0; ram.slots().iter().map(words_of).max().unwrap_or(0)];
+        let mut log = DirtyLog { vm, reported: none.clone(), untouched: none, page_tables, manual_protect, fetched, ram };
         log.ram.take_device_writes(&mut PageSet::empty(log.ram.pages()));
         if let Err(error) = switch(&log.vm, &log.ram, true).and_then(|()| log.collect_populated(into)) {
             // Best effort: the guest is better off without a log that nobody reads.
@@ -91,11 +97,10 @@ impl DirtyLog {
     pub fn harvest(&mut self, into: &mut PageSet) -> Result<u64, TrackerError> {
         let before = into.len();
         for slot in self.ram.slots() {
-            let log = self.vm.get_dirty_log(slot.slot, slot.run.bytes() as usize);
-            let log = log.map_err(|source| TrackerError::Get { slot: slot.slot, source })?;
+            let fetched = fetch(&self.vm, slot, &mut self.fetched)?;
             // Slots begin at a multiple of 64 pages, so words line up.
             let base = (slot.run.first.0 / WORD) as usize;
-            for (index, bits) in (base..).zip(log) {
+            for (index, &bits) in (base..).zip(fetched) {
                 let known = self.reported.words().get(index).copied().unwrap_or(0);
                 if bits & !known == 0 {
                     continue;
@@ -210,6 +215,24 @@ impl DirtyLog {
         }
         Ok(())
     }
+}
+
+/// How many words the log of `slot` has.
+fn words_of(slot: &RamSlot) -> usize {
+    slot.run.count.div_ceil(WORD) as usize
+}
+
+/// Has KVM write the log of `slot` to the beginning of `buffer`, which has room for it; returns it.
+fn fetch<'a>(vm: &VmFd, slot: &RamSlot, buffer: &'a mut [u64]) -> Result<&'a [u64], TrackerError> {
+    let refused = |errno| TrackerError::Get { slot: slot.slot, source: kvm_ioctls::Error::new(errno) };
+    let words = buffer.get_mut(..words_of(slot)).ok_or_else(|| refused(libc::ENOBUFS))?;
+    let dirty_bitmap = words.as_mut_ptr().cast();
+    let mut log = kvm_dirty_log { slot: slot.slot, padding1: 0, __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 { dirty_bitmap } };
+    // SAFETY: KVM writes a bit for each page of the slot, rounded up to whole words, and `words` is as long as that.
+    if unsafe { ioctl_with_mut_ref(vm, KVM_GET_DIRTY_LOG, &mut log) } < 0 {
+        return Err(refused(io::Error::last_os_error().raw_os_error().unwrap_or(0)));
+    }
+    Ok(words)
 }
 
 /// The bits of word `index` of a set that stand for pages of `run`.

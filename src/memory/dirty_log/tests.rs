@@ -70,7 +70,8 @@ fn without_manual_protect_fetching_clears() {
     let ram = guest.ram.clone();
     let none = PageSet::empty(ram.pages());
     let (vm, page_tables) = (guest.tracking.vm().clone(), Pagemap::open().ok());
-    let mut log = DirtyLog { vm, reported: none.clone(), untouched: none, page_tables, manual_protect: false, ram };
+    let fetched = vec![0; none.words().len()];
+    let mut log = DirtyLog { vm, reported: none.clone(), untouched: none, page_tables, manual_protect: false, fetched, ram };
     switch(&log.vm, &log.ram, true).unwrap();
     let mut first = PageSet::empty(guest.ram.pages());
     log.collect_populated(&mut first).unwrap();
