@@ -25,6 +25,11 @@ const READ_AHEAD: usize = 8 << 10;
 const LOW_WATER: usize = 512 << 10;
 /// A read of less than this is not worth a system call more.
 const SMALL_READ: usize = 64 << 10;
+/// Receive buffer of a connection within one host, in bytes. There TCP's own choice grows to all it may take, which only means memory that is
+/// in no cache.
+const BUFFER_WITHIN_HOST: usize = 4 << 20;
+/// A congestion control without pacing: Linux's default.
+const UNPACED: &[u8] = b"cubic";
 /// How long a message of which a part was sent may still take when an interrupt is raised, so that something can follow it.
 const GRACE: Duration = Duration::from_secs(1);
 /// Most pieces that one sendmsg takes (UIO_MAXIOV).
@@ -62,6 +67,8 @@ struct Link {
     socket: Socket,
     peer: String,
     is_tcp: bool,
+    /// The host's choice of a congestion control, if both ends are on it.
+    congestion_control: Option<Vec<u8>>,
 }
 
 /// An established connection.
@@ -108,13 +115,20 @@ impl Connection {
     pub(super) fn new(socket: Socket, peer: String, interrupt: Interrupt) -> io::Result<Self> {
         // Waits are `poll`s, together with the interrupt.
         socket.set_nonblocking(true)?;
-        let is_tcp = socket.local_addr()?.as_socket().is_some();
-        if is_tcp {
+        let local = socket.local_addr()?.as_socket();
+        let is_tcp = local.is_some();
+        let mut congestion_control = None;
+        if let Some(local) = local {
             socket.set_tcp_nodelay(true)?;
             socket.set_tcp_keepalive(&KEEPALIVE)?;
             socket.set_tcp_user_timeout(Some(DEAD_AFTER))?;
+            // A peer that has gone is for the first read to tell.
+            if socket.peer_addr().is_ok_and(|peer| peer.as_socket().is_some_and(|peer| peer.ip() == local.ip())) {
+                socket.set_recv_buffer_size(BUFFER_WITHIN_HOST)?;
+                congestion_control = socket.tcp_congestion().ok();
+            }
         }
-        Ok(Connection { link: Arc::new(Link { socket, peer, is_tcp }), interrupt })
+        Ok(Connection { link: Arc::new(Link { socket, peer, is_tcp, congestion_control }), interrupt })
     }
 
     /// The other side, for messages to people.
@@ -242,6 +256,15 @@ impl Writer {
             // The next turn of the write judges it by what was sent.
             (Err(LinkError::Interrupted), _) => Ok(()),
             (waited, _) => waited,
+        }
+    }
+
+    /// Within one host: whether TCP may pace what is sent, where the host's choice of a congestion control (bbr) does so. No link's rate is to
+    /// be met there, and the timers take a fifth of the sender's time; the pauses are good for whoever shares the processors, though.
+    pub fn set_paced(&mut self, paced: bool) {
+        if let Some(chosen) = &self.link.congestion_control {
+            // A host that has no other goes on with its own.
+            let _ = self.link.socket.set_tcp_congestion(if paced { chosen } else { UNPACED });
         }
     }
 
@@ -404,3 +427,6 @@ fn advance(pieces: &mut [libc::iovec], mut sent: usize) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -57,6 +57,7 @@ pub struct PageSender {
     blocks: BlockIo,
     channel: Channel,
     writer: Writer,
+    is_paced: bool,
     compressor: Option<Compressor>,
     payoff: Payoff,
     /// A copy of the pages to compress, which the guest may be writing, or of blocks.
@@ -66,7 +67,7 @@ pub struct PageSender {
 impl PageSender {
     pub fn new(shared: Arc<Shared>, io: PageIo, blocks: BlockIo, channel: Channel, writer: Writer) -> Self {
         let compressor = shared.pages.compression.and_then(Compressor::new);
-        PageSender { shared, io, blocks, channel, writer, compressor, payoff: Payoff::default(), copy: Vec::new() }
+        PageSender { shared, io, blocks, channel, writer, is_paced: true, compressor, payoff: Payoff::default(), copy: Vec::new() }
     }
 
     /// Sends what comes until nothing more does; a failure is reported and ends it.
@@ -77,6 +78,7 @@ impl PageSender {
             if self.shared.engine().is_over() {
                 continue;
             }
+            self.set_paced();
             match self.send(&batch) {
                 Ok(sent) => self.account(sent, batch.charged),
                 Err(error) => {
@@ -89,6 +91,15 @@ impl PageSender {
                     return;
                 }
             }
+        }
+    }
+
+    /// After the commit a guest that waits for pages may share the processors: it matters more than how soon all have come.
+    fn set_paced(&mut self) {
+        let is_paced = self.shared.engine().is_committed();
+        if self.is_paced != is_paced {
+            self.writer.set_paced(is_paced);
+            self.is_paced = is_paced;
         }
     }
 
