@@ -25,9 +25,6 @@ const READ_AHEAD: usize = 8 << 10;
 const LOW_WATER: usize = 512 << 10;
 /// A read of less than this is not worth a system call more.
 const SMALL_READ: usize = 64 << 10;
-/// Receive buffer of a connection within one host, in bytes. There TCP's own choice grows to all it may take, which only means memory that is
-/// in no cache.
-const BUFFER_WITHIN_HOST: usize = 4 << 20;
 /// A congestion control without pacing: Linux's default.
 const UNPACED: &[u8] = b"cubic";
 /// How long a message of which a part was sent may still take when an interrupt is raised, so that something can follow it.
@@ -124,7 +121,6 @@ impl Connection {
             socket.set_tcp_user_timeout(Some(DEAD_AFTER))?;
             // A peer that has gone is for the first read to tell.
             if socket.peer_addr().is_ok_and(|peer| peer.as_socket().is_some_and(|peer| peer.ip() == local.ip())) {
-                socket.set_recv_buffer_size(BUFFER_WITHIN_HOST)?;
                 congestion_control = socket.tcp_congestion().ok();
             }
         }
