@@ -74,11 +74,16 @@ impl PageSender {
     pub fn run(mut self, batches: &Receiver<Batch>, inputs: &Sender<Input>) {
         scheduling::is_bulk();
         for batch in batches {
+            let (is_over, is_committed) = {
+                let engine = self.shared.engine();
+                (engine.is_over(), engine.is_committed())
+            };
             // A migration that is over needs nothing of this, and counts nothing.
-            if self.shared.engine().is_over() {
+            if is_over {
                 continue;
             }
-            self.set_paced();
+            // After the commit a guest that waits for pages may share the processors: it matters more than how soon all have come.
+            self.set_paced(is_committed);
             match self.send(&batch) {
                 Ok(sent) => self.account(sent, batch.charged),
                 Err(error) => {
@@ -94,9 +99,7 @@ impl PageSender {
         }
     }
 
-    /// After the commit a guest that waits for pages may share the processors: it matters more than how soon all have come.
-    fn set_paced(&mut self) {
-        let is_paced = self.shared.engine().is_committed();
+    fn set_paced(&mut self, is_paced: bool) {
         if self.is_paced != is_paced {
             self.writer.set_paced(is_paced);
             self.is_paced = is_paced;
