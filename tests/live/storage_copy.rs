@@ -228,9 +228,12 @@ fn a_guest_whose_source_has_died_runs_until_it_needs_a_block_which_is_named() {
     let mut there = receive(&lab, Transport::Tcp, &path);
     let mut client = here.client();
     // All of RAM is there soon, and little of the disk.
-    let mut migration = copy(&lab, &here, &there.address, &["--mode", "postcopy", "--postcopy-bandwidth", "64M"]);
+    let mut migration = copy(&lab, &here, &there.address, &["--mode", "postcopy", "--postcopy-bandwidth", "16M"]);
     wait_for_migration(&mut client, "postcopy-active");
     guest.moved_to(&mut there);
+    // The source says it when it has decided: the word may still be on its way, and would be lost with the source.
+    guest.beats(1);
+    wait_until(&mut there.client(), "all of RAM", |_| there.ask("query-migrate")["ram"]["remaining"] == 0);
     here.execute("migrate-set-parameters", json!({ "max-postcopy-bandwidth": 1 << 20 })).unwrap();
     here.process.kill();
     migration.process.kill();
