@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::bitmap::{Bitmap, RefSlice, WithBitmapSlice};
+use zerocopy::FromZeros;
 
 use super::PAGE_SIZE;
 
@@ -12,15 +13,19 @@ const BITS: usize = u64::BITS as usize;
 #[derive(Debug)]
 pub struct DeviceWrites {
     /// A bit for each page.
-    words: Vec<AtomicU64>,
+    words: Box<[AtomicU64]>,
     /// A bit for each word that has any.
-    summary: Vec<AtomicU64>,
+    summary: Box<[AtomicU64]>,
 }
 
 impl DeviceWrites {
     /// For a region of `bytes` bytes, in which nothing was written.
     pub fn new(bytes: usize) -> Self {
-        let zeros = |count: usize| (0..count).map(|_| AtomicU64::new(0)).collect();
+        // Memory that the kernel zeroes when it is touched: of most guests hardly any is.
+        let zeros = |count: usize| {
+            let zeroed = <[AtomicU64]>::new_box_zeroed_with_elems(count);
+            zeroed.unwrap_or_else(|_| (0..count).map(|_| AtomicU64::new(0)).collect())
+        };
         let words = bytes.div_ceil(PAGE_SIZE).div_ceil(BITS);
         DeviceWrites { words: zeros(words), summary: zeros(words.div_ceil(BITS)) }
     }

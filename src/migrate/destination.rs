@@ -356,6 +356,7 @@ impl Destination {
         let is_linked = self.urgent && self.page_channels == self.wanted_page_channels;
         if self.state == State::Preparing && self.prepared && is_linked {
             self.send(Channel::Main, Frame::Prepared);
+            self.actions.push_back(Action::BeginBuilding);
             self.enter(State::Receiving, None);
         }
     }

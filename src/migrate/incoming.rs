@@ -132,6 +132,14 @@ impl Incoming {
         self.requested.runs_within(run).for_each(|run| self.prefetch.comes_anyway(run));
     }
 
+    /// All has come. What a late reader may say of it changes nothing, and a late fault is on a page that is there.
+    pub fn forget_pages(&mut self) {
+        self.missing = PageSet::empty(0);
+        self.requested = PageSet::empty(0);
+        self.staging = Staging::none();
+        self.prefetch.forget_pages();
+    }
+
     /// Pages asked for in advance, and how many of them are known to have been touched.
     pub fn prefetched(&self) -> (u64, u64) {
         (self.prefetch.proposed(), self.prefetch.used())

@@ -73,6 +73,11 @@ impl Prefetch {
         Prefetch { streams: Vec::new(), open: PageSet::empty(pages), credit: FIRST_CREDIT, faults: 0, proposed: 0, used: 0 }
     }
 
+    /// All has come: only the account stays.
+    pub fn forget_pages(&mut self) {
+        self.open = PageSet::empty(0);
+    }
+
     /// Pages proposed so far.
     pub fn proposed(&self) -> u64 {
         self.proposed

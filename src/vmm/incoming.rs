@@ -8,21 +8,19 @@ use std::thread::JoinHandle;
 use super::{Message, Vmm, VmmError, lock};
 use crate::block::block_run::COPY_BLOCK;
 use crate::block::disk::Disk;
-use crate::memory::{GuestRam, PAGE_SIZE};
+use crate::memory::PAGE_SIZE;
 use crate::migrate::bitmap_mapping::BitmapMapping;
 use crate::migrate::destination::Outcome;
 use crate::migrate::driver::destination::DestinationMigration;
-use crate::migrate::driver::owner::{DestinationOwner, MachineSetup, StoppedGuest};
+use crate::migrate::driver::owner::{DestinationOwner, MachineSetup, Preparation, StoppedGuest};
 use crate::migrate::layout::Layout;
 use crate::migrate::report::{Progress, Status};
 use crate::migrate::transport::{Address, Listener};
 use crate::qmp::event::{Event, MigrationEvent};
 use crate::qmp::response::Waiting;
+use crate::vm::VmError;
 use crate::vm::empty::EmptyVm;
 use crate::vm::facts::HostFacts;
-use crate::vm::{Built, Vm, VmError};
-
-type Machine = Result<Vm<Built>, VmmError>;
 
 /// A guest that is expected or on its way.
 #[derive(Default)]
@@ -31,7 +29,6 @@ pub(super) struct Incoming {
     disks: Vec<(String, PathBuf)>,
     active: AtomicBool,
     migration: Mutex<Option<DestinationMigration>>,
-    building: Mutex<Option<JoinHandle<Machine>>>,
     host: Mutex<Option<JoinHandle<Host>>>,
 }
 
@@ -202,8 +199,8 @@ impl Vmm {
         Ok(())
     }
 
-    /// Everything that can be checked before the source is disturbed. The machine is built on a thread of its own while pages arrive.
-    fn prepare(self: &Arc<Self>, mut setup: MachineSetup, layout: &Layout) -> Result<(GuestRam, Vec<Arc<Disk>>), String> {
+    /// Everything that can be checked before the source is disturbed.
+    fn prepare(self: &Arc<Self>, mut setup: MachineSetup, layout: &Layout) -> Result<Preparation, String> {
         let (host, empty) = self.incoming.host().map_err(|error| error.to_string())?;
         let refusals = setup.facts.refusals(&host);
         if !refusals.is_empty() {
@@ -220,10 +217,8 @@ impl Vmm {
             ram.may_lock().map_err(|error| error.to_string())?;
         }
         let (vmm, machine_ram, its_disks) = (self.clone(), ram.clone(), disks.clone());
-        let build = move || vmm.machine.build(empty, &setup.config, machine_ram, &its_disks);
-        let thread = std::thread::Builder::new().name("build".into()).spawn(build).map_err(|error| error.to_string())?;
-        *lock(&self.incoming.building) = Some(thread);
-        Ok((ram, disks))
+        let build = move || vmm.machine.build(empty, &setup.config, machine_ram, &its_disks).map_err(|error| error.to_string());
+        Ok(Preparation { ram, disks, build: Box::new(build) })
     }
 }
 
@@ -232,13 +227,8 @@ impl DestinationOwner for Arc<Vmm> {
         lock(&self.outgoing).parameters.block_bitmap_mapping.clone()
     }
 
-    fn prepare(&self, setup: MachineSetup, layout: &Layout) -> Result<(GuestRam, Vec<Arc<Disk>>), String> {
+    fn prepare(&self, setup: MachineSetup, layout: &Layout) -> Result<Preparation, String> {
         Vmm::prepare(self, setup, layout)
-    }
-
-    fn built(&self) -> Result<Vm<Built>, String> {
-        let thread = lock(&self.incoming.building).take().ok_or("no machine was being built")?;
-        thread.join().map_err(|_| "the thread that built the machine died")?.map_err(|error| error.to_string())
     }
 
     fn run(&self, stopped: StoppedGuest) -> Result<(), String> {

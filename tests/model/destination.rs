@@ -153,7 +153,7 @@ impl World {
                 send(state, channel, |accepted| accepted == Accepted::Held(link), &[id]);
             }
             Action::Prepare(_) => host.task = Some(Task::Prepare),
-            Action::FinishBuilding => {}
+            Action::BeginBuilding | Action::FinishBuilding => {}
             Action::Load(package) => {
                 host.task = Some(Task::Load);
                 host.pages = package.missing.iter().fold((1 << PAGES) - 1, |pages, run| pages & !bits(*run));

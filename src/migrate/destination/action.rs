@@ -22,8 +22,10 @@ pub enum Poll {
 pub enum Action {
     /// Send on a connection.
     Send(Channel, Frame),
-    /// Check host and disks, allocate RAM and begin to build the machine; answer with [`Input::Prepared`] or [`Input::Failed`].
+    /// Check host and disks and allocate RAM; answer with [`Input::Prepared`] or [`Input::Failed`].
     Prepare(Setup),
+    /// Begin to build the machine in the background. Not before the source was told to send: it need not wait for a processor that is busy here.
+    BeginBuilding,
     /// Wait until the machine is built: what is to be acknowledged next allows the source to stop the guest.
     FinishBuilding,
     /// Discard every page in `package.missing`: of some an old version is in place, and of others a zero page, because a transparent

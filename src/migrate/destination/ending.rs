@@ -1,6 +1,7 @@
 //! How the migration comes to its end at the destination, well or otherwise, and how a link does.
 
 use super::{Action, Destination, Durable, Outcome, State};
+use crate::memory::PageSet;
 use crate::migrate::wire::{Channel, Frame};
 
 impl Destination {
@@ -30,6 +31,9 @@ impl Destination {
     }
 
     pub(super) fn complete(&mut self) {
+        // The handle of the migration stays as long as the guest, and with it what this engine holds.
+        self.written = PageSet::empty(0);
+        self.incoming.forget_pages();
         self.actions.push_back(Action::Complete);
         self.enter(State::Whole, None);
     }

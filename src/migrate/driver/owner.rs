@@ -59,15 +59,26 @@ pub struct MachineSetup {
     pub disk_sizes: Vec<u64>,
 }
 
+/// Builds the machine of a guest that comes: takes a few milliseconds.
+pub type Build = Box<dyn FnOnce() -> Result<Vm<Built>, String> + Send>;
+
+/// What is there before the first page comes.
+pub struct Preparation {
+    /// The guest's RAM.
+    pub ram: GuestRam,
+    /// The guest's disks, not locked.
+    pub disks: Vec<Arc<Disk>>,
+    /// The rest of the machine, to be built while pages come.
+    pub build: Build,
+}
+
 /// The future owner of a guest that comes.
 pub trait DestinationOwner: Send + Sync {
     /// Checks that this host can run the guest, opens its disks without locking them, creates the images of those that are copied, which `layout`
-    /// names by their indices, allocates RAM and begins to build the machine in the background. The error is shown to the person at the source.
-    fn prepare(&self, setup: MachineSetup, layout: &Layout) -> Result<(GuestRam, Vec<Arc<Disk>>), String>;
+    /// names by their indices, and allocates RAM. The error is shown to the person at the source.
+    fn prepare(&self, setup: MachineSetup, layout: &Layout) -> Result<Preparation, String>;
     /// What dirty bitmaps are expected, and under what names; asked when they come.
     fn bitmap_mapping(&self) -> BitmapMapping;
-    /// The machine that [`DestinationOwner::prepare`] began to build. Waits until it is complete; called once.
-    fn built(&self) -> Result<Vm<Built>, String>;
     /// After the commit: takes the disks' locks and runs the guest, if it is to run. An error is a guest that is here but stays paused,
     /// and why.
     fn run(&self, guest: StoppedGuest) -> Result<(), String>;

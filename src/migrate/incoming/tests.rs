@@ -112,3 +112,23 @@ fn blocks_are_asked_for_once_and_again_on_a_new_link() {
     assert_eq!(incoming.renew().len(), 4);
     assert_eq!(incoming.wait_for_blocks(run(0, 5), ms(7)), []);
 }
+
+#[test]
+fn what_is_said_after_all_has_come_changes_nothing() {
+    let mut incoming = incoming(PageRun::new(0, 64));
+    let ms = Duration::from_millis;
+    for page in 0..3 {
+        incoming.fault(PageNumber(page), ms(1));
+        incoming.prefetch(PageNumber(page));
+    }
+    incoming.comes_anyway(PageRun::new(0, 64));
+    assert_eq!(incoming.placed(PageRun::new(0, 64), ms(2)), [ms(1); 3]);
+    let ahead = incoming.prefetched();
+    incoming.forget_pages();
+    assert!(incoming.is_whole() && incoming.missing().universe() == 0);
+    assert_eq!(incoming.fault(PageNumber(5), ms(3)), FaultAnswer::Zero(PageRun::new(5, 1)));
+    incoming.comes_anyway(PageRun::new(5, 8));
+    assert!(!incoming.receive_staged(PageRun::new(0, 64)));
+    assert_eq!(incoming.placed(PageRun::new(5, 8), ms(4)), []);
+    assert_eq!((incoming.renew(), incoming.prefetched()), (vec![], ahead));
+}

@@ -107,7 +107,7 @@ impl Host {
                 self.committed = true;
                 self.engine.handle(Input::Ran(1));
             }
-            Action::FinishBuilding => {}
+            Action::BeginBuilding | Action::FinishBuilding => {}
             Action::LoadBitmap { .. } | Action::CompleteBitmap(_) | Action::AbandonBitmaps => assert!(self.committed),
             Action::FlushDisks => self.engine.handle(Input::DisksFlushed),
             Action::Disconnect(_) | Action::Reconnect(_) => {}

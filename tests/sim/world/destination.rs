@@ -149,7 +149,7 @@ impl World {
                 let fails = self.fails(Fault::PrepareFails);
                 self.destination.engine.handle(if fails { Input::Failed("no such disk here".into()) } else { Input::Prepared });
             }
-            Action::FinishBuilding => {}
+            Action::BeginBuilding | Action::FinishBuilding => {}
             Action::Load(package) => self.load(*package),
             Action::FlushDisks => {
                 let fails = self.fails(Fault::FlushFails);

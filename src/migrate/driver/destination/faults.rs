@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crossbeam_channel::{Sender, bounded};
+
 use super::super::block_io::BlockIo;
 use super::super::frames;
 use super::super::page_io::PageIo;
@@ -35,10 +37,31 @@ pub struct FaultService {
     told: Mutex<BTreeSet<PageNumber>>,
 }
 
+/// The thread, before there is anything to serve: one that is started while the guest stands still takes a processor from who loads it.
+/// It ends with this value.
+pub struct FaultThread(Sender<()>);
+
+impl FaultThread {
+    /// Starts it.
+    pub fn start(shared: &Arc<Shared>) -> Result<Self, String> {
+        let (begin, begun) = bounded(1);
+        let shared = shared.clone();
+        let wait = move || {
+            scheduling::is_prompt();
+            if begun.recv().is_ok() {
+                serve_faults(&shared);
+            }
+        };
+        let thread = std::thread::Builder::new().name("migration-faults".into()).spawn(wait);
+        thread.map(|_| FaultThread(begin)).map_err(|error| format!("cannot start a thread: {error}"))
+    }
+}
+
 impl FaultService {
     /// Discards `missing`, and from then on asks over the urgent connection for what is touched. Comes before anything of the guest is restored.
     pub fn start(
-        shared: &Arc<Shared>,
+        shared: &Shared,
+        thread: FaultThread,
         uffd: Userfaultfd,
         ram: &GuestRam,
         blocks: &BlockIo,
@@ -62,9 +85,7 @@ impl FaultService {
         if shared.faults.set(service).is_err() {
             return Err("page faults are served already".into());
         }
-        let shared = shared.clone();
-        let thread = std::thread::Builder::new().name("migration-faults".into()).spawn(move || serve_faults(&shared));
-        thread.map(drop).map_err(|error| format!("cannot start a thread: {error}"))
+        thread.0.send(()).map_err(|_| "the thread that serves page faults died".into())
     }
 
     /// Ends the service; faults wait from then on.
@@ -140,7 +161,6 @@ impl FaultService {
 
 fn serve_faults(shared: &Arc<Shared>) {
     let Some(service) = shared.faults.get() else { return };
-    scheduling::is_prompt();
     let mut urgent = None;
     loop {
         let Fault { page, thread } = match service.pages.next_fault(&service.news) {

@@ -1,15 +1,16 @@
 //! The guest that comes: its RAM, its machine, its state.
 
 use std::sync::{Arc, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use super::super::block_io::BlockIo;
-use super::super::owner::{DestinationOwner, MachineSetup, StoppedGuest};
+use super::super::owner::{Build, DestinationOwner, MachineSetup, Preparation, StoppedGuest};
 use super::super::page_io::PageIo;
 use super::super::saved::{self, Companions};
 use super::Shared;
 use super::bitmaps::IncomingBitmaps;
-use super::faults::FaultService;
+use super::faults::{FaultService, FaultThread};
 use crate::block::block_run::BlockRun;
 use crate::block::disk::Disk;
 use crate::block::image::is_cached;
@@ -25,11 +26,21 @@ use crate::vm::{Built, Vm};
 #[derive(Default)]
 pub struct DestinationGuest {
     prepared: Option<Prepared>,
-    built: Option<Vm<Built>>,
+    machine: Machine,
     pub bitmaps: IncomingBitmaps,
     stopped: Option<StoppedGuest>,
     /// When the guest certainly still ran at the source: its state is saved only after an answer that was sent then.
     pub ran_at: Option<Instant>,
+}
+
+/// How far the machine is.
+#[derive(Default)]
+enum Machine {
+    #[default]
+    None,
+    Prepared(Build),
+    Building(JoinHandle<Result<Vm<Built>, String>>),
+    Built(Vm<Built>),
 }
 
 struct Prepared {
@@ -41,6 +52,8 @@ struct Prepared {
     huge: Vec<PageRun>,
     /// Proof that postcopy can be, if it may come.
     uffd: Option<Userfaultfd>,
+    /// Waits to serve page faults then.
+    fault_thread: Option<FaultThread>,
     /// Where huge pages can come together then.
     staging: Option<StagingArea>,
 }
@@ -53,7 +66,7 @@ impl DestinationGuest {
         let layout = shared.engine().layout().clone();
         check_copied(&setup, &layout)?;
         let uffd = if postcopy { Some(Userfaultfd::open().map_err(|error| error.to_string())?) } else { None };
-        let (ram, disks) = shared.owner.prepare(setup, &layout)?;
+        let Preparation { ram, disks, build } = shared.owner.prepare(setup, &layout)?;
         if ram.pages() != ram_pages {
             return Err(format!("{} pages of RAM were prepared for a guest of {ram_pages}", ram.pages()));
         }
@@ -68,15 +81,29 @@ impl DestinationGuest {
         let staging = if may_stage { StagingArea::new(&ram).ok() } else { None };
         let blocks = BlockIo::new(layout, disks.clone());
         *shared.io() = Some((PageIo::new(ram.clone()), blocks.clone()));
-        self.prepared = Some(Prepared { ram, disks, blocks, huge, uffd, staging });
+        self.machine = Machine::Prepared(build);
+        self.prepared = Some(Prepared { ram, disks, blocks, huge, uffd, fault_thread: None, staging });
+        Ok(())
+    }
+
+    /// Starts what takes a while and is not needed for the first pages: the building of the machine, and the thread that serves page faults.
+    pub fn begin_building(&mut self, shared: &Arc<Shared>) -> Result<(), String> {
+        if let Machine::Prepared(build) = std::mem::take(&mut self.machine) {
+            let thread = std::thread::Builder::new().name("build".into()).spawn(build);
+            self.machine = Machine::Building(thread.map_err(|error| format!("cannot start a thread: {error}"))?);
+        }
+        if let Some(prepared) = self.prepared.as_mut().filter(|prepared| prepared.uffd.is_some()) {
+            prepared.fault_thread = Some(FaultThread::start(shared)?);
+        }
         Ok(())
     }
 
     /// Waits until the machine is built, if that was not done before.
-    pub fn finish_building(&mut self, owner: &dyn DestinationOwner) -> Result<(), String> {
-        if self.built.is_none() {
-            self.built = Some(owner.built()?);
-        }
+    pub fn finish_building(&mut self) -> Result<(), String> {
+        self.machine = match std::mem::take(&mut self.machine) {
+            Machine::Building(thread) => Machine::Built(thread.join().map_err(|_| "the thread that built the machine died")??),
+            machine => machine,
+        };
         Ok(())
     }
 
@@ -85,8 +112,9 @@ impl DestinationGuest {
         let begin = Instant::now();
         let prepared = self.prepared.as_mut().ok_or("there is no RAM yet")?;
         if package.postcopy {
-            let uffd = prepared.uffd.take().ok_or("postcopy came, but only precopy was announced")?;
-            FaultService::start(shared, uffd, &prepared.ram, &prepared.blocks, &package.missing, prepared.staging.take())?;
+            let service = prepared.uffd.take().zip(prepared.fault_thread.take());
+            let (uffd, thread) = service.ok_or("postcopy came, but only precopy was announced")?;
+            FaultService::start(shared, thread, uffd, &prepared.ram, &prepared.blocks, &package.missing, prepared.staging.take())?;
             if shared.faults.get().is_some_and(FaultService::can_stage) {
                 shared.engine().stage(HostPage::HUGE, &prepared.huge);
             }
@@ -94,9 +122,9 @@ impl DestinationGuest {
         expect_blocks(shared, &prepared.blocks, &package.missing);
         let (was_running, mut state, companions) = saved::decode_guest(&package.machine)?;
         place_companions(shared, &companions)?;
-        self.finish_building(&*shared.owner)?;
+        self.finish_building()?;
         let prepared = self.prepared.as_ref().ok_or("there is no RAM yet")?;
-        let vm = self.built.take().ok_or("the machine was used already")?;
+        let Machine::Built(vm) = std::mem::take(&mut self.machine) else { return Err("the machine was used already".into()) };
         shared.engine().set_vcpu_threads(&vm.vcpu_threads());
         let (bitmaps, warnings) = IncomingBitmaps::new(&package.bitmaps, &prepared.disks, &shared.owner.bitmap_mapping());
         self.bitmaps = bitmaps;

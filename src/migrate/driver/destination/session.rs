@@ -93,7 +93,8 @@ impl Session {
         let done = match action {
             Action::Send(channel, frame) => self.send(channel, &frame),
             Action::Prepare(setup) => self.guest.prepare(&self.shared, setup).map(|()| Some(Input::Prepared)).map_err(Input::Failed),
-            Action::FinishBuilding => self.guest.finish_building(&*self.shared.owner).map(|()| None).map_err(Input::Failed),
+            Action::BeginBuilding => self.guest.begin_building(&self.shared).map(|()| None).map_err(Input::Failed),
+            Action::FinishBuilding => self.guest.finish_building().map(|()| None).map_err(Input::Failed),
             Action::Load(package) => self.guest.load(&self.shared, &package).map(Some).map_err(Input::Failed),
             Action::FlushDisks => self.guest.flush_disks().map(|()| Some(Input::DisksFlushed)).map_err(Input::DisksNotFlushed),
             Action::Run => Ok(Some(self.start())),

@@ -12,7 +12,7 @@ use crate::block::disk::Disk;
 use crate::memory::GuestRam;
 use crate::migrate::bitmap_mapping::BitmapMapping;
 use crate::migrate::driver::destination::DestinationMigration;
-use crate::migrate::driver::owner::{DestinationOwner, MachineSetup, PageTransfer, SourceOwner, SourceRequest, StoppedGuest};
+use crate::migrate::driver::owner::{DestinationOwner, MachineSetup, PageTransfer, Preparation, SourceOwner, SourceRequest, StoppedGuest};
 use crate::migrate::driver::source::SourceMigration;
 use crate::migrate::layout::Layout;
 use crate::migrate::report::{Mode, Status};
@@ -20,7 +20,7 @@ use crate::migrate::transport::{Address, Listener};
 use crate::migrate::{destination, source};
 use crate::vm::config::GuestConfig;
 use crate::vm::facts::MachineFacts;
-use crate::vm::{Built, Moved, Paused, Running, Vm};
+use crate::vm::{Moved, Paused, Running, Vm};
 
 /// Nothing here takes longer than this.
 pub const LIMIT: Duration = Duration::from_secs(30);
@@ -174,7 +174,6 @@ impl SourceOwner for SourceHost {
 }
 
 pub struct DestinationHost {
-    built: Mutex<Option<Vm<Built>>>,
     pub disks: Vec<Arc<Disk>>,
     pub refuse: Option<String>,
     pub refuse_run: Option<String>,
@@ -194,8 +193,8 @@ pub enum DestinationEvent {
 impl DestinationHost {
     pub fn with(disks: Vec<Arc<Disk>>, change: impl FnOnce(&mut DestinationHost)) -> Arc<Self> {
         let (events, seen) = unbounded();
-        let (built, guest) = (Mutex::new(None), Mutex::new(None));
-        let mut host = DestinationHost { built, disks, refuse: None, refuse_run: None, guest, events, seen };
+        let guest = Mutex::new(None);
+        let mut host = DestinationHost { disks, refuse: None, refuse_run: None, guest, events, seen };
         change(&mut host);
         Arc::new(host)
     }
@@ -245,17 +244,14 @@ impl DestinationOwner for DestinationHost {
         BitmapMapping::default()
     }
 
-    fn prepare(&self, setup: MachineSetup, _layout: &Layout) -> Result<(GuestRam, Vec<Arc<Disk>>), String> {
+    fn prepare(&self, setup: MachineSetup, _layout: &Layout) -> Result<Preparation, String> {
         if let Some(reason) = &self.refuse {
             return Err(reason.clone());
         }
         let ram = setup.config.allocate_ram().map_err(|error| error.to_string())?;
-        *self.built.lock().unwrap() = Some(guest::build(&setup.config, ram.clone()));
-        Ok((ram, self.disks.clone()))
-    }
-
-    fn built(&self) -> Result<Vm<Built>, String> {
-        Ok(self.built.lock().unwrap().take().unwrap())
+        let its = ram.clone();
+        let build = Box::new(move || Ok(guest::build(&setup.config, its)));
+        Ok(Preparation { ram, disks: self.disks.clone(), build })
     }
 
     fn run(&self, guest: StoppedGuest) -> Result<(), String> {
