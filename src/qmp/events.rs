@@ -46,7 +46,7 @@ impl Events {
     /// Sends `event` with the time of now. Waits for nobody.
     pub fn emit(&self, event: &Event) {
         let Some(line) = event_line(event) else { return };
-        self.clients().retain(|client| !client.negotiated.load(Ordering::Acquire) || client.offer(line.clone()));
+        self.clients().retain(|client| !client.is_negotiated() || client.offer(line.clone()));
     }
 
     /// Takes in a client. Its messages come out of the receiver; it is counted as connected while the token lives.
@@ -55,6 +55,16 @@ impl Events {
         let client = Arc::new(Connection { stream, queue, negotiated: AtomicBool::new(false), unsent: self.0.unsent.clone() });
         self.clients().push(client.clone());
         (client, messages, self.0.connected.enter())
+    }
+
+    /// Sends a client the answer to qmp_capabilities, and events from then on: none comes before it, and none is left out that the client
+    /// could have brought about having read it. False when the client is gone.
+    pub(super) fn begin(&self, client: &Connection, answer: &Value) -> bool {
+        let Some(line) = to_line(answer) else { return false };
+        // Events are queued under the same lock, for which `emit` must not wait long: the answer waits for no room, either.
+        let _clients = self.clients();
+        client.negotiated.store(true, Ordering::Relaxed);
+        client.offer(line)
     }
 
     /// Forgets a client. Its connection stays until what is queued has been written: it may have closed only its own direction.
@@ -88,12 +98,12 @@ impl Connection {
         self.queue.send(self.message(line)).is_ok()
     }
 
-    /// From now on the client gets events.
-    pub fn set_negotiated(&self) {
-        self.negotiated.store(true, Ordering::Release);
+    /// Whether the client gets events.
+    pub fn is_negotiated(&self) -> bool {
+        self.negotiated.load(Ordering::Relaxed)
     }
 
-    /// Queues an event; a client whose queue is full has stopped reading and loses its connection. False when the client is gone.
+    /// Queues a message at once; a client whose queue is full has stopped reading and loses its connection. False when the client is gone.
     fn offer(&self, line: Arc<[u8]>) -> bool {
         match self.queue.try_send(self.message(line)) {
             Ok(()) => true,
@@ -125,3 +135,6 @@ fn to_line(value: &Value) -> Option<Arc<[u8]>> {
     line.extend(b"\r\n");
     Some(line.into())
 }
+
+#[cfg(test)]
+mod tests;

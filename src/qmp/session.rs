@@ -44,12 +44,10 @@ pub(super) fn serve(mut stream: UnixStream, client: &Connection, events: &Events
                 }
                 Err(error) => (None, Err(QmpError::generic(error.to_string()))),
             };
-            if !client.send(&response(id, result)) {
+            let answer = response(id, result);
+            let sent = if session.negotiated && !client.is_negotiated() { events.begin(client, &answer) } else { client.send(&answer) };
+            if !sent {
                 return;
-            }
-            if session.negotiated {
-                // After the answer to qmp_capabilities, so that no event comes before it.
-                client.set_negotiated();
             }
         }
     }

@@ -8,6 +8,7 @@ use super::super::block_io::BlockIo;
 use super::super::owner::{Build, DestinationOwner, MachineSetup, Preparation, StoppedGuest};
 use super::super::page_io::PageIo;
 use super::super::saved::{self, Companions};
+use super::super::scheduling;
 use super::Shared;
 use super::bitmaps::IncomingBitmaps;
 use super::faults::{FaultService, FaultThread};
@@ -89,6 +90,11 @@ impl DestinationGuest {
     /// Starts what takes a while and is not needed for the first pages: the building of the machine, and the thread that serves page faults.
     pub fn begin_building(&mut self, shared: &Arc<Shared>) -> Result<(), String> {
         if let Machine::Prepared(build) = std::mem::take(&mut self.machine) {
+            let build = move || {
+                // The guest's threads descend from this one, and it from one that somebody waits for.
+                scheduling::is_ordinary();
+                build()
+            };
             let thread = std::thread::Builder::new().name("build".into()).spawn(build);
             self.machine = Machine::Building(thread.map_err(|error| format!("cannot start a thread: {error}"))?);
         }

@@ -138,7 +138,6 @@ impl Session {
         let Some((_, writer)) = &mut self.main else { return Ok(None) };
         let sent = frames::send(writer, frame, Some(Instant::now() + SEND_TIMEOUT));
         if may_switch {
-            // Not before: the threads of the vCPUs descend from this one.
             scheduling::is_prompt();
             populate::heap_and_stack();
         }
