@@ -57,6 +57,11 @@ use crate::memory::{HostPage, PageRun, PageSet};
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the destination may take to check its host and allocate RAM, or to place what it was sent.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time that the guest is given at the destination before what goes in the background takes the processors and the link: it asks for what
+/// it needs to go on at all. In precopy it has everything as soon as it runs.
+const CALM: Duration = Duration::from_millis(1);
+/// From the commit on, if RUNNING does not come before, as over a long link: that one is not to lie idle.
+const LONGEST_CALM: Duration = Duration::from_millis(2);
 /// How long the guest stands still for a destination that does not become ready; then it goes on here.
 const SWITCH_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the destination's last word is waited for once a connection is lost on which all was sent.
@@ -157,6 +162,8 @@ pub struct Source {
     stopped_at: Duration,
     sent_package_at: Duration,
     ready_at: Duration,
+    /// After the commit: until then nothing goes but what the guest waits for.
+    calm_until: Duration,
     setup_time: Duration,
     requests: u64,
     report: Report,
@@ -209,6 +216,7 @@ impl Source {
             stopped_at: Duration::ZERO,
             sent_package_at: Duration::ZERO,
             ready_at: Duration::ZERO,
+            calm_until: Duration::ZERO,
             setup_time: Duration::ZERO,
             requests: 0,
             report,
@@ -298,6 +306,9 @@ impl Source {
         }
         if !matches!(self.state, State::Sending | State::LastPass | State::Committed) {
             return Poll::Wait(self.deadline);
+        }
+        if self.state == State::Committed && now < self.calm_until {
+            return Poll::Wait(Some(self.calm_until));
         }
         let is_to_harvest = self.state == State::Sending && self.postcopy_requested;
         let is_enough = is_to_harvest || (self.state == State::Sending && self.has_probed(now));
@@ -430,6 +441,8 @@ impl Source {
             // Said again after a recovery; the first one counts.
             (Frame::Running(_), State::Committed | State::Ending) if self.report.downtime.total_us > 0 => {}
             (Frame::Running(resume_us), State::Committed | State::Ending) => {
+                let calm = if self.switch_postcopy { CALM } else { Duration::ZERO };
+                self.calm_until = self.calm_until.min(now + calm);
                 let downtime = &mut self.report.downtime;
                 downtime.resume_us = resume_us;
                 downtime.total_us = match self.link {

@@ -9,6 +9,8 @@ use super::state::{MachineState, VcpuState};
 use crate::memory::ram::GuestMemory;
 
 const PAGE: u64 = 4096;
+/// So much of a stack, from its top on, is looked through for addresses: of code to return to, and of what that works on.
+const STACK: u64 = 512;
 /// Code goes on in these many pages around the one it is in, aligned.
 const CODE: u64 = 8 * PAGE;
 /// CR0.PG, CR4.LA57 and EFER.LMA (Intel SDM, volume 3A, chapter 2).
@@ -65,8 +67,18 @@ impl Found<'_> {
         }
         let stacks = [Some(regs.rsp), interrupt_stack].into_iter().flatten();
         stacks.for_each(|stack| [stack.wrapping_sub(8), stack].into_iter().for_each(|address| self.linear(paging, address)));
+        // Where the local APIC is mapped one to one, the tables on the way to it: a timer's interrupt is acknowledged there.
+        self.linear(paging, sregs.apic_base & ADDRESS);
         for address in [gate, sregs.gdt.base, sregs.tr.base, sregs.gs.base, sregs.fs.base, msr(LINEAR_MSRS[0]), msr(LINEAR_MSRS[1])] {
             self.linear(paging, address);
+        }
+        // What may be no address at all, and no table is taken along for.
+        let registers = [regs.rax, regs.rbx, regs.rcx, regs.rdx, regs.rsi, regs.rdi, regs.rbp, regs.r8, regs.r9, regs.r10, regs.r11];
+        let registers = registers.into_iter().chain([regs.r12, regs.r13, regs.r14, regs.r15]);
+        let stack = (0..STACK).step_by(8).filter_map(|offset| self.peek(paging, regs.rsp.wrapping_add(offset)));
+        for address in registers.chain(stack.collect::<Vec<_>>()).filter(|address| *address >= PAGE) {
+            let (_, page) = self.walk(paging, address);
+            page.into_iter().for_each(|page| self.physical(page));
         }
     }
 
@@ -79,33 +91,42 @@ impl Found<'_> {
 
     /// The page behind a linear address, and the tables on the way.
     fn linear(&mut self, paging: Option<Paging>, address: u64) {
-        if let Some(page) = self.translate(paging, address) {
-            self.physical(page);
-        }
+        let (tables, page) = self.walk(paging, address);
+        tables.into_iter().chain(page).for_each(|page| self.physical(page));
     }
 
+    /// The word there, for which only the tables are touched.
     fn word(&mut self, paging: Option<Paging>, address: u64) -> Option<u64> {
-        let physical = self.translate(paging, address)?;
-        self.memory.read_obj(GuestAddress(physical)).ok()
+        let (tables, _) = self.walk(paging, address);
+        tables.into_iter().for_each(|table| self.physical(table));
+        self.peek(paging, address)
     }
 
-    fn translate(&mut self, paging: Option<Paging>, address: u64) -> Option<u64> {
-        let Some(Paging { root, levels }) = paging else { return Some(address) };
+    /// The word there, which only this looks at.
+    fn peek(&self, paging: Option<Paging>, address: u64) -> Option<u64> {
+        let (_, physical) = self.walk(paging, address);
+        self.memory.read_obj(GuestAddress(physical?)).ok()
+    }
+
+    /// The tables on the way to a linear address, and what it stands for if all are there.
+    fn walk(&self, paging: Option<Paging>, address: u64) -> (Vec<u64>, Option<u64>) {
+        let mut tables = Vec::new();
+        let Some(Paging { root, levels }) = paging else { return (tables, Some(address)) };
         let mut table = root;
         for level in (0..levels).rev() {
-            self.physical(table);
+            tables.push(table);
             let shift = 12 + 9 * level;
-            let entry: u64 = self.memory.read_obj(GuestAddress(table + (address >> shift & 511) * 8)).ok()?;
+            let Ok(entry) = self.memory.read_obj::<u64>(GuestAddress(table + (address >> shift & 511) * 8)) else { break };
             if entry & PRESENT == 0 {
-                return None;
+                break;
             }
             if level == 0 || entry & LARGE != 0 {
                 let offset = (1 << shift) - 1;
-                return Some(entry & ADDRESS & !offset | address & offset);
+                return (tables, Some(entry & ADDRESS & !offset | address & offset));
             }
             table = entry & ADDRESS;
         }
-        None
+        (tables, None)
     }
 }
 
@@ -161,6 +182,20 @@ mod tests {
         walk.linear(paging, 0);
         walk.linear(Paging::of(PAGING, 1 << 40, 0, LONG_MODE), HIGH);
         assert_eq!(walk.pages.len(), 7, "{:?}", walk.pages);
+    }
+
+    #[test]
+    fn what_registers_and_the_stack_name_is_found() {
+        let ram = ram();
+        ram.memory().write_obj(HIGH + (2 << 20) + 0x5008, GuestAddress(0x9000 + 0x100)).unwrap();
+        let mut vcpu = VcpuState::default();
+        (vcpu.sregs.0.cr0, vcpu.sregs.0.cr3, vcpu.sregs.0.efer) = (PAGING, 0x1000, LONG_MODE);
+        (vcpu.regs.0.rsp, vcpu.regs.0.rbx) = (HIGH + 0x80, HIGH + (2 << 20) + 0x7000);
+        let mut walk = found(&ram, 64);
+        walk.vcpu(&vcpu);
+        for page in [0x9000, 0x20_5000, 0x20_7000] {
+            assert!(walk.pages.contains(&GuestAddress(page)), "{page:#x} is not among {:?}", walk.pages);
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ use super::config::GuestConfig;
 use super::empty::EmptyVm;
 use super::events::{EventSink, VmEvent};
 use super::exits::{Buses, emulates_ring_0};
+use super::lull::{Lull, Statistics};
 use super::restore_vcpu::Limits;
 use super::state::{Abi, MachineState, StateError};
 use super::throttle::{Throttle, Throttler};
@@ -67,6 +68,7 @@ struct Machine {
     throttler: Mutex<Option<Throttler>>,
     vcpus: Arc<Vcpus>,
     throttle: Arc<Throttle>,
+    lull: Lull,
     buses: Arc<Buses>,
     devices: Vec<Arc<dyn Device>>,
     serial: Arc<SerialPort>,
@@ -227,6 +229,7 @@ impl Vm<Built> {
         let mut host_tsc_khz = 0;
         let throttle = Arc::new(Throttle::new());
         let mut vcpus = Vec::with_capacity(config.cpus.into());
+        let mut statistics = Vec::with_capacity(config.cpus.into());
         for index in 0..config.cpus {
             let vcpu = fd.create_vcpu(index.into()).map_err(VmError::kvm("KVM_CREATE_VCPU"))?;
             vcpu.set_cpuid2(&cpuid::for_vcpu(&cpuid, index, config.cpus)?).map_err(VmError::kvm("KVM_SET_CPUID2"))?;
@@ -235,6 +238,7 @@ impl Vm<Built> {
                 host_tsc_khz = vcpu.get_tsc_khz().map_err(VmError::kvm("KVM_GET_TSC_KHZ"))?;
             }
             tracking.add_vcpu(&vcpu)?;
+            statistics.push(Statistics::of(&vcpu));
             vcpus.push(VcpuThread::spawn(index, vcpu, events.clone(), throttle.clone(), tracking.clone())?);
         }
         let xsave_size = save_vcpu::xsave_size(&fd)?;
@@ -242,6 +246,7 @@ impl Vm<Built> {
             throttler: Mutex::default(),
             vcpus: Arc::new(Vcpus(vcpus)),
             throttle,
+            lull: Lull::of(statistics.into_iter().collect()),
             buses: Arc::new(buses),
             devices: vec![serial.clone(), Arc::new(cmos)],
             serial,
@@ -310,6 +315,11 @@ impl Vm<Built> {
 }
 
 impl Vm<Running> {
+    /// For waiting until it sleeps.
+    pub fn lull(&self) -> &Lull {
+        &self.machine.lull
+    }
+
     /// Stops the vCPUs, then drains the devices. When it returns, RAM changes no more.
     pub fn pause(self) -> Result<Vm<Paused>, Failed<Running>> {
         match self.machine.pause() {

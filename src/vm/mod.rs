@@ -14,6 +14,7 @@ mod hot_pages;
 mod ioctls;
 mod kick;
 pub mod layout;
+mod lull;
 mod machine;
 mod msr;
 mod restore_vcpu;
@@ -26,6 +27,7 @@ pub use error::VmError;
 pub use events::VmEvent;
 pub use exits::emulates_ring_0;
 pub use hot_pages::hot_pages;
+pub use lull::Lull;
 pub use machine::{Built, Failed, Moved, Paused, Running, Vm};
 pub use state::MachineState;
 

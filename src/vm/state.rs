@@ -84,6 +84,7 @@ impl<'de, T: FromBytes> Deserialize<'de> for Abi<T> {
 
 /// One vCPU.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(Default))]
 pub struct VcpuState {
     pub(super) mp_state: Abi<kvm_mp_state>,
     pub(super) regs: Abi<kvm_regs>,

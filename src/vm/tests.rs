@@ -9,6 +9,8 @@ use crossbeam_channel::{Receiver, unbounded};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
+use vm_memory::{Bytes, GuestAddress};
+
 use super::*;
 use crate::memory::GuestRam;
 use crate::memory::dirty_tracker::TrackerChoice;
@@ -98,12 +100,16 @@ mod code {
     pub const RESET: &[u8] = &[0x66, 0xba, 0x02, 0x06, 0xb0, 0x01, 0xee, 0xf4, 0xeb, 0xfd];
     /// Writes 0xfe to port 0x64, then as above.
     pub const KEYBOARD_RESET: &[u8] = &[0x66, 0xba, 0x64, 0x00, 0xb0, 0xfe, 0xee, 0xf4, 0xeb, 0xfd];
+    /// Writes "o", waits until [`super::FLAG`] is not 0: 1: cmp byte [FLAG], 0; je 1b; and sleeps: 2: hlt; jmp 2b.
+    pub const SLEEP: &[u8] =
+        &[0x66, 0xba, 0xf8, 0x03, 0xb0, b'o', 0xee, 0x80, 0x3d, 0x00, 0x02, 0x10, 0x00, 0x00, 0x74, 0xf7, 0xf4, 0xeb, 0xfd];
     /// int3 without an interrupt table.
     pub const CRASH: &[u8] = &[0xcc];
 }
 
 const ENTRY: u32 = 0x10_0000;
 const LETTERS: u64 = 0x10_0100;
+const FLAG: u64 = 0x10_0200;
 const START_UP: u64 = 0x1000;
 
 /// An ELF file with a PVH note for [`ENTRY`] and `segments` of (guest address, bytes).
@@ -449,4 +455,30 @@ proptest! {
         let _ = MachineState::from_bytes(&bytes);
         let _ = MachineState::from_bytes(&[b"FRYM\x01\0", &bytes[..]].concat());
     }
+}
+
+#[test]
+fn a_guest_is_seen_to_go_to_sleep() {
+    let kernel = kernel(&[(ENTRY.into(), code::SLEEP), (FLAG, &[0])]);
+    let ram = GuestRam::allocate(4 << 20).unwrap();
+    let (mut vm, console, _events) = build(kernel.to_path_buf(), "", 1, ram.clone());
+    vm.load_kernel().unwrap();
+    let vm = vm.start().unwrap();
+    let lull = vm.lull().clone();
+    let sleepers = lull.sleepers().expect("this KVM tells who sleeps");
+    console.wait_for("letter", |bytes| bytes == b"o");
+    assert!(!sleepers.all_sleep());
+    // It comes back although the guest does not sleep.
+    lull.wait();
+    ram.memory().write_obj(1u8, GuestAddress(FLAG)).unwrap();
+    let deadline = Instant::now() + LIMIT;
+    while !sleepers.all_sleep() {
+        assert!(Instant::now() < deadline, "the guest is not seen to sleep");
+        std::thread::yield_now();
+    }
+    // And although it sleeps for good.
+    lull.wait();
+    drop(pause(vm));
+    // The machine is gone, and nobody sleeps.
+    lull.wait();
 }

@@ -4,7 +4,7 @@ use crate::memory::GuestRam;
 use crate::migrate::driver::owner::StoppedGuest;
 use crate::qmp::response::RunState;
 use crate::vm::config::GuestConfig;
-use crate::vm::{Failed, Moved, Paused, Running, Vm};
+use crate::vm::{Failed, Lull, Moved, Paused, Running, Vm};
 
 /// The guest, as far as this process has it.
 #[derive(Default)]
@@ -45,6 +45,14 @@ impl Guest {
         match self {
             Guest::Running(vm) => Some(vm.config()),
             Guest::Paused(vm) => Some(vm.config()),
+            _ => None,
+        }
+    }
+
+    /// For waiting until it sleeps, if it runs.
+    pub fn lull(&self) -> Option<Lull> {
+        match self {
+            Guest::Running(vm) => Some(vm.lull().clone()),
             _ => None,
         }
     }

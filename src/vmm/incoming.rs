@@ -236,15 +236,13 @@ impl DestinationOwner for Arc<Vmm> {
         guest.put(stopped.vm);
         // Also for a guest that stays paused: from the commit on its disks are nobody else's.
         let running = self.own_disks().and_then(|()| if stopped.was_running { guest.resume() } else { Ok(false) });
-        match running {
-            Ok(true) => self.events.emit(&Event::Resume),
-            Ok(false) => {}
-            Err(reason) => {
-                eprintln!("ferry: the guest has arrived but stays paused: {reason}; `ferry resume` tries again\r");
-                return Err(reason);
-            }
-        }
-        Ok(())
+        running.map(drop).inspect_err(|reason| {
+            eprintln!("ferry: the guest has arrived but stays paused: {reason}; `ferry resume` tries again\r");
+        })
+    }
+
+    fn resumed(&self) {
+        self.events.emit(&Event::Resume);
     }
 
     fn changed(&self, status: Status) {

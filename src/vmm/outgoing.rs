@@ -171,12 +171,20 @@ fn setup<S>(vm: &Vm<S>) -> (crate::vm::config::GuestConfig, MachineFacts) {
 }
 
 impl SourceOwner for Vmm {
-    fn take(&self) -> Result<StoppedGuest, String> {
-        let stopped = lock(&self.guest).take()?;
-        if stopped.was_running {
-            self.events.emit(&Event::Stop);
+    fn await_lull(&self) {
+        // Others may have the guest meanwhile.
+        let lull = lock(&self.guest).lull();
+        if let Some(lull) = lull {
+            lull.wait();
         }
-        Ok(stopped)
+    }
+
+    fn take(&self) -> Result<StoppedGuest, String> {
+        lock(&self.guest).take()
+    }
+
+    fn stopped(&self) {
+        self.events.emit(&Event::Stop);
     }
 
     fn put_back(&self, stopped: StoppedGuest) -> Result<(), String> {

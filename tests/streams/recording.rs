@@ -12,6 +12,8 @@ use ferry::migrate::source::{self, Bulk, Config, Outcome, Sent, Source, Stopped}
 use ferry::migrate::wire::{Channel, Frame, HEADER_SIZE, Header, Kind, Package, Setup, Totals};
 
 const NOW: Duration = Duration::ZERO;
+/// Longer than the source gives the guest before it sends the rest.
+const CALM: Duration = Duration::from_millis(10);
 
 /// The connections of one migration in the order in which they were opened: the frames in each direction, without the contents of pages.
 pub struct Recording {
@@ -77,9 +79,10 @@ impl Recording {
         let layout = Layout::new(ram_pages, host_page, &disks).unwrap();
         let mode = if self.package().postcopy { Mode::Postcopy } else { Mode::Precopy };
         let downtime_limit = Duration::from_secs(1);
+        let mut now = NOW;
         let mut engine = Source::new(Config { mode, downtime_limit, layout: layout.clone(), page_channels, session: 1, machine });
         loop {
-            let input = match engine.poll(NOW) {
+            let input = match engine.poll(now) {
                 source::Poll::Act(source::Action::Send(frame)) => self.answer(&frame).map(source::Input::Frame),
                 source::Poll::Act(source::Action::StartTracking) => Some(source::Input::Harvested(everything(&layout))),
                 source::Poll::Act(source::Action::Harvest) => Some(source::Input::Harvested(PageSet::empty(layout.pages()))),
@@ -105,9 +108,14 @@ impl Recording {
                     engine.sent_bitmap(self.package().bitmaps[index as usize].words() - first, 0);
                     None
                 }
+                // Before what goes in the background.
+                source::Poll::Wait(Some(until)) if until <= NOW + CALM => {
+                    now = until;
+                    None
+                }
                 source::Poll::Wait(_) => panic!("the source waits for something that was not recorded"),
             };
-            input.into_iter().for_each(|input| engine.handle(input, NOW));
+            input.into_iter().for_each(|input| engine.handle(input, now));
         }
     }
 

@@ -1,5 +1,6 @@
 //! What connects the migration's state machines to the world: sockets, KVM, guest RAM and userfaultfd.
 
+mod awake;
 mod block_io;
 pub mod destination;
 mod frames;

@@ -33,8 +33,12 @@ pub struct StoppedGuest {
 
 /// The owner of a guest that is to go away.
 pub trait SourceOwner: Send + Sync {
+    /// Returns at a good moment to stop the guest, or soon.
+    fn await_lull(&self);
     /// Pauses the guest and hands it over. Until [`SourceOwner::put_back`] the owner cannot run it.
     fn take(&self) -> Result<StoppedGuest, String>;
+    /// The guest, which ran, was stopped: said after the switch, or when that takes long, for whoever watches.
+    fn stopped(&self);
     /// The switch did not take place: the guest goes on, if it ran before. An error is a guest that stays paused, and why.
     fn put_back(&self, guest: StoppedGuest) -> Result<(), String>;
     /// Makes the guest's vCPUs stand still for `percent` of the time; 0 ends that. An error ends the migration.
@@ -82,6 +86,8 @@ pub trait DestinationOwner: Send + Sync {
     /// After the commit: takes the disks' locks and runs the guest, if it is to run. An error is a guest that is here but stays paused,
     /// and why.
     fn run(&self, guest: StoppedGuest) -> Result<(), String>;
+    /// The guest runs: said a moment later, for whoever watches.
+    fn resumed(&self);
     /// The migration's status has changed.
     fn changed(&self, status: Status);
     /// After the source may have given the guest up the link was lost, for this reason. The guest runs on, if it runs, until it needs a

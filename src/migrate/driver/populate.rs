@@ -5,23 +5,41 @@
 use std::hint::black_box;
 
 /// What saving, encoding and sending the state takes of the heap, and receiving, decoding and loading it.
-const HEAP: usize = 320 << 10;
+const HEAP: usize = 640 << 10;
 /// As deep as the calls go that do it.
 const STACK: usize = 64 << 10;
 
+/// What the GNU C library has for its limits: from this length on an allocation is mapped by itself, so much free memory at the end of a
+/// heap is given back, and so much is left there (mallopt(3)).
+const MMAP_THRESHOLD: usize = 128 << 10;
+const TRIM_THRESHOLD: usize = 128 << 10;
+const TOP_PAD: usize = 128 << 10;
+
 /// For the calling thread: threads have a stack and, in the GNU C library, a heap of their own.
 pub fn heap_and_stack() {
-    // What is as large as this is mapped by itself the first time, and unmapped when it is freed. That raises the limit for such
-    // (mallopt(3), M_MMAP_THRESHOLD), and the second is part of the heap and stays so.
-    drop(black_box(Vec::<u8>::with_capacity(HEAP)));
+    // What is mapped by itself is new each time, and what is given back must come anew.
+    set(libc::M_MMAP_THRESHOLD, 2 * HEAP);
+    set(libc::M_TRIM_THRESHOLD, 2 * HEAP);
     drop(black_box(vec![1u8; HEAP]));
     stack();
 }
 
-/// The switch is over, and what it took of the heaps goes back.
+/// The switch is over, and what it took of the heaps goes back. For the thread that called [`heap_and_stack`].
 pub fn give_back() {
+    set(libc::M_TRIM_THRESHOLD, 0);
+    set(libc::M_TOP_PAD, 0);
+    // The end of a thread's heap is given back when something next to it is freed that is not small.
+    drop(black_box(Vec::<u8>::with_capacity(MMAP_THRESHOLD)));
     // SAFETY: only memory that nobody has allocated goes.
     unsafe { libc::malloc_trim(0) };
+    set(libc::M_MMAP_THRESHOLD, MMAP_THRESHOLD);
+    set(libc::M_TRIM_THRESHOLD, TRIM_THRESHOLD);
+    set(libc::M_TOP_PAD, TOP_PAD);
+}
+
+fn set(limit: libc::c_int, bytes: usize) {
+    // SAFETY: a limit of the allocator, which is right with any.
+    unsafe { libc::mallopt(limit, bytes as libc::c_int) };
 }
 
 #[inline(never)]

@@ -16,9 +16,6 @@ const SETUP_VERSION: u16 = 2;
 const GUEST_VERSION: u16 = 2;
 /// Most pages that come with a stopped guest: 256 KiB, which a gigabit link takes in 2 ms.
 pub const MAX_COMPANIONS: usize = 64;
-/// Most that come with it in precopy: of more, copying them from buffer to buffer takes as long as waiting for the threads of another
-/// connection, some 0.3 ms.
-pub const MAX_REST: usize = 32;
 
 /// Pages that come with a stopped guest: in postcopy those that it touches first when it goes on, in precopy the last ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Action, OutgoingBitmaps, Source, State, Stopped};
+use super::{Action, LONGEST_CALM, OutgoingBitmaps, Source, State, Stopped};
 use crate::memory::{PAGE_SIZE, PageRun};
 use crate::migrate::report::{Downtime, Mode, microseconds};
 use crate::migrate::wire::Frame;
@@ -61,6 +61,7 @@ impl Source {
         self.report.downtime.load_us = load_us;
         self.report.downtime.transfer_us = ((now - self.sent_package_at).as_micros() as u64).saturating_sub(load_us);
         self.ready_at = now;
+        self.calm_until = now + LONGEST_CALM;
         self.actions.push_back(Action::GiveUp);
         self.send(Frame::Commit);
         self.enter(State::Committed, None);

@@ -173,10 +173,35 @@ fn a_destination_that_never_confirms_the_end_is_a_lost_link() {
     let mut source = stopped(Source::new(config(Mode::Postcopy)), 60);
     done(&mut source, NOW);
     source.handle(Input::Frame(Frame::Ready { load_us: 5, warnings: Vec::new() }), NOW);
-    assert_eq!(done(&mut source, NOW).last().map(String::as_str), Some("End"));
-    assert_eq!(source.poll(NOW + END_TIMEOUT - NOW), Poll::Wait(Some(NOW + END_TIMEOUT)));
-    let Poll::Act(Action::Disconnect(text)) = source.poll(NOW + END_TIMEOUT) else { panic!("it is waited for") };
+    let ending = NOW + LONGEST_CALM;
+    done(&mut source, NOW);
+    assert_eq!(done(&mut source, ending).last().map(String::as_str), Some("End"));
+    assert_eq!(source.poll(END_TIMEOUT), Poll::Wait(Some(ending + END_TIMEOUT)));
+    let Poll::Act(Action::Disconnect(text)) = source.poll(ending + END_TIMEOUT) else { panic!("it is waited for") };
     assert!(text.contains("did not confirm what it was sent in time") && source.is_paused(), "{text}");
+}
+
+#[test]
+fn a_guest_that_has_come_gets_what_it_asks_for_before_the_rest_goes() {
+    let ready = || Input::Frame(Frame::Ready { load_us: 5, warnings: Vec::new() });
+    let ran = || Input::Frame(Frame::Running(1));
+    let mut postcopy = stopped(Source::new(config(Mode::Postcopy)), 60);
+    done(&mut postcopy, NOW);
+    postcopy.handle(ready(), NOW);
+    assert_eq!(done(&mut postcopy, NOW), ["GiveUp", "Commit"]);
+    postcopy.handle(ran(), NOW);
+    postcopy.request(PageRun::new(7, 1)).unwrap();
+    assert_eq!((done(&mut postcopy, NOW), postcopy.next_requested()), (vec![], Some(PageRun::new(7, 1))));
+    assert_eq!(postcopy.poll(NOW), Poll::Wait(Some(NOW + CALM)));
+    assert_eq!(done(&mut postcopy, NOW + CALM).first().map(String::as_str), Some("pages"));
+    // One that has everything is not disturbed until it runs, but not waited for for long either.
+    let mut precopy = stopped(Source::new(config(Mode::Precopy)), 60);
+    done(&mut precopy, NOW);
+    precopy.handle(ready(), NOW);
+    assert_eq!(done(&mut precopy, NOW), ["GiveUp", "Commit"]);
+    assert_eq!(precopy.poll(NOW), Poll::Wait(Some(NOW + LONGEST_CALM)));
+    precopy.handle(ran(), NOW);
+    assert_eq!(done(&mut precopy, NOW), ["End"]);
 }
 
 #[test]

@@ -166,12 +166,14 @@ impl DestinationGuest {
         *shared.rebuilding.lock().unwrap_or_else(PoisonError::into_inner) = thread;
     }
 
-    /// Hands the guest to its owner, after the commit. An error is a guest that is here but does not run.
-    pub fn run(&mut self, owner: &dyn DestinationOwner) -> Result<(), String> {
+    /// Hands the guest to its owner, after the commit; true if it is to run. An error is a guest that is here but does not run.
+    pub fn run(&mut self, owner: &dyn DestinationOwner) -> Result<bool, String> {
         if let Some(prepared) = &self.prepared {
             prepared.blocks.disks().for_each(|(disk, _)| disk.commit_arrival());
         }
-        owner.run(self.stopped.take().ok_or("the guest was not loaded")?)
+        let guest = self.stopped.take().ok_or("the guest was not loaded")?;
+        let was_running = guest.was_running;
+        owner.run(guest).map(|()| was_running)
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::super::awake::{self, Awake};
 use super::super::frames::{self, FRAME_TIMEOUT};
 use super::super::populate;
 use super::super::scheduling;
@@ -19,6 +20,14 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the source is waited for when the connection is closed.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long nobody is told that the guest runs: who listens is woken, and takes time of a processor from the guest when it begins.
+const QUIET: Duration = Duration::from_millis(2);
+
+enum News {
+    Resumed,
+    Changed(Status),
+}
+
 /// A migration under way.
 pub struct Session {
     shared: Arc<Shared>,
@@ -27,12 +36,27 @@ pub struct Session {
     main: Option<(Reader, Writer)>,
     guest: DestinationGuest,
     announced: Status,
+    /// What the owner is yet to be told.
+    news: Vec<News>,
+    /// Until then nobody hears of the guest that has come.
+    quiet_until: Option<Instant>,
+    /// When the switch may come, and from then on.
+    awake: Awake,
 }
 
 impl Session {
     pub fn new(shared: Arc<Shared>, link: Link) -> Self {
         let main = shared.links().main.take();
-        Session { shared, link, main, guest: DestinationGuest::default(), announced: Status::None }
+        Session {
+            shared,
+            link,
+            main,
+            guest: DestinationGuest::default(),
+            announced: Status::None,
+            news: Vec::new(),
+            quiet_until: None,
+            awake: Awake::default(),
+        }
     }
 
     /// Carries the migration through.
@@ -44,12 +68,25 @@ impl Session {
             };
             if status != self.announced {
                 self.announced = status;
-                self.shared.owner.changed(status);
+                self.news.push(News::Changed(status));
+            }
+            if self.quiet_until.is_none_or(|end| end <= Instant::now()) {
+                self.tell();
             }
             match poll {
                 Poll::Act(Action::End(outcome)) => return self.end(outcome),
                 Poll::Act(action) => self.act(action),
-                Poll::Wait(until) => self.wait(until.map(|until| self.shared.began + until)),
+                Poll::Wait(until) => self.wait(until.map(|until| self.shared.began + until).into_iter().chain(self.quiet_until).min()),
+            }
+        }
+    }
+
+    fn tell(&mut self) {
+        self.quiet_until = None;
+        for news in self.news.drain(..) {
+            match news {
+                News::Resumed => self.shared.owner.resumed(),
+                News::Changed(status) => self.shared.owner.changed(status),
             }
         }
     }
@@ -95,7 +132,10 @@ impl Session {
             Action::Prepare(setup) => self.guest.prepare(&self.shared, setup).map(|()| Some(Input::Prepared)).map_err(Input::Failed),
             Action::BeginBuilding => self.guest.begin_building(&self.shared).map(|()| None).map_err(Input::Failed),
             Action::FinishBuilding => self.guest.finish_building().map(|()| None).map_err(Input::Failed),
-            Action::Load(package) => self.guest.load(&self.shared, &package).map(Some).map_err(Input::Failed),
+            Action::Load(package) => {
+                self.awake.during(awake::MOST);
+                self.guest.load(&self.shared, &package).map(Some).map_err(Input::Failed)
+            }
             Action::FlushDisks => self.guest.flush_disks().map(|()| Some(Input::DisksFlushed)).map_err(Input::DisksNotFlushed),
             Action::Run => Ok(Some(self.start())),
             Action::LoadBitmap { index, first, run } => self.guest.bitmaps.load(index, first, &run).map(|()| None).map_err(Input::Warning),
@@ -140,6 +180,7 @@ impl Session {
         if may_switch {
             scheduling::is_prompt();
             populate::heap_and_stack();
+            self.awake.during(awake::SWITCH);
         }
         sent.map(|_| None).map_err(|error| Input::Lost(self.link, Channel::Main, error.to_string()))
     }
@@ -155,6 +196,7 @@ impl Session {
         }
         drop(links);
         self.shared.look_after_waiters();
+        self.tell();
         // It may be back already.
         if self.shared.engine().is_paused() {
             self.shared.owner.paused(reason);
@@ -171,6 +213,7 @@ impl Session {
 
     /// All of the guest is here.
     fn complete(&mut self) {
+        self.tell();
         // Nobody waits any more, and huge pages are made in a thread that works long.
         scheduling::is_ordinary();
         if let Some(faults) = self.shared.faults.get() {
@@ -182,21 +225,26 @@ impl Session {
             }
         }
         self.guest.restore_huge_pages(&self.shared);
-        populate::give_back();
         self.shared.owner.ended(Outcome::Completed);
     }
 
     /// Hands the guest to its owner: it is ours, whether or not it can run.
     fn start(&mut self) -> Input {
         let begin = Instant::now();
-        if let Err(reason) = self.guest.run(&*self.shared.owner) {
+        let run = self.guest.run(&*self.shared.owner);
+        self.quiet_until = Some(Instant::now() + QUIET);
+        if run == Ok(true) {
+            self.news.push(News::Resumed);
+        }
+        if let Err(reason) = run {
             self.handle(Input::Warning(format!("the guest is at the destination but does not run: {reason}")));
         }
         Input::Ran(begin.elapsed().as_micros() as u64)
     }
 
     /// Closes the connections so that nothing under way is destroyed, and lets the other threads end.
-    fn end(self, outcome: Outcome) {
+    fn end(mut self, outcome: Outcome) {
+        self.tell();
         let Session { shared, main, guest, .. } = self;
         // Before the fault service ends: a guest that was loaded in vain may still wait for pages until it is dropped.
         drop(guest);
@@ -216,6 +264,9 @@ impl Session {
             drain(&mut reader, Instant::now() + CLOSE_TIMEOUT);
         }
         shared.close();
+        // Not when all had come: that is a moment after the guest began to run, and each piece that is unmapped interrupts the processors of all threads of this process,
+        // the vCPUs' among them.
+        populate::give_back();
         // A migration that has completed was told when it did.
         if outcome != Outcome::Completed {
             shared.owner.ended(outcome);

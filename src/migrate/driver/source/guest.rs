@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::super::block_io::BlockIo;
 use super::super::owner::{SourceOwner, StoppedGuest};
 use super::super::page_io::PageIo;
-use super::super::saved::{self, MAX_COMPANIONS, MAX_REST};
+use super::super::saved::{self, MAX_COMPANIONS};
 use crate::block::block_run::BlockRun;
 use crate::block::dirty_bitmap::{BitmapRun, ChangeTracking, OutgoingBitmap, RunLimits};
 use crate::block::disk::{Disk, DiskIo};
@@ -17,6 +17,11 @@ use crate::migrate::bitmap_mapping::{BitmapMapping, BitmapName};
 use crate::migrate::source::{Companions, Stopped};
 use crate::migrate::wire::{BitmapFlags, BitmapInfo};
 use crate::vm::{MachineState, Moved, Vm, VmError, VmEvent, hot_pages};
+
+/// Before a pass that took longer is over nobody waits for the guest to sleep.
+const SHORT_PASS: Duration = Duration::from_millis(20);
+/// How long the moment is a good one at which the guest has gone to sleep.
+const LULL: Duration = Duration::from_micros(300);
 
 /// Why the guest is not stopped and saved.
 pub enum StopError {
@@ -47,8 +52,14 @@ pub struct SourceGuest {
     tracker: Option<DirtyTracker>,
     /// What the last harvest while the guest ran has shown.
     written: PageSet,
+    /// When that was.
+    harvested: Option<Instant>,
+    /// When a lull was waited for.
+    lull: Option<Instant>,
     /// Between stop and resume, or stop and commit.
     stopped: Option<StoppedGuest>,
+    /// The owner is to be told that it was stopped.
+    untold: bool,
     /// From the stop on, in the order of the package.
     bitmaps: Vec<OutgoingBitmap>,
     moved: Option<Vm<Moved>>,
@@ -75,7 +86,10 @@ impl SourceGuest {
             mapping,
             tracker,
             written,
+            harvested: None,
+            lull: None,
             stopped,
+            untold: false,
             bitmaps: Vec::new(),
             moved,
         }
@@ -98,9 +112,19 @@ impl SourceGuest {
 
     /// The pages dirtied since the last harvest, and the blocks.
     pub fn harvest(&mut self) -> Result<PageSet, String> {
+        // What comes after a short pass may be the switch: if it follows at once the guest sleeps still, and has dirtied nothing more.
+        if self.harvested.is_some_and(|last| last.elapsed() < SHORT_PASS) {
+            self.await_lull();
+        }
         let dirty = self.take_dirty()?;
+        self.harvested = Some(Instant::now());
         self.written.clone_from(&dirty);
         Ok(dirty)
+    }
+
+    fn await_lull(&mut self) {
+        self.owner.await_lull();
+        self.lull = Some(Instant::now());
     }
 
     fn take_dirty(&mut self) -> Result<PageSet, String> {
@@ -142,9 +166,13 @@ impl SourceGuest {
         for disk in self.blocks.shared_disks() {
             let _ = disk.with_io(DiskIo::flush);
         }
+        if self.lull.is_none_or(|lull| lull.elapsed() > LULL) {
+            self.await_lull();
+        }
         let begin = Instant::now();
         let guest = self.stopped.insert(self.owner.take().map_err(|reason| format!("the guest cannot be paused: {reason}"))?);
         let stopped = Instant::now();
+        self.untold = guest.was_running;
         if !Arc::ptr_eq(guest.vm.fd(), self.tracking.vm()) {
             // Another machine has tracked its writes.
             return Err(StopError::Failed("the guest has restarted in the meantime; try again".into()));
@@ -189,6 +217,13 @@ impl SourceGuest {
         })
     }
 
+    /// Lets the owner tell others that the guest was stopped, if that is news.
+    pub fn tell_of_stop(&mut self) {
+        if std::mem::take(&mut self.untold) {
+            self.owner.stopped();
+        }
+    }
+
     /// What the guest's registers point to, and then what it has written lately.
     fn hot_pages(&self, state: &MachineState, dirty: &PageSet) -> Vec<PageNumber> {
         let named = hot_pages(state, self.ram.memory(), MAX_COMPANIONS);
@@ -208,7 +243,7 @@ impl SourceGuest {
     /// The pages of `rest`, unless they are too many, or not all of RAM.
     fn if_few(&self, rest: &PageSet) -> Vec<PageNumber> {
         let ram = PageRun::new(0, self.ram.pages());
-        let pages: Vec<_> = rest.runs_within(ram).flat_map(PageRun::pages).take(MAX_REST).collect();
+        let pages: Vec<_> = rest.runs_within(ram).flat_map(PageRun::pages).take(MAX_COMPANIONS).collect();
         if pages.len() as u64 == rest.len() { pages } else { Vec::new() }
     }
 

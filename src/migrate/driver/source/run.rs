@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Select, Sender, at, bounded, never, select};
 
+use super::super::awake::{self, Awake};
 use super::super::block_io::BlockIo;
 use super::super::frames::{self, FRAME_TIMEOUT, FrameError};
 use super::super::owner::SourceOwner;
@@ -33,6 +34,9 @@ const BATCHES: usize = 2;
 const INPUTS: usize = 16;
 /// How long the destination is waited for when a connection is closed, and the last words of it when a send failed.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long nobody is told of a switch that is under way: who listens is woken, and takes time of a processor from those who work on it. Longer
+/// than most take, and short for a person who is to hear of one that does not come to its end.
+const QUIET: Duration = Duration::from_millis(5);
 /// How long sending may take while the guest stands still, beside three times the accepted blackout; then it goes on here.
 const STANDSTILL_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -57,9 +61,15 @@ pub struct Migration {
     input_sender: Sender<Input>,
     woken: Receiver<()>,
     announced: (Status, u32),
+    /// What the owner is yet to be told, of what was announced.
+    news: Vec<(Status, u32)>,
+    /// Until then nobody hears of the switch.
+    quiet_until: Option<Instant>,
     to_clear: PageSet,
     /// When the guest has stood still for too long.
     standstill: Option<Instant>,
+    /// From the switch on.
+    awake: Awake,
 }
 
 impl Migration {
@@ -88,7 +98,10 @@ impl Migration {
             input_sender,
             woken,
             announced: (Status::None, 0),
+            news: Vec::new(),
+            quiet_until: None,
             standstill: None,
+            awake: Awake::default(),
         }
     }
 
@@ -110,7 +123,7 @@ impl Migration {
                 Poll::Bulk(Bulk::Pages { channel, runs, clear, unit }) => self.send_pages(channel, runs, clear, unit),
                 Poll::Bulk(Bulk::Bitmap { index, first, limits }) => self.send_bitmap(index, first, limits),
                 Poll::Wait(until) => {
-                    self.wait(until.map(|until| self.shared.began + until));
+                    self.wait(until.map(|until| self.shared.began + until).into_iter().chain(self.quiet_until).min());
                     // Nobody is late while a person is waited for.
                     if self.announced.0 == Status::PreSwitchover {
                         self.limit_standstill();
@@ -120,18 +133,30 @@ impl Migration {
         }
     }
 
-    /// Tells the owner what has changed.
+    /// Tells the owner what has changed, at once or when the switch is over.
     fn announce(&mut self) {
         let current = self.shared.engine().stage();
         if current != self.announced {
             self.announced = current;
-            self.owner.changed(current.0, current.1);
+            self.news.push(current);
         }
+        if self.quiet_until.is_none_or(|end| end <= Instant::now()) {
+            self.tell();
+        }
+    }
+
+    fn tell(&mut self) {
+        self.quiet_until = None;
+        self.guest.tell_of_stop();
+        self.news.drain(..).for_each(|(status, pass)| self.owner.changed(status, pass));
     }
 
     /// Passes what another thread reports on to the engine.
     fn take(&mut self, input: Input) {
         self.main_ended |= matches!(input, Input::Lost(Channel::Main, _));
+        if let Input::Frame(Frame::Running(_)) = input {
+            self.quiet_until = None;
+        }
         match input {
             Input::Lost(channel @ Channel::Pages(_), reason) => self.send_failed(channel, &reason),
             input => self.shared.handle(input),
@@ -177,6 +202,8 @@ impl Migration {
                 self.shared.handle(populated.map_or_else(Input::Failed, Input::Harvested));
             }
             Action::Harvest => {
+                // The switch may follow.
+                self.awake.during(awake::SWITCH);
                 let dirty = self.guest.harvest();
                 self.shared.handle(dirty.map_or_else(Input::Failed, Input::Harvested));
             }
@@ -190,9 +217,11 @@ impl Migration {
                 }
             }
             Action::Stop => {
+                self.awake.during(awake::MOST);
                 let companions = self.shared.engine().companions();
                 let stopped = self.guest.stop(companions);
                 self.limit_standstill();
+                self.quiet_until = Some(Instant::now() + QUIET);
                 match stopped {
                     Ok(stopped) => self.shared.handle(Input::Stopped(Box::new(stopped))),
                     Err(StopError::Failed(reason)) => self.shared.handle(Input::StopFailed(reason)),
@@ -204,6 +233,8 @@ impl Migration {
             }
             Action::Resume => {
                 self.standstill = None;
+                self.awake.end();
+                self.tell();
                 if let Err(reason) = self.guest.resume() {
                     self.shared.handle(Input::ResumeFailed(reason));
                 }
@@ -479,6 +510,7 @@ impl Migration {
 
     /// Closes the connections so that nothing under way is destroyed, ends the threads and reports.
     fn end(mut self, outcome: Outcome) {
+        self.tell();
         if let Some(mut writer) = self.main.take()
             && writer.finish().is_ok()
         {
@@ -492,6 +524,7 @@ impl Migration {
             }
         }
         self.disconnect();
+        self.awake.end();
         // Whether it heard why cannot be known; one that did listens no more.
         if self.shared.engine().may_be_waited_for() {
             links::settle(&self.shared, &self.address());

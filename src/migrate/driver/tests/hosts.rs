@@ -129,6 +129,8 @@ pub fn assert_counts(ram: &GuestRam) {
 }
 
 impl SourceOwner for SourceHost {
+    fn await_lull(&self) {}
+
     fn take(&self) -> Result<StoppedGuest, String> {
         if self.fail_take {
             return Err("it will not stand still".into());
@@ -137,6 +139,8 @@ impl SourceOwner for SourceHost {
         let was_running = matches!(guest, Guest::Running(_));
         Ok(StoppedGuest { vm: guest.pause(), was_running })
     }
+
+    fn stopped(&self) {}
 
     fn put_back(&self, guest: StoppedGuest) -> Result<(), String> {
         if self.fail_put_back {
@@ -253,6 +257,8 @@ impl DestinationOwner for DestinationHost {
         let build = Box::new(move || Ok(guest::build(&setup.config, its)));
         Ok(Preparation { ram, disks: self.disks.clone(), build })
     }
+
+    fn resumed(&self) {}
 
     fn run(&self, guest: StoppedGuest) -> Result<(), String> {
         for disk in &self.disks {
