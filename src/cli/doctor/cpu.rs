@@ -1,4 +1,6 @@
-//! What KVM rests on: the CPU's virtualisation, or software.
+//! What KVM rests on, the CPU's virtualisation or software; and whether idle processors can be kept awake in a switch.
+
+use std::fs::File;
 
 use super::Check;
 
@@ -6,7 +8,18 @@ const NAME: &str = "virtualisation by the CPU";
 
 pub(super) fn checks() -> Vec<Check> {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    vec![check(&text)]
+    vec![check(&text), wake_ups()]
+}
+
+fn wake_ups() -> Check {
+    let name = "idle processors awake in a switch";
+    match File::options().write(true).open("/dev/cpu_dma_latency") {
+        Ok(_) => Check::yes(name, "/dev/cpu_dma_latency"),
+        Err(error) => {
+            let advice = "let Ferry write to it (root may); without it a blackout is longer by some wake-ups";
+            Check::no(name, format!("/dev/cpu_dma_latency: {error}"), advice)
+        }
+    }
 }
 
 fn check(cpuinfo: &str) -> Check {
