@@ -9,17 +9,19 @@ const HEAP: usize = 640 << 10;
 /// As deep as the calls go that do it.
 const STACK: usize = 64 << 10;
 
-/// What the GNU C library has for its limits: from this length on an allocation is mapped by itself, so much free memory at the end of a
-/// heap is given back, and so much is left there (mallopt(3)).
-const MMAP_THRESHOLD: usize = 128 << 10;
-const TRIM_THRESHOLD: usize = 128 << 10;
+/// From this length on an allocation is mapped by itself, and more free memory than this at the end of a heap is given back (mallopt(3)).
+/// They stay so: the GNU C library would come to about as much by itself, but not where a program has once set one of them.
+const MOST: usize = 2 * HEAP;
+/// What the GNU C library leaves of the free memory at the end of a heap.
 const TOP_PAD: usize = 128 << 10;
+/// Of a piece that is not small to the GNU C library.
+const NOT_SMALL: usize = 128 << 10;
 
 /// For the calling thread: threads have a stack and, in the GNU C library, a heap of their own.
 pub fn heap_and_stack() {
     // What is mapped by itself is new each time, and what is given back must come anew.
-    set(libc::M_MMAP_THRESHOLD, 2 * HEAP);
-    set(libc::M_TRIM_THRESHOLD, 2 * HEAP);
+    set(libc::M_MMAP_THRESHOLD, MOST);
+    set(libc::M_TRIM_THRESHOLD, MOST);
     drop(black_box(vec![1u8; HEAP]));
     stack();
 }
@@ -29,11 +31,10 @@ pub fn give_back() {
     set(libc::M_TRIM_THRESHOLD, 0);
     set(libc::M_TOP_PAD, 0);
     // The end of a thread's heap is given back when something next to it is freed that is not small.
-    drop(black_box(Vec::<u8>::with_capacity(MMAP_THRESHOLD)));
+    drop(black_box(Vec::<u8>::with_capacity(NOT_SMALL)));
     // SAFETY: only memory that nobody has allocated goes.
     unsafe { libc::malloc_trim(0) };
-    set(libc::M_MMAP_THRESHOLD, MMAP_THRESHOLD);
-    set(libc::M_TRIM_THRESHOLD, TRIM_THRESHOLD);
+    set(libc::M_TRIM_THRESHOLD, MOST);
     set(libc::M_TOP_PAD, TOP_PAD);
 }
 

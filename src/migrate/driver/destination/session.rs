@@ -264,8 +264,8 @@ impl Session {
             drain(&mut reader, Instant::now() + CLOSE_TIMEOUT);
         }
         shared.close();
-        // Not when all had come: that is a moment after the guest began to run, and each piece that is unmapped interrupts the processors of all threads of this process,
-        // the vCPUs' among them.
+        // Not when all had come: that is a moment after the guest began to run, and each piece that is unmapped interrupts all threads of
+        // this process, the vCPUs' among them.
         populate::give_back();
         // A migration that has completed was told when it did.
         if outcome != Outcome::Completed {
