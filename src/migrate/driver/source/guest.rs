@@ -18,7 +18,7 @@ use crate::migrate::source::{Companions, Stopped};
 use crate::migrate::wire::{BitmapFlags, BitmapInfo};
 use crate::vm::{MachineState, Moved, Vm, VmError, VmEvent, hot_pages};
 
-/// Before a pass that took longer is over nobody waits for the guest to sleep.
+/// After a pass that took longer nobody waits for the guest to sleep: another pass follows, most likely.
 const SHORT_PASS: Duration = Duration::from_millis(20);
 /// How long the moment is a good one at which the guest has gone to sleep.
 const LULL: Duration = Duration::from_micros(300);

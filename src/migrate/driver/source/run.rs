@@ -34,8 +34,8 @@ const BATCHES: usize = 2;
 const INPUTS: usize = 16;
 /// How long the destination is waited for when a connection is closed, and the last words of it when a send failed.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long nobody is told of a switch that is under way: who listens is woken, and takes time of a processor from those who work on it. Longer
-/// than most take, and short for a person who is to hear of one that does not come to its end.
+/// How long nobody is told of a switch that is under way: who listens is woken, and takes time of a processor from those who work on it.
+/// Longer than most take, and short for a person who is to hear of one that does not come to its end. A send that is held up adds to it.
 const QUIET: Duration = Duration::from_millis(5);
 /// How long sending may take while the guest stands still, beside three times the accepted blackout; then it goes on here.
 const STANDSTILL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -190,6 +190,7 @@ impl Migration {
             }
             Action::Disconnect(text) => {
                 self.disconnect();
+                self.tell();
                 self.owner.paused(text);
             }
             Action::OpenOthers => {
