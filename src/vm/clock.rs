@@ -59,16 +59,16 @@ pub enum TscPlan {
     Advance(u64),
 }
 
-/// Reads the clocks on the thread of vCPU 0. `scaled`: the guest's TSC runs at another rate than the host's.
-pub fn save(vm: &VmFd, vcpu: &VcpuFd, scaled: bool) -> Result<ClockState, VmError> {
-    let (mut kvm, tsc) = read(vm, vcpu, scaled)?;
+/// Reads the clocks, with vCPU 0, whose TSC offset is `offset`. `scaled`: the guest's TSC runs at another rate than the host's.
+pub fn save(vm: &VmFd, vcpu: &VcpuFd, offset: Option<u64>, scaled: bool) -> Result<ClockState, VmError> {
+    let (mut kvm, tsc) = read(vm, vcpu, offset, scaled)?;
     if kvm.flags & KVM_CLOCK_REALTIME == 0 {
         kvm.realtime = nanoseconds(wall_clock());
     }
     Ok(ClockState { kvm: Abi(kvm), tsc, blackout: None })
 }
 
-/// Sets kvmclock from `saved` and says how the TSCs follow, on the thread of vCPU 0, whose saved TSC offset is `offset`. Comes before the
+/// Sets kvmclock from `saved` and says how the TSCs follow, with vCPU 0, whose saved TSC offset is `offset`. Comes before the
 /// vCPUs are restored: arming TSC_DEADLINE needs a TSC that is right.
 pub fn restore(vm: &VmFd, vcpu: &VcpuFd, saved: &ClockState, offset: Option<u64>, khz: u32, scaled: bool) -> Result<ClockPlan, VmError> {
     let (least, most) = saved.blackout.unwrap_or((Duration::ZERO, Duration::MAX));
@@ -83,12 +83,13 @@ pub fn restore(vm: &VmFd, vcpu: &VcpuFd, saved: &ClockState, offset: Option<u64>
         kvm_clock_data { clock: data.clock.saturating_add(nanoseconds(passed)), ..Default::default() }
     };
     vm.set_clock(&clock).map_err(VmError::kvm("KVM_SET_CLOCK"))?;
-    let (now, tsc_now) = read(vm, vcpu, scaled)?;
+    let current = ioctls::tsc_offset(vcpu).ok();
+    let (now, tsc_now) = read(vm, vcpu, current, scaled)?;
     let passed = now.clock.saturating_sub(data.clock);
     let cycles = (u128::from(passed) * u128::from(khz) / 1_000_000) as u64;
     let target = saved.tsc.wrapping_add(cycles);
-    let tsc = match (offset, ioctls::tsc_offset(vcpu)) {
-        (Some(saved_offset), Ok(current)) => {
+    let tsc = match (offset, current) {
+        (Some(saved_offset), Some(current)) => {
             let wanted = current.wrapping_add(target.wrapping_sub(tsc_now));
             TscPlan::ShiftOffset(wanted.wrapping_sub(saved_offset))
         }
@@ -105,12 +106,13 @@ fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// kvmclock, and the guest's TSC at the same moment, or just after it where KVM does not report the host's TSC with its clock.
-fn read(vm: &VmFd, vcpu: &VcpuFd, scaled: bool) -> Result<(kvm_clock_data, u64), VmError> {
+/// kvmclock, and the guest's TSC at the same moment, or just after it where KVM does not report the host's TSC with its clock. `offset` is
+/// the vCPU's, where KVM tells it.
+fn read(vm: &VmFd, vcpu: &VcpuFd, offset: Option<u64>, scaled: bool) -> Result<(kvm_clock_data, u64), VmError> {
     let clock = vm.get_clock().map_err(VmError::kvm("KVM_GET_CLOCK"))?;
     if clock.flags & KVM_CLOCK_HOST_TSC != 0
         && !scaled
-        && let Ok(offset) = ioctls::tsc_offset(vcpu)
+        && let Some(offset) = offset
     {
         return Ok((clock, clock.host_tsc.wrapping_add(offset)));
     }

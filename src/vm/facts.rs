@@ -58,12 +58,13 @@ pub struct HostFacts {
 impl MachineFacts {
     /// The facts of `vm`, in any state.
     pub fn of<S>(vm: &Vm<S>) -> Self {
+        let known = vm.known();
         MachineFacts {
             cpuid: leaves(vm.cpuid()),
             cpus: vm.config().cpus,
-            tsc_khz: vm.tsc_khz(),
-            msrs: vm.msrs().to_vec(),
-            xsave_size: u32::try_from(vm.xsave_size()).unwrap_or(u32::MAX),
+            tsc_khz: known.map_or(0, |known| known.tsc_khz),
+            msrs: known.map_or_else(Vec::new, |known| known.msrs.to_vec()),
+            xsave_size: known.map_or(0, |known| u32::try_from(known.xsave_size).unwrap_or(u32::MAX)),
         }
     }
 

@@ -17,7 +17,7 @@ use super::empty::EmptyVm;
 use super::events::{EventSink, VmEvent};
 use super::exits::{Buses, emulates_ring_0};
 use super::lull::{Lull, Statistics};
-use super::restore_vcpu::Limits;
+use super::save_vcpu::Known;
 use super::state::{Abi, MachineState, StateError};
 use super::throttle::{Throttle, Throttler};
 use super::vcpu::VcpuThread;
@@ -33,6 +33,10 @@ use crate::memory::dirty_tracker::{TrackerChoice, Tracking};
 
 /// How long the vCPUs may take to stop. They stop within microseconds, unless one waits in a device for the outside world.
 const PAUSE_LIMIT: Duration = Duration::from_secs(10);
+
+/// A guest that stood still for longer is told so: shorter than what any watchdog of its lets pass, and longer than a migration takes, so
+/// that it does not wait for this.
+const LONG_PAUSE: Duration = Duration::from_millis(100);
 
 /// Devices may still be attached; no guest code has run.
 pub struct Built;
@@ -77,12 +81,12 @@ struct Machine {
     events: EventSink,
     config: GuestConfig,
     cpuid: Vec<kvm_cpuid_entry2>,
-    msrs: Arc<[u32]>,
-    xsave_size: usize,
+    /// Of each vCPU.
+    known: Vec<Known>,
     host_tsc_khz: u32,
-    /// Rate of the guest's TSC: the host's, unless the guest came from elsewhere.
-    tsc_khz: u32,
     tracking: Tracking,
+    /// When the guest last began to stand still, here or elsewhere.
+    stood_still: Option<Instant>,
     fd: Arc<VmFd>,
     // After the descriptor: KVM maps this memory into the guest.
     ram: GuestRam,
@@ -150,16 +154,9 @@ impl<S> Vm<S> {
         &self.machine.cpuid
     }
 
-    pub(super) fn msrs(&self) -> &[u32] {
-        &self.machine.msrs
-    }
-
-    pub(super) fn xsave_size(&self) -> usize {
-        self.machine.xsave_size
-    }
-
-    pub(super) fn tsc_khz(&self) -> u32 {
-        self.machine.tsc_khz
+    /// Alike for all vCPUs but for their CPUID.
+    pub(super) fn known(&self) -> Option<&Known> {
+        self.machine.known.first()
     }
 
     fn into<T>(self) -> Vm<T> {
@@ -225,23 +222,26 @@ impl Vm<Built> {
         ports.insert(layout::I8042_PORT, 1, Arc::new(Mutex::new(I8042::Data)))?;
         ports.insert(layout::I8042_COMMAND, 1, Arc::new(Mutex::new(I8042::Command(events.clone()))))?;
         let cpuid = cpuid::base(&kvm)?;
-        let mut msrs = Vec::new();
+        let xsave_size = save_vcpu::xsave_size(&fd)?;
+        let mut msrs: Arc<[u32]> = Arc::default();
         let mut host_tsc_khz = 0;
+        let mut known = Vec::with_capacity(config.cpus.into());
         let throttle = Arc::new(Throttle::new());
         let mut vcpus = Vec::with_capacity(config.cpus.into());
         let mut statistics = Vec::with_capacity(config.cpus.into());
         for index in 0..config.cpus {
             let vcpu = fd.create_vcpu(index.into()).map_err(VmError::kvm("KVM_CREATE_VCPU"))?;
-            vcpu.set_cpuid2(&cpuid::for_vcpu(&cpuid, index, config.cpus)?).map_err(VmError::kvm("KVM_SET_CPUID2"))?;
+            let its_cpuid = cpuid::for_vcpu(&cpuid, index, config.cpus)?;
+            vcpu.set_cpuid2(&its_cpuid).map_err(VmError::kvm("KVM_SET_CPUID2"))?;
             if index == 0 {
-                msrs = msr::indices(&kvm, &vcpu)?;
+                msrs = msr::indices(&kvm, &vcpu)?.into();
                 host_tsc_khz = vcpu.get_tsc_khz().map_err(VmError::kvm("KVM_GET_TSC_KHZ"))?;
             }
+            known.push(Known { msrs: msrs.clone(), xsave_size, cpuid: its_cpuid.as_slice().into(), tsc_khz: host_tsc_khz });
             tracking.add_vcpu(&vcpu)?;
             statistics.push(Statistics::of(&vcpu));
             vcpus.push(VcpuThread::spawn(index, vcpu, events.clone(), throttle.clone(), tracking.clone())?);
         }
-        let xsave_size = save_vcpu::xsave_size(&fd)?;
         let machine = Machine {
             throttler: Mutex::default(),
             vcpus: Arc::new(Vcpus(vcpus)),
@@ -255,11 +255,10 @@ impl Vm<Built> {
             events,
             config: config.clone(),
             cpuid,
-            msrs: msrs.into(),
-            xsave_size,
+            known,
             host_tsc_khz,
-            tsc_khz: host_tsc_khz,
             tracking,
+            stood_still: None,
             fd,
             ram,
         };
@@ -321,7 +320,7 @@ impl Vm<Running> {
     }
 
     /// Stops the vCPUs, then drains the devices. When it returns, RAM changes no more.
-    pub fn pause(self) -> Result<Vm<Paused>, Failed<Running>> {
+    pub fn pause(mut self) -> Result<Vm<Paused>, Failed<Running>> {
         match self.machine.pause() {
             Ok(()) => Ok(self.into()),
             Err(error) => match self.machine.resume() {
@@ -355,8 +354,10 @@ impl Vm<Paused> {
 
 impl Machine {
     /// Pauses: the vCPUs first, so that no device is given new work while it is drained.
-    fn pause(&self) -> Result<(), VmError> {
-        let deadline = Instant::now() + PAUSE_LIMIT;
+    fn pause(&mut self) -> Result<(), VmError> {
+        let now = Instant::now();
+        let deadline = now + PAUSE_LIMIT;
+        self.stood_still = Some(now);
         let pending = self.vcpus.0.iter().map(VcpuThread::pause).collect::<Result<Vec<_>, _>>()?;
         for answer in pending {
             answer.wait_until(deadline)?;
@@ -378,8 +379,9 @@ impl Machine {
                 return Err(error.into());
             }
         }
+        let tell_guest = self.stood_still.is_some_and(|since| since.elapsed() >= LONG_PAUSE);
         for vcpu in &self.vcpus.0 {
-            vcpu.run(&self.buses)?;
+            vcpu.run(&self.buses, tell_guest)?;
         }
         Ok(())
     }
@@ -390,14 +392,15 @@ impl Machine {
             return Err(VmError::Ended(event.clone()));
         }
         let devices = self.devices.iter().map(|device| device.save()).collect::<Result<_, _>>()?;
-        let vcpus = self.on_each_vcpu(|_| {
-            let (msrs, xsave_size) = (self.msrs.clone(), self.xsave_size);
-            Ok(move |vcpu: &mut kvm_ioctls::VcpuFd| save_vcpu::save(vcpu, &msrs, xsave_size))
+        let vcpus = self.on_each_vcpu(|index| {
+            let known = self.known(index)?.clone();
+            Ok(move |vcpu: &mut kvm_ioctls::VcpuFd| save_vcpu::save(vcpu, &known))
         })?;
         let vcpus = name_vcpus(vcpus)?;
         let chips = chips::save(&self.fd)?;
-        let scaled = self.tsc_khz != self.host_tsc_khz;
-        let clock = self.first_vcpu()?.call_here(|vcpu| clock::save(&self.fd, vcpu, scaled))??;
+        let scaled = self.known(0)?.tsc_khz != self.host_tsc_khz;
+        let offset = vcpus.first().and_then(|first| first.tsc_offset);
+        let clock = self.first_vcpu()?.call_here(|vcpu| clock::save(&self.fd, vcpu, offset, scaled))??;
         let cpuid = self.cpuid.iter().copied().map(Abi).collect();
         Ok(MachineState { cpuid, vcpus, chips, clock, devices })
     }
@@ -411,22 +414,24 @@ impl Machine {
         };
         let states: Vec<_> = state.vcpus.iter().cloned().map(Arc::new).collect();
         let vcpu_state = |index: u16| states.get(usize::from(index)).cloned().ok_or(StateError::Cpus { saved, machine });
-        name_vcpus(self.on_each_vcpu(|index| {
-            let state = vcpu_state(index)?;
-            Ok(move |vcpu: &mut kvm_ioctls::VcpuFd| restore_vcpu::prepare(vcpu, &state))
+        let prepared = name_vcpus(self.on_each_vcpu(|index| {
+            let (state, known) = (vcpu_state(index)?, self.known(index)?.clone());
+            Ok(move |vcpu: &mut kvm_ioctls::VcpuFd| restore_vcpu::prepare(vcpu, &state, known))
         })?)?;
+        self.known = prepared;
         let khz = first.tsc_khz;
         // From here on the guest is what it was elsewhere: what it needs of its next host is what its first one gave it.
-        self.tsc_khz = khz;
         self.cpuid = state.cpuid.iter().map(|entry| entry.0).collect();
         let scaled = khz != self.host_tsc_khz;
         let restore = |vcpu: &mut _| clock::restore(&self.fd, vcpu, &state.clock, first.tsc_offset, khz, scaled);
         let clocks = self.first_vcpu()?.call_here(restore)??;
+        self.stood_still = Instant::now().checked_sub(clocks.passed.min(LONG_PAUSE));
         name_vcpus(self.on_each_vcpu(|index| {
-            let (state, msrs, xsave_size) = (vcpu_state(index)?, self.msrs.clone(), self.xsave_size);
-            Ok(move |vcpu: &mut kvm_ioctls::VcpuFd| restore_vcpu::restore(vcpu, &state, &Limits { msrs: &msrs, xsave_size }, clocks))
+            let (state, known) = (vcpu_state(index)?, self.known(index)?.clone());
+            Ok(move |vcpu: &mut kvm_ioctls::VcpuFd| restore_vcpu::restore(vcpu, &state, &known, clocks))
         })?)?;
-        self.msrs = first.msrs.iter().map(|msr| msr.index).collect();
+        let msrs: Arc<[u32]> = first.msrs.iter().map(|msr| msr.index).collect();
+        self.known.iter_mut().for_each(|known| known.msrs.clone_from(&msrs));
         chips::restore(&self.fd, &state.chips)?;
         for saved in &state.devices {
             if !self.devices.iter().any(|device| device.id() == saved.id) {
@@ -441,6 +446,10 @@ impl Machine {
             device.restore(saved)?;
         }
         Ok(())
+    }
+
+    fn known(&self, index: u16) -> Result<&Known, VmError> {
+        self.known.get(usize::from(index)).ok_or(VmError::VcpuGone(index))
     }
 
     fn first_vcpu(&self) -> Result<&VcpuThread, VmError> {

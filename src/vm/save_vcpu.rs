@@ -1,6 +1,8 @@
 //! Reading a parked vCPU's state. The order matters and is given with its reasons.
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Xsave, kvm_xsave};
+use std::sync::Arc;
+
+use kvm_bindings::{Xsave, kvm_cpuid_entry2, kvm_xsave};
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use zerocopy::IntoBytes;
 
@@ -15,20 +17,31 @@ pub fn xsave_size(vm: &VmFd) -> Result<usize, VmError> {
     }
 }
 
-/// Reads the state, with the MSRs `msrs` and `xsave_size` bytes of extended state (KVM_CAP_XSAVE2).
-pub fn save(vcpu: &VcpuFd, msrs: &[u32], xsave_size: usize) -> Result<VcpuState, VmError> {
+/// What is known of a vCPU without asking KVM, each question to which takes some 10 us of the blackout where KVM has no VMX or SVM.
+#[derive(Clone)]
+pub struct Known {
+    /// The MSRs that it has.
+    pub msrs: Arc<[u32]>,
+    /// Bytes of its extended state (KVM_CAP_XSAVE2).
+    pub xsave_size: usize,
+    /// What it was given as CPUID. What KVM makes of its registers is not in here, see [`super::cpuid::are_alike`].
+    pub cpuid: Arc<[kvm_cpuid_entry2]>,
+    /// The rate of its TSC.
+    pub tsc_khz: u32,
+}
+
+/// Reads the state.
+pub fn save(vcpu: &VcpuFd, known: &Known) -> Result<VcpuState, VmError> {
     // First: KVM takes pending INIT and start-up interrupts here, which changes registers and the local APIC.
     let mp_state = vcpu.get_mp_state().map_err(VmError::kvm("KVM_GET_MP_STATE"))?;
     let regs = vcpu.get_regs().map_err(VmError::kvm("KVM_GET_REGS"))?;
     let sregs = vcpu.get_sregs().map_err(VmError::kvm("KVM_GET_SREGS"))?;
-    let xsave = xsave(vcpu, xsave_size)?;
+    let xsave = xsave(vcpu, known.xsave_size)?;
     let xcrs = vcpu.get_xcrs().map_err(VmError::kvm("KVM_GET_XCRS"))?;
     let debug_regs = vcpu.get_debug_regs().map_err(VmError::kvm("KVM_GET_DEBUGREGS"))?;
     let lapic = vcpu.get_lapic().map_err(VmError::kvm("KVM_GET_LAPIC"))?;
-    let tsc_khz = vcpu.get_tsc_khz().map_err(VmError::kvm("KVM_GET_TSC_KHZ"))?;
     let tsc_offset = ioctls::tsc_offset(vcpu).ok();
-    let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(VmError::kvm("KVM_GET_CPUID2"))?;
-    let msrs = msr::get(vcpu, msrs)?;
+    let msrs = msr::get(vcpu, &known.msrs)?;
     // Last: nothing read above may add to the pending exceptions and interrupts after they were read.
     let events = vcpu.get_vcpu_events().map_err(VmError::kvm("KVM_GET_VCPU_EVENTS"))?;
     Ok(VcpuState {
@@ -39,9 +52,9 @@ pub fn save(vcpu: &VcpuFd, msrs: &[u32], xsave_size: usize) -> Result<VcpuState,
         xcrs: Abi(xcrs),
         debug_regs: Abi(debug_regs),
         lapic: Abi(lapic),
-        tsc_khz,
+        tsc_khz: known.tsc_khz,
         tsc_offset,
-        cpuid: cpuid.as_slice().iter().copied().map(Abi).collect(),
+        cpuid: known.cpuid.iter().copied().map(Abi).collect(),
         msrs,
         events: Abi(events),
     })

@@ -23,7 +23,12 @@ const KICK_INTERVAL: Duration = Duration::from_millis(1);
 /// What a vCPU thread can be told. A closed channel tells it to end.
 enum Command {
     /// Run the guest until told otherwise.
-    Run(Arc<Buses>),
+    Run {
+        /// Where the devices are.
+        buses: Arc<Buses>,
+        /// The guest stood still for so long that it should be told.
+        tell_guest: bool,
+    },
     /// Finish the access in flight, park, and answer.
     Pause(Sender<()>),
     /// Call a function on the parked vCPU.
@@ -94,9 +99,9 @@ impl VcpuThread {
         self.id
     }
 
-    /// Lets the vCPU run, with devices on `buses`.
-    pub fn run(&self, buses: &Arc<Buses>) -> Result<(), VmError> {
-        self.tell(Command::Run(buses.clone()))
+    /// Lets the vCPU run, with devices on `buses`. `tell_guest` that it stood still, if it looks at that.
+    pub fn run(&self, buses: &Arc<Buses>, tell_guest: bool) -> Result<(), VmError> {
+        self.tell(Command::Run { buses: buses.clone(), tell_guest })
     }
 
     /// Parks the vCPU. When the answer comes, no access of its is in flight.
@@ -166,9 +171,14 @@ fn serve(index: u16, vcpu: &Mutex<VcpuFd>, inbox: &Receiver<Command>, events: &E
     let mut stuck = false;
     for command in inbox {
         match command {
-            Command::Run(_) if stuck => {}
-            Command::Run(buses) => {
+            Command::Run { .. } if stuck => {}
+            Command::Run { buses, tell_guest } => {
                 let mut vcpu = lock(vcpu);
+                if tell_guest {
+                    // So that its watchdogs do not take the pause for a hang. Refused (EINVAL) if the guest does not use kvmclock, or not
+                    // yet. It is written into guest RAM at the next entry: by the side that runs it.
+                    let _ = vcpu.kvmclock_ctrl();
+                }
                 let end = run(&mut vcpu, buses, inbox, events, throttle, tracking);
                 drop(vcpu);
                 match end {
@@ -216,12 +226,12 @@ fn run(
     // A kick that came when the vCPU was parked already is spent. One for a command that is yet to be seen may be lost here, but that command
     // is looked for below.
     vcpu.set_kvm_immediate_exit(0);
-    // Tells a guest that uses kvmclock that it stood still, so that its watchdogs do not take the pause for a hang. Refused (EINVAL) if the
-    // guest does not use kvmclock, or not yet. It is written into guest RAM at the next entry: by the side that runs it.
-    let _ = vcpu.kvmclock_ctrl();
+    // No access is in flight when a vCPU begins to run, and none when KVM was interrupted: it completes one before it looks for a signal.
+    let mut in_flight = false;
     loop {
         match look(vcpu, inbox, throttle.wait()) {
-            Ok(Command::Run(new)) => buses = new,
+            Ok(Command::Run { buses: new, .. }) => buses = new,
+            Ok(Command::Pause(answer)) if !in_flight => return Ran::Parked(answer),
             Ok(Command::Pause(answer)) => match finish_access(vcpu, &buses, tracking) {
                 Outcome::Handled | Outcome::Interrupted => return Ran::Parked(answer),
                 Outcome::Ended(event) => {
@@ -233,10 +243,16 @@ fn run(
             Ok(Command::Call(function)) => function(vcpu),
             Err(TryRecvError::Disconnected) => return Ran::Dismissed,
             Err(TryRecvError::Empty) => match run_once(vcpu, &buses, tracking) {
-                Outcome::Handled => {}
-                // Before the next look at the commands, so that a kick from here on is kept.
-                Outcome::Interrupted => vcpu.set_kvm_immediate_exit(0),
-                Outcome::Ended(event) => events.send(event),
+                Outcome::Handled => in_flight = true,
+                Outcome::Interrupted => {
+                    // Before the next look at the commands, so that a kick from here on is kept.
+                    vcpu.set_kvm_immediate_exit(0);
+                    in_flight = false;
+                }
+                Outcome::Ended(event) => {
+                    in_flight = true;
+                    events.send(event);
+                }
                 Outcome::Stuck(reason) => return Ran::Stuck(reason, None),
             },
         }
