@@ -17,6 +17,8 @@ const _: () = assert!(size_of::<kvm_stats_header>() == 24 && size_of::<kvm_stats
 
 /// 1 while a vCPU is blocked in HLT, since Linux 5.17.
 const BLOCKING: &[u8] = b"blocking";
+/// How often it has executed HLT.
+const HALTS: &[u8] = b"halt_exits";
 /// Far more than any kernel has: a bound for what is read here.
 const MAX_STATISTICS: u32 = 4096;
 const MAX_NAME: u32 = 256;
@@ -36,8 +38,8 @@ impl Statistics {
         (descriptor >= 0).then(|| Statistics(unsafe { File::from_raw_fd(descriptor) }))
     }
 
-    /// Where [`BLOCKING`] is: there is a header, then a descriptor with a name for each value, then the values.
-    fn blocking(&self) -> Option<u64> {
+    /// Where the values of these names are: there is a header, then a descriptor with a name for each value, then the values.
+    fn places<const N: usize>(&self, names: [&[u8]; N]) -> Option<[u64; N]> {
         let mut header = [0u32; size_of::<kvm_stats_header>() / 4];
         self.0.read_exact_at(header.as_mut_bytes(), 0).ok()?;
         let [_flags, name_size, count, _id, descriptors, values] = header;
@@ -47,13 +49,25 @@ impl Statistics {
         let size = size_of::<kvm_stats_desc>() + name_size as usize;
         let mut all = vec![0; size * count as usize];
         self.0.read_exact_at(&mut all, descriptors.into()).ok()?;
-        let found = all.chunks_exact(size).find(|descriptor| {
-            let name = descriptor.get(size_of::<kvm_stats_desc>()..).unwrap_or_default();
-            name.strip_prefix(BLOCKING).is_some_and(|end| end.first() == Some(&0))
-        })?;
-        // Behind flags (32 bits), exponent and size (16 bits each).
-        let offset = found.get(8..12)?.try_into().ok()?;
-        Some(u64::from(values) + u64::from(u32::from_ne_bytes(offset)))
+        let place = |wanted: &[u8]| {
+            let found = all.chunks_exact(size).find(|descriptor| {
+                let name = descriptor.get(size_of::<kvm_stats_desc>()..).unwrap_or_default();
+                name.strip_prefix(wanted).is_some_and(|end| end.first() == Some(&0))
+            })?;
+            // Behind flags (32 bits), exponent and size (16 bits each).
+            let offset = found.get(8..12)?.try_into().ok()?;
+            Some(u64::from(values) + u64::from(u32::from_ne_bytes(offset)))
+        };
+        let mut places = [0; N];
+        for (to, name) in places.iter_mut().zip(names) {
+            *to = place(name)?;
+        }
+        Some(places)
+    }
+
+    fn value(&self, place: u64) -> Option<u64> {
+        let mut value = 0u64;
+        self.0.read_exact_at(value.as_mut_bytes(), place).ok().map(|()| value)
     }
 }
 
@@ -72,10 +86,12 @@ impl Lull {
     pub fn wait(&self) {
         let begin = Instant::now();
         let Some(sleepers) = self.sleepers() else { return };
+        let halts = sleepers.halts();
         let mut was_awake = false;
         while begin.elapsed() < PATIENCE {
             let asleep = sleepers.all_sleep();
-            if asleep && was_awake {
+            // A vCPU that shares this thread's processor is never seen awake: while it runs, nobody looks.
+            if asleep && (was_awake || sleepers.halts() != halts) {
                 return;
             }
             was_awake |= !asleep;
@@ -85,20 +101,22 @@ impl Lull {
 
     /// Nothing where KVM does not tell who sleeps.
     pub(super) fn sleepers(&self) -> Option<Sleepers<'_>> {
-        let places = self.0.iter().map(|vcpu| Some((vcpu, vcpu.blocking()?))).collect::<Option<Vec<_>>>()?;
+        let places = self.0.iter().map(|vcpu| Some((vcpu, vcpu.places([BLOCKING, HALTS])?))).collect::<Option<Vec<_>>>()?;
         (!places.is_empty()).then_some(Sleepers(places))
     }
 }
 
-/// All vCPUs, and where the statistics of each tell whether it sleeps.
-pub(super) struct Sleepers<'a>(Vec<(&'a Statistics, u64)>);
+/// All vCPUs, and where the statistics of each have [`BLOCKING`] and [`HALTS`].
+pub(super) struct Sleepers<'a>(Vec<(&'a Statistics, [u64; 2])>);
 
 impl Sleepers<'_> {
     /// Whether all vCPUs are in HLT.
     pub fn all_sleep(&self) -> bool {
-        self.0.iter().all(|(vcpu, place)| {
-            let mut blocking = 0u64;
-            vcpu.0.read_exact_at(blocking.as_mut_bytes(), *place).is_ok() && blocking != 0
-        })
+        self.0.iter().all(|(vcpu, [blocking, _])| vcpu.value(*blocking).is_some_and(|blocking| blocking != 0))
+    }
+
+    /// How often they have gone there, all together.
+    fn halts(&self) -> u64 {
+        self.0.iter().filter_map(|(vcpu, [_, halts])| vcpu.value(*halts)).fold(0, u64::wrapping_add)
     }
 }

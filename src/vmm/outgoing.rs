@@ -143,6 +143,16 @@ impl Vmm {
         ended || self.migration().is_err()
     }
 
+    fn outgoing_is_over(&self, report: Report) {
+        let mut outgoing = lock(&self.outgoing);
+        outgoing.active = false;
+        outgoing.last = Some(report.clone());
+        self.events.emit(&Event::Migration(MigrationEvent { status: report.status, report: Some(report.into()) }));
+        // After the event: whoever waits for the end may end the process.
+        drop(outgoing);
+        self.outgoing_ended.notify_all();
+    }
+
     /// Changes parameters, also of the migration under way.
     pub fn set_migrate_parameters(&self, changes: &MigrateSetParameters) -> Result<(), QmpError> {
         let mut outgoing = lock(&self.outgoing);
@@ -208,7 +218,7 @@ impl SourceOwner for Vmm {
     }
 
     fn changed(&self, status: Status, pass: u32) {
-        // The end is told by `ended`, with the report.
+        // The end is told by itself, with the report.
         if !status.is_active() {
             return;
         }
@@ -232,30 +242,26 @@ impl SourceOwner for Vmm {
         let _ = self.messages.send(Message::Lost(format!("{text}; {how}")));
     }
 
-    fn ended(&self, outcome: Outcome, moved: Option<Vm<Moved>>, copied: Vec<PathBuf>) {
-        let mut report = outcome.report().clone();
-        if let Outcome::Completed(_) = &outcome {
-            report.stale_images = copied.iter().map(|path| path.display().to_string()).collect();
-            for path in &report.stale_images {
-                eprintln!("ferry: {path} is stale: the guest writes to its copy at the destination now\r");
-            }
+    fn completed(&self, mut report: Report, copied: Vec<PathBuf>) {
+        report.stale_images = copied.iter().map(|path| path.display().to_string()).collect();
+        for path in &report.stale_images {
+            eprintln!("ferry: {path} is stale: the guest writes to its copy at the destination now\r");
         }
-        let mut outgoing = lock(&self.outgoing);
-        outgoing.active = false;
-        outgoing.last = Some(report.clone());
+        // Its RAM is still in the migration's hands.
+        *lock(&self.guest) = Guest::Moved { _ram: None };
+        self.outgoing_is_over(report);
+    }
+
+    fn ended(&self, outcome: Outcome, moved: Option<Vm<Moved>>) {
         if let Some(vm) = moved {
             *lock(&self.guest) = Guest::Moved { _ram: Some(vm) };
         }
-        let message = match &outcome {
-            Outcome::Completed(_) => Some(Message::MovedAway),
-            Outcome::NotMoved(_) => None,
-        };
-        self.events.emit(&Event::Migration(MigrationEvent { status: report.status, report: Some(report.into()) }));
-        // After the event: whoever waits for the end may end the process.
-        drop(outgoing);
-        self.outgoing_ended.notify_all();
-        if let Some(message) = message {
-            let _ = self.messages.send(message);
+        match outcome {
+            Outcome::Completed(_) => {
+                // After the event: who gets this ends the process.
+                let _ = self.messages.send(Message::MovedAway);
+            }
+            Outcome::NotMoved(report) => self.outgoing_is_over(report),
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::memory::GuestRam;
 use crate::migrate::bitmap_mapping::BitmapMapping;
 use crate::migrate::layout::Layout;
 use crate::migrate::policy::Throttling;
-use crate::migrate::report::{Mode, Status};
+use crate::migrate::report::{Mode, Report, Status};
 use crate::migrate::transport::Address;
 #[cfg(doc)]
 use crate::migrate::wire::MAX_PAGE_CHANNELS;
@@ -48,8 +48,11 @@ pub trait SourceOwner: Send + Sync {
     /// After the commit the link was lost; with what to tell a person. Pages of the guest may be needed from here, so that this process
     /// is to stay until [`super::source::SourceMigration::recover`] has joined the two again.
     fn paused(&self, text: String);
-    /// The migration is over. With the guest's RAM if it was given up, and the images of disks that were copied, which are stale then.
-    fn ended(&self, outcome: source::Outcome, moved: Option<Vm<Moved>>, copied: Vec<PathBuf>);
+    /// All of the guest is at the destination, and the images of disks that were `copied` are stale. For whoever waits for it: the connections
+    /// are closed after that.
+    fn completed(&self, report: Report, copied: Vec<PathBuf>);
+    /// The migration is over. With the guest's RAM if it was given up.
+    fn ended(&self, outcome: source::Outcome, moved: Option<Vm<Moved>>);
 }
 
 /// The guest's configuration and what it needs of a host, as it rides in the `Setup` frame.

@@ -10,6 +10,8 @@ use std::time::Duration;
 const BULK_SLICE: Duration = Duration::from_millis(10);
 /// Of a thread that somebody waits for: the shortest.
 const PROMPT_SLICE: Duration = Duration::from_micros(100);
+/// Of the threads that save and load the guest: short, but as long as that takes, because in its slice a thread is not disturbed.
+const SWITCH_SLICE: Duration = Duration::from_micros(500);
 
 /// `struct sched_attr` of linux/sched/types.h, first version.
 #[repr(C)]
@@ -35,6 +37,11 @@ pub fn is_bulk() {
 /// Somebody waits for what the calling thread does, which never takes long.
 pub fn is_prompt() {
     set_slice(PROMPT_SLICE);
+}
+
+/// The calling thread works on the switch, and on little beside it.
+pub fn is_switching() {
+    set_slice(SWITCH_SLICE);
 }
 
 /// The calling thread is like any other again.

@@ -40,6 +40,8 @@ pub struct Session {
     news: Vec<News>,
     /// Until then nobody hears of the guest that has come.
     quiet_until: Option<Instant>,
+    /// When the guest began to run here.
+    ran_at: Option<Instant>,
     /// When the switch may come, and from then on.
     awake: Awake,
 }
@@ -55,6 +57,7 @@ impl Session {
             announced: Status::None,
             news: Vec::new(),
             quiet_until: None,
+            ran_at: None,
             awake: Awake::default(),
         }
     }
@@ -178,7 +181,7 @@ impl Session {
         let Some((_, writer)) = &mut self.main else { return Ok(None) };
         let sent = frames::send(writer, frame, Some(Instant::now() + SEND_TIMEOUT));
         if may_switch {
-            scheduling::is_prompt();
+            scheduling::is_switching();
             populate::heap_and_stack();
             self.awake.during(awake::SWITCH);
         }
@@ -214,6 +217,11 @@ impl Session {
     /// All of the guest is here.
     fn complete(&mut self) {
         self.tell();
+        // After a precopy that is now, when the guest takes its first steps here; what follows, on both sides, works and interrupts for some
+        // milliseconds where it may want to run. The source has been told, and does not go before this side does.
+        if let Some(rest) = self.ran_at.and_then(|ran_at| QUIET.checked_sub(ran_at.elapsed())) {
+            std::thread::sleep(rest);
+        }
         // Nobody waits any more, and huge pages are made in a thread that works long.
         scheduling::is_ordinary();
         if let Some(faults) = self.shared.faults.get() {
@@ -232,7 +240,9 @@ impl Session {
     fn start(&mut self) -> Input {
         let begin = Instant::now();
         let run = self.guest.run(&*self.shared.owner);
-        self.quiet_until = Some(Instant::now() + QUIET);
+        let now = Instant::now();
+        self.ran_at = Some(now);
+        self.quiet_until = Some(now + QUIET);
         if run == Ok(true) {
             self.news.push(News::Resumed);
         }

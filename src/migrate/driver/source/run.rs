@@ -37,6 +37,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long nobody is told of a switch that is under way: who listens is woken, and takes time of a processor from those who work on it.
 /// Longer than most take, and short for a person who is to hear of one that does not come to its end. A send that is held up adds to it.
 const QUIET: Duration = Duration::from_millis(5);
+/// The same from when the guest runs at the destination. In precopy everything is there a moment later, which is told together with the rest.
+const QUIET_AFTER: Duration = Duration::from_millis(1);
 /// How long sending may take while the guest stands still, beside three times the accepted blackout; then it goes on here.
 const STANDSTILL_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -107,7 +109,7 @@ impl Migration {
 
     /// Carries the migration through.
     pub fn run(mut self) {
-        scheduling::is_prompt();
+        scheduling::is_switching();
         loop {
             while let Ok(input) = self.inputs.try_recv() {
                 self.take(input);
@@ -155,7 +157,8 @@ impl Migration {
     fn take(&mut self, input: Input) {
         self.main_ended |= matches!(input, Input::Lost(Channel::Main, _));
         if let Input::Frame(Frame::Running(_)) = input {
-            self.quiet_until = None;
+            let after = Instant::now() + QUIET_AFTER;
+            self.quiet_until = self.quiet_until.map(|end| end.min(after));
         }
         match input {
             Input::Lost(channel @ Channel::Pages(_), reason) => self.send_failed(channel, &reason),
@@ -512,6 +515,9 @@ impl Migration {
     /// Closes the connections so that nothing under way is destroyed, ends the threads and reports.
     fn end(mut self, outcome: Outcome) {
         self.tell();
+        if let Outcome::Completed(report) = &outcome {
+            self.owner.completed(report.clone(), self.guest.stale_images());
+        }
         if let Some(mut writer) = self.main.take()
             && writer.finish().is_ok()
         {
@@ -530,11 +536,10 @@ impl Migration {
         if self.shared.engine().may_be_waited_for() {
             links::settle(&self.shared, &self.address());
         }
-        let stale = self.guest.stale_images();
         let moved = self.guest.end();
         if moved.is_none() {
             populate::give_back();
         }
-        self.owner.ended(outcome, moved, stale);
+        self.owner.ended(outcome, moved);
     }
 }

@@ -15,7 +15,7 @@ use crate::migrate::driver::destination::DestinationMigration;
 use crate::migrate::driver::owner::{DestinationOwner, MachineSetup, PageTransfer, Preparation, SourceOwner, SourceRequest, StoppedGuest};
 use crate::migrate::driver::source::SourceMigration;
 use crate::migrate::layout::Layout;
-use crate::migrate::report::{Mode, Status};
+use crate::migrate::report::{Mode, Report, Status};
 use crate::migrate::transport::{Address, Listener};
 use crate::migrate::{destination, source};
 use crate::vm::config::GuestConfig;
@@ -172,7 +172,9 @@ impl SourceOwner for SourceHost {
         let _ = self.events.send(SourceEvent::Paused(text));
     }
 
-    fn ended(&self, outcome: source::Outcome, moved: Option<Vm<Moved>>, _copied: Vec<PathBuf>) {
+    fn completed(&self, _report: Report, _copied: Vec<PathBuf>) {}
+
+    fn ended(&self, outcome: source::Outcome, moved: Option<Vm<Moved>>) {
         let _ = self.events.send(SourceEvent::Ended(Box::new(outcome), moved));
     }
 }
