@@ -172,6 +172,13 @@ impl MissingPages {
     /// once for every thread that touches it, and also when it was placed meanwhile.
     pub fn next_fault(&self, stop: impl AsFd) -> Result<Option<Fault>, UffdError> {
         loop {
+            // First: most often there is none yet, and who serves the last one waits for this thread's processor.
+            let mut fds = [PollFd::new(&self.uffd, PollFlags::IN), PollFd::new(&stop, PollFlags::IN)];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(UffdError::Read(errno.into())),
+            }
+            let stopped = !fds[1].revents().is_empty();
             match self.uffd.read_event() {
                 Ok(Some(Event::Pagefault { addr, thread_id, .. })) => {
                     if let Some(page) = self.ram.page_at_host_address(addr as usize) {
@@ -181,14 +188,8 @@ impl MissingPages {
                 }
                 // No other event was asked for.
                 Ok(Some(_)) => {}
-                Ok(None) => {
-                    let mut fds = [PollFd::new(&self.uffd, PollFlags::IN), PollFd::new(&stop, PollFlags::IN)];
-                    match poll(&mut fds, None) {
-                        Ok(_) if !fds[1].revents().is_empty() => return Ok(None),
-                        Ok(_) | Err(Errno::INTR) => {}
-                        Err(errno) => return Err(UffdError::Read(errno.into())),
-                    }
-                }
+                Ok(None) if stopped => return Ok(None),
+                Ok(None) => {}
                 Err(error) => return Err(UffdError::Read(system_error(error))),
             }
         }

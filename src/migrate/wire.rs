@@ -314,11 +314,19 @@ impl Frame {
 
     /// The bytes on the wire; of a `Pages` frame only the header. An error means that the body is longer than its kind may be.
     pub fn encode(&self) -> Result<Vec<u8>, WireError> {
+        let (mut bytes, rest) = self.encode_in_parts()?;
+        bytes.extend_from_slice(rest);
+        Ok(bytes)
+    }
+
+    /// The same in two parts, the second of which is not copied: it is nearly all of a `Switchover`, for which the guest waits.
+    pub fn encode_in_parts(&self) -> Result<(Vec<u8>, &[u8]), WireError> {
         let kind = self.kind();
         let mut bytes = vec![0; HEADER_SIZE];
         let mut page = 0;
+        let mut rest: &[u8] = &[];
         match self {
-            Frame::Pages(run) => return Ok(Header::pages(*run).encode().to_vec()),
+            Frame::Pages(run) => return Ok((Header::pages(*run).encode().to_vec(), rest)),
             Frame::Request(run) => {
                 page = run.first.0;
                 bytes.extend(run.count.to_le_bytes());
@@ -341,10 +349,10 @@ impl Frame {
             }
             Frame::Zero(runs) => bytes = extend(bytes, kind, runs)?,
             Frame::PassEnd(totals) => bytes = extend(bytes, kind, totals)?,
-            Frame::Switchover(package) => {
-                // Nearly all of it, and the guest waits.
-                bytes.reserve(package.machine.len() + 1024);
-                bytes = extend(bytes, kind, package)?;
+            Frame::Switchover(Package { sent, postcopy, missing, bitmaps, machine }) => {
+                // As a whole package is: bytes are their number and then they.
+                bytes = extend(bytes, kind, &(sent, postcopy, missing, bitmaps, machine.len()))?;
+                rest = machine;
             }
             Frame::Ready { load_us, warnings } => bytes = extend(bytes, kind, &(load_us, warnings))?,
             Frame::Running(resume_us) => bytes = extend(bytes, kind, resume_us)?,
@@ -366,12 +374,12 @@ impl Frame {
             Frame::Holding(holding) => bytes = extend(bytes, kind, holding)?,
             Frame::Prepared | Frame::PassAck | Frame::Commit | Frame::End | Frame::Goodbye => {}
         }
-        let length = bytes.len() - HEADER_SIZE;
+        let length = bytes.len() - HEADER_SIZE + rest.len();
         if length > kind.max_length() {
             return Err(WireError::Length { kind, length: length as u64 });
         }
         bytes[..HEADER_SIZE].copy_from_slice(&Header { kind, length, page }.encode());
-        Ok(bytes)
+        Ok((bytes, rest))
     }
 
     /// Reads the body that follows `header`; of a `Pages` frame the body is not looked at.

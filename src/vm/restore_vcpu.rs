@@ -67,13 +67,10 @@ fn set_msrs(vcpu: &VcpuFd, state: &VcpuState, plan: TscPlan) -> Result<(), VmErr
         (TscPlan::Advance(cycles), _) => Some(cycles),
         (TscPlan::ShiftOffset(_), None) => Some(0),
     };
-    let mut msrs: Vec<Msr> = state.msrs.iter().filter(|msr| cycles.is_some() || msr.index != msr::TSC).copied().collect();
-    // Stable: the others keep the order in which they were saved.
-    msrs.sort_by_key(|msr| (msr.index == msr::TSC_DEADLINE, msr.index != msr::TSC));
-    if let (Some(tsc), Some(cycles)) = (msrs.first_mut().filter(|msr| msr.index == msr::TSC), cycles) {
-        tsc.value = tsc.value.wrapping_add(cycles);
-    }
-    msr::set(vcpu, &msrs)
+    let (tsc, others): (Vec<Msr>, Vec<Msr>) = state.msrs.iter().partition(|msr| msr.index == msr::TSC);
+    let (deadline, others): (Vec<Msr>, Vec<Msr>) = others.into_iter().partition(|msr| msr.index == msr::TSC_DEADLINE);
+    let tsc = cycles.map_or_else(Vec::new, |cycles| tsc.iter().map(|msr| Msr { value: msr.value.wrapping_add(cycles), ..*msr }).collect());
+    msr::set(vcpu, &[tsc, others, deadline].concat())
 }
 
 /// A shorter area than this host's is one of fewer features, whose absence the XSAVE header says.

@@ -1,5 +1,6 @@
 //! Frames on connections.
 
+use std::io::IoSlice;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -85,7 +86,7 @@ pub fn read(reader: &mut Reader, allowed: impl Fn(Header) -> bool, deadline: Opt
 
 /// Sends one frame (of a `Pages` frame its header) and returns its length in bytes.
 pub fn send(writer: &mut Writer, frame: &Frame, deadline: Option<Instant>) -> Result<u64, FrameError> {
-    let bytes = frame.encode()?;
-    writer.write_all(&bytes, deadline)?;
-    Ok(bytes.len() as u64)
+    let (bytes, rest) = frame.encode_in_parts()?;
+    writer.write_all_vectored(&[IoSlice::new(&bytes), IoSlice::new(rest)], deadline)?;
+    Ok((bytes.len() + rest.len()) as u64)
 }

@@ -319,6 +319,19 @@ impl Reader {
         }
     }
 
+    /// Waits for the first byte of what comes next. Before a read that rarely finds something at once this saves the look in vain, for which
+    /// others may have to wait.
+    pub fn await_next(&mut self) -> Result<(), LinkError> {
+        if self.start < self.end {
+            return Ok(());
+        }
+        self.set_low_water(1);
+        match self.interrupt.wait_for(&self.link.socket, PollFlags::IN, None)? {
+            Wait::Interrupted => Err(LinkError::Interrupted),
+            Wait::TimedOut | Wait::Ready => Ok(()),
+        }
+    }
+
     /// Whether a read would find something now, if only the end of the connection.
     pub fn has_more(&mut self) -> Result<bool, LinkError> {
         if self.start < self.end {

@@ -54,6 +54,9 @@ impl PageReader<'_> {
     /// Reads one frame and does what it says. An error is what to tell the engine.
     fn receive(&mut self) -> Result<(), Input> {
         let is_urgent = self.channel == Channel::Urgent;
+        if is_urgent {
+            self.reader.await_next().map_err(|error| self.lost(error))?;
+        }
         let allowed = |header: Header| match header.kind {
             Kind::Pages => true,
             Kind::Zero | Kind::Compressed => !is_urgent,

@@ -182,7 +182,7 @@ impl Session {
         let sent = frames::send(writer, frame, Some(Instant::now() + SEND_TIMEOUT));
         if may_switch {
             scheduling::is_switching();
-            populate::heap_and_stack();
+            populate::heap_and_stack(populate::TO_LOAD);
             self.awake.during(awake::SWITCH);
         }
         sent.map(|_| None).map_err(|error| Input::Lost(self.link, Channel::Main, error.to_string()))

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 
 use super::super::block_io::BlockIo;
-use super::super::frames;
+use super::super::frames::{self, FrameError};
 use super::super::page_io::{PageIo, Piece};
 use super::super::scheduling;
 use super::Shared;
@@ -23,7 +23,8 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
 pub fn read_main(mut reader: Reader, pages: u64, inputs: &Sender<Input>) {
     scheduling::is_prompt();
     loop {
-        let input = match frames::read(&mut reader, frames::from_destination(pages), None) {
+        let next = reader.await_next().map_err(FrameError::from);
+        let input = match next.and_then(|()| frames::read(&mut reader, frames::from_destination(pages), None)) {
             Ok(frame) => Input::Frame(frame),
             Err(error) => Input::Lost(Channel::Main, error.to_string()),
         };
@@ -97,6 +98,7 @@ impl Requests<'_> {
     }
 
     fn read(&mut self) -> Result<(), Input> {
+        self.reader.await_next().map_err(lost)?;
         match frames::read(&mut self.reader, |header| header.kind == Kind::Request, None) {
             Ok(Frame::Request(run)) => self.shared.engine().request(run).map_err(Input::Failed),
             Ok(frame) => Err(Input::Failed(format!("the destination sent {:?} on the urgent connection", frame.kind()))),

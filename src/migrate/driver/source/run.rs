@@ -183,7 +183,7 @@ impl Migration {
                 }
                 if let Frame::Setup(_) | Frame::PassEnd(_) = frame {
                     // The answer to it is the last thing before the switch.
-                    populate::heap_and_stack();
+                    populate::heap_and_stack(populate::TO_SAVE);
                 }
             }
             Action::Connect => {
