@@ -41,7 +41,7 @@ pub struct Session {
     /// Until then nobody hears of the guest that has come.
     quiet_until: Option<Instant>,
     /// When the guest began to run here.
-    ran_at: Option<Instant>,
+    running_since: Option<Instant>,
     /// When the switch may come, and from then on.
     awake: Awake,
 }
@@ -57,7 +57,7 @@ impl Session {
             announced: Status::None,
             news: Vec::new(),
             quiet_until: None,
-            ran_at: None,
+            running_since: None,
             awake: Awake::default(),
         }
     }
@@ -219,7 +219,7 @@ impl Session {
         self.tell();
         // After a precopy that is now, when the guest takes its first steps here; what follows, on both sides, works and interrupts for some
         // milliseconds where it may want to run. The source has been told, and does not go before this side does.
-        if let Some(rest) = self.ran_at.and_then(|ran_at| QUIET.checked_sub(ran_at.elapsed())) {
+        if let Some(rest) = self.running_since.and_then(|since| QUIET.checked_sub(since.elapsed())) {
             std::thread::sleep(rest);
         }
         // Nobody waits any more, and huge pages are made in a thread that works long.
@@ -241,7 +241,7 @@ impl Session {
         let begin = Instant::now();
         let run = self.guest.run(&*self.shared.owner);
         let now = Instant::now();
-        self.ran_at = Some(now);
+        self.running_since = Some(now);
         self.quiet_until = Some(now + QUIET);
         if run == Ok(true) {
             self.news.push(News::Resumed);

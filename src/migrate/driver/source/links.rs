@@ -75,7 +75,10 @@ impl Requests<'_> {
                 _ => self.send(run, Piece::Pages(run), false),
             };
         }
-        let Some(disks) = &self.disks else { return self.read() };
+        let Some(disks) = &self.disks else {
+            self.reader.await_next().map_err(lost)?;
+            return self.read();
+        };
         if !self.reader.has_more().map_err(lost)?
             && let Some(read) = disks.next()
         {
@@ -98,7 +101,6 @@ impl Requests<'_> {
     }
 
     fn read(&mut self) -> Result<(), Input> {
-        self.reader.await_next().map_err(lost)?;
         match frames::read(&mut self.reader, |header| header.kind == Kind::Request, None) {
             Ok(Frame::Request(run)) => self.shared.engine().request(run).map_err(Input::Failed),
             Ok(frame) => Err(Input::Failed(format!("the destination sent {:?} on the urgent connection", frame.kind()))),
