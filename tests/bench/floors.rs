@@ -3,9 +3,13 @@
 //! - `floors tcp huge|small BYTES`: bytes over loopback TCP into fresh memory of huge or 4 KiB pages, one thread on each side. Prints
 //!   seconds and the seconds of both processors.
 //! - `floors link BYTES SOURCE DESTINATION ADDRESS`: the same from one network namespace to another one, where ADDRESS is.
+//! - `floors postcopy BYTES RATE`: the same over loopback while somebody writes to RATE random pages a second of it, each of which comes over a second
+//!   connection if it has not come yet. Prints also what part of these writes were made, and how long slow ones took, in milliseconds.
 //! - `floors warm BYTES`: touches so much memory and holds it until its standard input ends. On a virtual machine free memory may have been
 //!   given back to the host, and its first touch then costs ten times what it costs afterwards.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod postcopy_floor;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -87,6 +91,27 @@ fn tcp(pages: Advice, bytes: usize, (mut sender, mut receiver): (TcpStream, TcpS
     println!("{{\"seconds\": {:.6}, \"cpu_seconds\": {:.6}}}", began.elapsed().as_secs_f64(), cpu_seconds() - cpu);
 }
 
+fn postcopy(bytes: usize, rate: u64) {
+    let source = memory(bytes, Advice::LinuxHugepage);
+    touch(source);
+    let connections = [connection(None, LOOPBACK), connection(None, LOOPBACK)];
+    connections.iter().flat_map(|(sender, receiver)| [sender, receiver]).for_each(|end| end.set_nodelay(true).unwrap());
+    let [bulk, urgent] = connections;
+    let floor = postcopy_floor::run(source, rate, bulk, urgent);
+    let slow = |part: f64| {
+        floor.slow.get((floor.slow.len() as f64 * part) as usize).or(floor.slow.last()).map_or(0.0, |slow| slow.as_secs_f64() * 1e3)
+    };
+    println!(
+        "{{\"seconds\": {:.6}, \"progress\": {:.3}, \"slow_count\": {}, \"slow_p50_ms\": {:.3}, \"slow_p99_ms\": {:.3}, \"slow_max_ms\": {:.3}}}",
+        floor.seconds,
+        floor.progress,
+        floor.slow.len(),
+        slow(0.5),
+        slow(0.99),
+        slow(1.0)
+    );
+}
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let bytes = |text: &String| text.parse().expect("a number of bytes");
@@ -96,11 +121,14 @@ fn main() {
         ["link", _, source, destination, address] => {
             tcp(Advice::LinuxHugepage, bytes(&arguments[1]), connection(Some((source, destination)), address), false);
         }
+        ["postcopy", _, rate] => postcopy(bytes(&arguments[1]), rate.parse().expect("a number of pages")),
         ["warm", _] => {
             touch(memory(bytes(&arguments[1]), Advice::LinuxHugepage));
             println!("touched");
             std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
         }
-        _ => panic!("floors tcp huge|small BYTES | floors link BYTES SOURCE DESTINATION ADDRESS | floors warm BYTES"),
+        _ => panic!(
+            "floors tcp huge|small BYTES | floors link BYTES SOURCE DESTINATION ADDRESS | floors postcopy BYTES RATE | floors warm BYTES"
+        ),
     }
 }

@@ -8,7 +8,7 @@ pub mod owner;
 pub mod page_io;
 mod populate;
 pub mod saved;
-mod scheduling;
+pub mod scheduling;
 pub mod source;
 
 #[cfg(test)]

@@ -12,6 +12,10 @@ class Metric:
     # Whether dividing one monitor's by the other's says anything.
     ratio: bool = True
 
+    @property
+    def label(self):
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
 
 METRICS = [
     Metric("boot_ms", "boot", "ms", "from the start of the process to the first byte on the guest's console; median of 5 starts a round"),

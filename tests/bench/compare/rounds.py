@@ -39,7 +39,7 @@ def why_not(scenario):
 
 def measure(scenario, vmms, programs, rounds, say):
     """All rounds of one scenario. `say` shows how it goes on."""
-    result = {"name": scenario.name, "title": scenario.title, "skipped": why_not(scenario), "floor": []}
+    result = {"name": scenario.name, "title": scenario.title, "skipped": why_not(scenario), "floor": [], "least": []}
     result["runs"] = {vmm.name: [] for vmm in vmms}
     say(f"{scenario.name}: {scenario.title}")
     if result["skipped"]:
@@ -54,6 +54,10 @@ def measure(scenario, vmms, programs, rounds, say):
                 floor = measure_floor(scenario, programs, between)
                 result["floor"].append(floor)
                 say(f"  round {number} of {rounds}, floor: {describe(floor)}")
+            if scenario.has_least:
+                least = measure_least(scenario, programs)
+                result["least"].append(least)
+                say(f"  round {number} of {rounds}, least program: {describe(least)}")
             for vmm in vmms:
                 run = measure_run(scenario, vmm, programs, between)
                 result["runs"][vmm.name].append(run)
@@ -76,6 +80,15 @@ def measure_floor(scenario, programs, between):
     said = min((json.loads(run.stdout) for run in runs), key=lambda said: said["seconds"])
     seconds = max(said["seconds"], scenario.fill / scenario.rate_limit if scenario.rate_limit else 0)
     return {"total_ms": seconds * 1e3, "cpu_s": said["cpu_seconds"], "steal": steal.part()}
+
+
+def measure_least(scenario, programs):
+    """The same postcopy by the smallest program that does it: userfaultfd and two TCP connections, without a guest and without a protocol."""
+    Warm(programs.floors, 2 * scenario.fill + SPARE).release()
+    steal = host.Steal()
+    command = [programs.floors, "postcopy", str(scenario.fill), str(scenario.rate)]
+    said = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    return {"total_ms": said.pop("seconds") * 1e3, **said, "steal": steal.part()}
 
 
 def measure_run(scenario, vmm, programs, between):
@@ -104,7 +117,7 @@ def describe(run):
 
 def summarise(result):
     """Median, least and most of everything that was measured, over all runs that have it."""
-    groups = dict(result["runs"], floor=result["floor"])
+    groups = dict(result["runs"], floor=result["floor"], least=result["least"])
     return {name: spread(runs) for name, runs in groups.items()}
 
 

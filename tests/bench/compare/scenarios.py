@@ -58,6 +58,11 @@ class Scenario:
         """Bytes a second that nobody can be faster than, whatever the host: those of the link, or of the limit that is set. 0: none."""
         return LINK_RATE if self.round_trip_ms else self.bandwidth
 
+    @property
+    def has_least(self):
+        """Whether the smallest program that does the same (see `floors postcopy`) can be measured beside it."""
+        return self.mode == "postcopy" and self.cpus == 1 and not self.rate_limit
+
 
 SCENARIOS = [
     Scenario("boot", "from the start of the process to the guest's first byte", memory=128 * MIB, fill=MIB, boot=True, quick=True),

@@ -39,6 +39,9 @@ def scenario_lines(result):
     if floor:
         yield f"  {'floor, ms':24}{cell(floor, 'ms')}"
     for metric in METRICS:
+        if least := summary["least"].get(metric.key):
+            yield f"  {'least ' + metric.label:24}{cell(least, metric.unit)}"
+    for metric in METRICS:
         spreads = [summary[name].get(metric.key) for name in names]
         if any(spreads):
             yield _row(metric, spreads, floor).rstrip()
@@ -51,8 +54,7 @@ def scenario_lines(result):
 
 
 def _row(metric, spreads, floor):
-    title = f"{metric.title}, {metric.unit}" if metric.unit else metric.title
-    row = f"  {title:24}" + "".join(f"{cell(spread, metric.unit) if spread else '       -':<{WIDTH}}" for spread in spreads)
+    row = f"  {metric.label:24}" + "".join(f"{cell(spread, metric.unit) if spread else '       -':<{WIDTH}}" for spread in spreads)
     if len(spreads) == 2:
         row += f"{ratio(*spreads) if metric.ratio else '':>12}"
     if metric.key == "total_ms" and floor:
@@ -65,7 +67,8 @@ def render(results):
     for result in results["scenarios"]:
         lines += [*scenario_lines(result), ""]
     lines += ["Each value is the median of all rounds (least-most). Floor: as many bytes as the guest filled, from memory to memory over",
-              "one TCP connection, on loopback (the best of three) or the scenario's link, in the same rounds.", ""]
+              "one TCP connection, on loopback (the best of three) or the scenario's link, in the same rounds. Least: a postcopy by the",
+              "smallest program, userfaultfd and two connections, with a thread in the place of the guest.", ""]
     shown = {key for result in results["scenarios"] for name in result["runs"] for key in result.get("summary", {}).get(name, {})}
     lines += [f"  {metric.title:20} {metric.meaning}" for metric in METRICS if metric.key in shown and metric.meaning]
     lines += ["", *map(size_line, results["vmms"].items())]
