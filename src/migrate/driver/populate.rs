@@ -3,6 +3,7 @@
 //! given back.
 
 use std::hint::black_box;
+use std::sync::{Mutex, PoisonError};
 
 use rustix::mm::{Advice, madvise};
 
@@ -40,8 +41,12 @@ pub fn heap_and_stack(heap: usize) {
     stack();
 }
 
-/// The switch is over, and what it took of the heaps goes back. For the thread that called [`heap_and_stack`].
+/// One thread at a time changes the limits and has its heap trimmed by them.
+static GIVING_BACK: Mutex<()> = Mutex::new(());
+
+/// What the switch, or work after it, took of the heaps goes back: all that is free, and the end of the calling thread's.
 pub fn give_back() {
+    let _alone = GIVING_BACK.lock().unwrap_or_else(PoisonError::into_inner);
     set(libc::M_TRIM_THRESHOLD, 0);
     set(libc::M_TOP_PAD, 0);
     // The end of a thread's heap is given back when something next to it is freed that is not small.

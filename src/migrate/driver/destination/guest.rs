@@ -7,6 +7,7 @@ use std::time::Instant;
 use super::super::block_io::BlockIo;
 use super::super::owner::{Build, DestinationOwner, MachineSetup, Preparation, StoppedGuest};
 use super::super::page_io::PageIo;
+use super::super::populate;
 use super::super::saved::{self, Companions};
 use super::super::scheduling;
 use super::Shared;
@@ -160,6 +161,8 @@ impl DestinationGuest {
             if rebuilt > 0 {
                 eprintln!("ferry: {rebuilt} huge pages of guest memory were made again\r");
             }
+            // Sets of pages, three bits for each page of RAM.
+            populate::give_back();
         };
         // Without it the guest is only slower.
         let thread = std::thread::Builder::new().name("huge-pages".into()).spawn(rebuild).ok();
