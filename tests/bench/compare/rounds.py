@@ -87,7 +87,10 @@ def measure_least(scenario, programs):
     Warm(programs.floors, 2 * scenario.fill + SPARE).release()
     steal = host.Steal()
     command = [programs.floors, "postcopy", str(scenario.fill), str(scenario.rate)]
-    said = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        return {"failed": run.stderr.strip() or f"exit status {run.returncode}"}
+    said = json.loads(run.stdout)
     return {"total_ms": said.pop("seconds") * 1e3, **said, "steal": steal.part()}
 
 
