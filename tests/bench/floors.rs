@@ -92,6 +92,11 @@ fn tcp(pages: Advice, bytes: usize, (mut sender, mut receiver): (TcpStream, TcpS
 }
 
 fn postcopy(bytes: usize, rate: u64) {
+    // A thread that fails would leave the others waiting for it.
+    std::panic::set_hook(Box::new(|failure| {
+        eprintln!("{failure}");
+        std::process::exit(101);
+    }));
     let source = memory(bytes, Advice::LinuxHugepage);
     touch(source);
     let connections = [connection(None, LOOPBACK), connection(None, LOOPBACK)];

@@ -17,6 +17,8 @@ use ferry::migrate::transport::Wake;
 const WAKES: Duration = Duration::from_millis(1);
 const BEHIND: Duration = Duration::from_millis(10);
 const SLOW: Duration = Duration::from_micros(30);
+/// What is written, to the first byte of a page: none that `source` has there.
+const WRITTEN: u8 = 2;
 
 /// What it came to.
 pub struct Floor {
@@ -42,7 +44,7 @@ fn write_randomly(ram: &GuestRam, rate: u64, over: &AtomicBool) -> (f64, Vec<Dur
             let page = PageRun::single(PageNumber((random >> 33) % ram.pages()));
             let before = Instant::now();
             // SAFETY: mapped, and nothing holds references to it.
-            unsafe { ram.host_address(page).unwrap().write_volatile(1) };
+            unsafe { ram.host_address(page).unwrap().write_volatile(WRITTEN) };
             let took = before.elapsed();
             if took > SLOW {
                 slow.push(took);
@@ -106,6 +108,12 @@ pub fn run(source: &'static [u8], rate: u64, mut bulk: (TcpStream, TcpStream), u
         over.store(true, Ordering::Relaxed);
         let (progress, mut slow) = guest.join().unwrap();
         stop.wake();
+        // A program that loses pages is no measure.
+        for (page, contents) in source.chunks(PAGE_SIZE).enumerate() {
+            // SAFETY: mapped, and nobody writes to it any more.
+            let first = unsafe { ram.host_address(PageRun::single(PageNumber(page as u64))).unwrap().read_volatile() };
+            assert!(first == contents[0] || first == WRITTEN, "page {page} has been lost");
+        }
         slow.sort();
         Floor { seconds, progress, slow }
     })

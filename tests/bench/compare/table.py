@@ -4,6 +4,7 @@ from metrics import METRICS
 from rounds import DISTURBED, describe
 
 WIDTH = 26
+TITLE = 27
 
 
 def number(value, unit=""):
@@ -35,12 +36,12 @@ def scenario_lines(result):
     floor = summary["floor"].get("total_ms")
     between = f"{'/'.join(names):>12}" if len(names) == 2 else ""
     floors = "".join(f"{name + '/floor':>13}" for name in names) if floor else ""
-    yield f"  {'':24}" + "".join(f"{name:<{WIDTH}}" for name in names) + between + floors
+    yield f"  {'':{TITLE}}" + "".join(f"{name:<{WIDTH}}" for name in names) + between + floors
     if floor:
-        yield f"  {'floor, ms':24}{cell(floor, 'ms')}"
+        yield f"  {'floor, ms':{TITLE}}{cell(floor, 'ms')}"
     for metric in METRICS:
         if least := summary["least"].get(metric.key):
-            yield f"  {'least ' + metric.label:24}{cell(least, metric.unit)}"
+            yield f"  {'least ' + metric.label:{TITLE}}{cell(least, metric.unit)}"
     for metric in METRICS:
         spreads = [summary[name].get(metric.key) for name in names]
         if any(spreads):
@@ -54,7 +55,7 @@ def scenario_lines(result):
 
 
 def _row(metric, spreads, floor):
-    row = f"  {metric.label:24}" + "".join(f"{cell(spread, metric.unit) if spread else '       -':<{WIDTH}}" for spread in spreads)
+    row = f"  {metric.label:{TITLE}}" + "".join(f"{cell(spread, metric.unit) if spread else '       -':<{WIDTH}}" for spread in spreads)
     if len(spreads) == 2:
         row += f"{ratio(*spreads) if metric.ratio else '':>12}"
     if metric.key == "total_ms" and floor:
